@@ -1,0 +1,25 @@
+//! Compiles the protos in Rust alone: no protoc is needed.
+
+use std::path::PathBuf;
+
+use prost::Message as _;
+
+const PROTOS: [&str; 5] = [
+    "portwarden/v1/allocator.proto",
+    "portwarden/v1/workers.proto",
+    "portwarden/v1/leases.proto",
+    "portwarden/v1/cluster.proto",
+    "portwarden/peer/v1/peer.proto",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let descriptors = protox::compile(PROTOS, ["proto"])?;
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure()
+        .btree_map(".")
+        .bytes(".portwarden.peer.v1")
+        .compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,355 @@
+//! What can be asked of the table, and what it answers.
+//!
+//! Commands are total: the same state and the same command give the same outcome on every replica,
+//! and a refusal is an outcome like any other. A command that changes nothing takes no revision.
+
+use std::sync::Arc;
+
+use super::allocation::Allocation;
+use super::claim::Claim;
+use super::limits::*;
+use super::name::{
+    InstanceName, Invalid, Port, RangeName, Revision, Token, WorkerName, check_text,
+};
+use super::ports::Taken;
+use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Adds a worker, or replaces the spec of one: what it holds and its quarantines stay.
+    RegisterWorker {
+        name: WorkerName,
+        spec: WorkerSpec,
+    },
+    /// Changes a worker that exists.
+    UpdateWorker {
+        name: WorkerName,
+        patch: WorkerPatch,
+    },
+    SetWorkerPhase {
+        name: WorkerName,
+        phase: WorkerPhase,
+    },
+    /// Refused while anything is held.
+    RemoveWorker {
+        name: WorkerName,
+    },
+    /// All claims or none; several are a gang.
+    Allocate {
+        claims: Vec<Claim>,
+    },
+    /// `RESERVED` → `BOUND`. `version` 0 is unguarded.
+    Confirm {
+        name: InstanceName,
+        token: Token,
+        version: Revision,
+    },
+    Release {
+        name: InstanceName,
+        authority: Authority,
+    },
+    /// The holder found `port` in use by a stranger. `version` 0 is unguarded.
+    ReportConflict {
+        name: InstanceName,
+        token: Token,
+        version: Revision,
+        port: Port,
+    },
+    Quarantine {
+        worker: WorkerName,
+        ports: Vec<Port>,
+        reason: String,
+    },
+    LiftQuarantine {
+        worker: WorkerName,
+        ports: Vec<Port>,
+    },
+}
+
+/// By what right something is released.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Authority {
+    /// The holder vouches that it is done.
+    Holder(Token),
+    /// An operator's override; recorded with its reason.
+    Operator { reason: String },
+}
+
+impl Command {
+    /// Checks every bound that the types do not hold by themselves. Run before a command is
+    /// proposed; `apply` runs it again, so that no log can break the table.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        let some_ports = |ports: &[Port]| match ports.len() {
+            1..=QUARANTINE_PORTS_MAX => Ok(()),
+            n => Err(Invalid::new("ports", n, format!("1 to {QUARANTINE_PORTS_MAX} ports"))),
+        };
+        match self {
+            Command::RegisterWorker { spec, .. } => spec.validate(),
+            Command::Allocate { claims } => {
+                if claims.is_empty() || claims.len() > CLAIMS_MAX {
+                    let limit = format!("1 to {CLAIMS_MAX} claims");
+                    return Err(Invalid::new("claims", claims.len(), limit));
+                }
+                let mut names = std::collections::BTreeSet::new();
+                for (i, claim) in claims.iter().enumerate() {
+                    claim.validate().map_err(|e| e.within(format!("claims[{i}]")))?;
+                    if !names.insert(&claim.name) {
+                        let limit = "named once in a gang";
+                        return Err(Invalid::new(format!("claims[{i}].name"), &claim.name, limit));
+                    }
+                }
+                Ok(())
+            }
+            Command::Quarantine { ports, reason, .. } => {
+                some_ports(ports)?;
+                check_text("reason", reason, REASON_MAX_BYTES)
+            }
+            Command::LiftQuarantine { ports, .. } => some_ports(ports),
+            Command::Release { authority: Authority::Operator { reason }, .. } => {
+                check_text("reason", reason, REASON_MAX_BYTES)
+            }
+            Command::UpdateWorker { .. }
+            | Command::SetWorkerPhase { .. }
+            | Command::RemoveWorker { .. }
+            | Command::Confirm { .. }
+            | Command::Release { .. }
+            | Command::ReportConflict { .. } => Ok(()),
+        }
+    }
+
+    /// For metrics and traces.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Command::RegisterWorker { .. } => "register_worker",
+            Command::UpdateWorker { .. } => "update_worker",
+            Command::SetWorkerPhase { .. } => "set_worker_phase",
+            Command::RemoveWorker { .. } => "remove_worker",
+            Command::Allocate { .. } => "allocate",
+            Command::Confirm { .. } => "confirm",
+            Command::Release { .. } => "release",
+            Command::ReportConflict { .. } => "report_conflict",
+            Command::Quarantine { .. } => "quarantine",
+            Command::LiftQuarantine { .. } => "lift_quarantine",
+        }
+    }
+}
+
+/// An outcome and the revision of the table that it speaks of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    pub revision: Revision,
+    pub outcome: Result<Outcome, Refusal>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The worker as it is now (register, update, phase, quarantine, lift).
+    Worker(Arc<Worker>),
+    /// `removed` is false where there was none.
+    WorkerRemoved {
+        removed: bool,
+    },
+    /// In the order of the claims. `repeated`: an earlier request had been granted already.
+    Allocated {
+        allocations: Vec<Arc<Allocation>>,
+        repeated: bool,
+    },
+    Confirmed(Arc<Allocation>),
+    /// What was released; `None` where it was gone already.
+    Released(Option<Arc<Allocation>>),
+    /// The port was quarantined, and another one given for it.
+    Swapped(Arc<Allocation>),
+    /// The port was quarantined, and the allocation reclaimed because no other could be given.
+    Reclaimed {
+        allocation: Arc<Allocation>,
+        reason: String,
+    },
+}
+
+/// Why a command changed nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    #[error("no worker {0}")]
+    NoWorker(WorkerName),
+    #[error("no allocation {0}")]
+    NoAllocation(InstanceName),
+    #[error("{name} is held since revision {} on worker {} under uid {}; the request differs in its {difference}",
+        .holder.token, .holder.worker, .holder.claim.uid)]
+    NameTaken { name: InstanceName, holder: Arc<Allocation>, difference: &'static str },
+    #[error("{name}: token {given} is not its token {held}")]
+    WrongToken { name: InstanceName, given: Token, held: Token },
+    #[error("{name}: version {given} is not its version {held}; it changed since")]
+    WrongVersion { name: InstanceName, given: Revision, held: Revision },
+    #[error("{name} does not hold port {port}")]
+    PortNotHeld { name: InstanceName, port: Port },
+    #[error("worker {worker} is {}: nothing new is placed there", .phase.name())]
+    WorkerNotReady { worker: WorkerName, phase: WorkerPhase },
+    #[error("worker {worker} still has {count} allocations, {example} among them")]
+    WorkerInUse { worker: WorkerName, count: u64, example: InstanceName },
+    #[error("worker {worker}: {what}")]
+    WouldLose { worker: WorkerName, what: String },
+    #[error("{what} {value} belongs to worker {owner}")]
+    IdentityTaken { what: &'static str, value: String, owner: WorkerName },
+    #[error("port {port} of worker {worker} is {}", describe_taken(.taken))]
+    PortNotFree { worker: WorkerName, port: Port, taken: Taken },
+    #[error("claim {name}: nothing fits: {shortage}")]
+    NothingFits { name: InstanceName, shortage: Shortage },
+    #[error("the cluster is full: {what} {limit}")]
+    TableFull { what: &'static str, limit: usize },
+}
+
+/// What was full, and by how much.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Shortage {
+    #[error("worker {worker}: {lack}")]
+    OnWorker { worker: WorkerName, lack: Lack },
+    /// `looked_at` of `candidates` workers were weighed (the search is bounded).
+    #[error("{}", describe_selection(*.looked_at, *.candidates, *.not_ready, .reasons))]
+    OnSelection {
+        looked_at: u64,
+        candidates: u64,
+        not_ready: u64,
+        /// How many workers lacked what; most frequent first, then by text.
+        reasons: Vec<(LackKind, u64)>,
+    },
+}
+
+/// What one worker lacks for one claim.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Lack {
+    #[error("it has no port range")]
+    NoRanges,
+    #[error("it has no range {0}")]
+    NoRange(RangeName),
+    #[error("port {port} is {}", describe_taken(.taken))]
+    Port { port: Port, taken: Taken },
+    #[error(
+        "range {range} has {free} of {managed} ports free, {wanted} more wanted ({held} held, {quarantined} quarantined, {reserved} reserved)"
+    )]
+    Ports {
+        range: RangeName,
+        wanted: u32,
+        free: u32,
+        managed: u32,
+        held: u32,
+        quarantined: u32,
+        reserved: u32,
+    },
+    #[error("range {range} has {free} ports free but at most {longest} in a row, {wanted} wanted")]
+    Band { range: RangeName, wanted: u32, longest: u32, free: u32 },
+    #[error("it has no GPU {0}")]
+    NoGpu(u32),
+    #[error("GPU {index} has {free_bytes} of {memory_bytes} bytes free, {wanted_bytes} wanted; held by {}", list(.holders))]
+    GpuMemory {
+        index: u32,
+        wanted_bytes: u64,
+        free_bytes: u64,
+        memory_bytes: u64,
+        holders: Vec<InstanceName>,
+    },
+    #[error("GPU {index} is wanted alone and held by {}", list(.holders))]
+    GpuBusy { index: u32, holders: Vec<InstanceName> },
+    #[error(
+        "{fitting} of its {total} GPUs fit, {wanted} wanted; the emptiest has {most_free_bytes} bytes free"
+    )]
+    Gpus { wanted: u32, fitting: u32, total: u32, most_free_bytes: u64 },
+}
+
+/// The kinds of [`Lack`], to be counted over many workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LackKind {
+    Labels,
+    NoRange,
+    PortTaken,
+    Ports,
+    Band,
+    NoGpu,
+    GpuMemory,
+    GpuBusy,
+    Gpus,
+}
+
+impl LackKind {
+    pub fn text(self) -> &'static str {
+        match self {
+            LackKind::Labels => "labels do not match",
+            LackKind::NoRange => "no such port range",
+            LackKind::PortTaken => "the port is taken",
+            LackKind::Ports => "too few ports free",
+            LackKind::Band => "too few ports in a row",
+            LackKind::NoGpu => "no such GPU",
+            LackKind::GpuMemory => "too little GPU memory free",
+            LackKind::GpuBusy => "the GPU is in use",
+            LackKind::Gpus => "too few GPUs fit",
+        }
+    }
+}
+
+impl Lack {
+    pub fn kind(&self) -> LackKind {
+        match self {
+            Lack::NoRanges | Lack::NoRange(_) => LackKind::NoRange,
+            Lack::Port { .. } => LackKind::PortTaken,
+            Lack::Ports { .. } => LackKind::Ports,
+            Lack::Band { .. } => LackKind::Band,
+            Lack::NoGpu(_) => LackKind::NoGpu,
+            Lack::GpuMemory { .. } => LackKind::GpuMemory,
+            Lack::GpuBusy { .. } => LackKind::GpuBusy,
+            Lack::Gpus { .. } => LackKind::Gpus,
+        }
+    }
+}
+
+fn describe_taken(taken: &Taken) -> String {
+    match taken {
+        Taken::Held(holder) => format!("held by {holder}"),
+        Taken::Quarantined(reason) if reason.is_empty() => "quarantined".into(),
+        Taken::Quarantined(reason) => format!("quarantined ({reason})"),
+        Taken::Reserved => "reserved".into(),
+        Taken::Unmanaged => "in none of the worker's ranges".into(),
+    }
+}
+
+fn describe_selection(
+    looked_at: u64,
+    candidates: u64,
+    not_ready: u64,
+    reasons: &[(LackKind, u64)],
+) -> String {
+    let mut parts: Vec<_> =
+        reasons.iter().map(|(kind, count)| format!("{} on {count}", kind.text())).collect();
+    if not_ready > 0 {
+        parts.push(format!("{not_ready} not ready"));
+    }
+    let why = if parts.is_empty() { "there is no such worker".into() } else { parts.join(", ") };
+    format!("looked at {looked_at} of {candidates} workers: {why}")
+}
+
+/// At most a handful of names; whoever asks wants to know whom to turn to.
+fn list(names: &[InstanceName]) -> String {
+    names.iter().map(InstanceName::as_str).collect::<Vec<_>>().join(", ")
+}
+
+/// One change of the table, for watchers. Events of one revision form a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Registered, or its spec, phase or quarantines changed.
+    Worker(Arc<Worker>),
+    WorkerRemoved(WorkerName),
+    Allocated(Arc<Allocation>),
+    /// Confirmed, or a port swapped.
+    Changed(Arc<Allocation>),
+    Released {
+        allocation: Arc<Allocation>,
+        why: ReleaseReason,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReleaseReason {
+    ByHolder,
+    Forced { reason: String },
+    Reclaimed { reason: String },
+}

@@ -1,0 +1,151 @@
+//! What must always hold (the list heads [`super`]), checked from scratch. O(table).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use imbl::OrdSet;
+
+use super::claim::GpuShare;
+use super::state::{Indexes, Resource, State, namespace_key, scopes, uuids};
+use super::worker::WorkerPhase;
+
+/// Checks every invariant; the error names the first that does not hold.
+pub fn check_invariants(state: &State) -> Result<(), String> {
+    for (name, worker) in &state.workers {
+        let fail = |what: String| Err(format!("worker {name}: {what}"));
+        if *name != worker.name {
+            return fail(format!("is filed under another name than {}", worker.name));
+        }
+        if worker.version > state.revision || worker.created > worker.version {
+            return fail("its revisions run ahead".into());
+        }
+        worker.spec.validate().map_err(|e| format!("worker {name}: {e}"))?;
+        if worker.pools.len() != worker.spec.ranges.len()
+            || worker.gpus.len() != worker.spec.gpus.len()
+        {
+            return fail("its pools or GPUs are not those of its spec".into());
+        }
+        let mut port_holders = BTreeSet::new();
+        for (pool, range) in worker.pools.iter().zip(&worker.spec.ranges) {
+            pool.check().map_err(|what| format!("worker {name}: {what}"))?;
+            let bounds = (range.first.get(), range.last.get());
+            if pool.name != range.name || (pool.first(), pool.last()) != bounds {
+                return fail(format!("range {} is not as its spec", range.name));
+            }
+            for (number, holder) in pool.holders() {
+                port_holders.insert((number, holder.clone()));
+            }
+        }
+        let mut gpu_holders = BTreeSet::new();
+        for (gpu, spec) in worker.gpus.iter().zip(&worker.spec.gpus) {
+            if gpu.index != spec.index || gpu.memory_bytes != spec.memory_bytes {
+                return fail(format!("GPU {} is not as its spec", gpu.index));
+            }
+            let sum: u128 = gpu.holders().map(|(_, share)| u128::from(gpu.bytes_of(share))).sum();
+            if sum != u128::from(gpu.held_bytes) || sum > u128::from(gpu.memory_bytes) {
+                return fail(format!(
+                    "GPU {}: {sum} bytes are held, {} are counted, {} are usable",
+                    gpu.index, gpu.held_bytes, gpu.memory_bytes
+                ));
+            }
+            let exclusive = gpu.holders().any(|(_, share)| share == GpuShare::Exclusive);
+            if exclusive && gpu.holders().count() > 1 {
+                return fail(format!("GPU {}: an exclusive holder is not alone", gpu.index));
+            }
+            gpu_holders.extend(gpu.holders().map(|(holder, share)| {
+                (gpu.index, holder.clone(), gpu.bytes_of(share), share == GpuShare::Exclusive)
+            }));
+        }
+        // What its allocations say they hold is what its ports and GPUs say is held.
+        let mut ports = BTreeSet::new();
+        let mut gpus = BTreeSet::new();
+        for holder in worker.allocations.keys() {
+            let Some(held) = state.allocations.get(holder) else {
+                return fail(format!("lists {holder}, which does not exist"));
+            };
+            if held.worker != *name {
+                return fail(format!("lists {holder}, which is on {}", held.worker));
+            }
+            for port in &held.ports {
+                let in_range = worker.pool_of(port.number).is_some_and(|p| p.name == port.range);
+                if !in_range || !ports.insert((port.number, holder.clone())) {
+                    return fail(format!("{holder}: port {} is misplaced", port.number));
+                }
+            }
+            for gpu in &held.gpus {
+                let spec = worker.spec.gpus.iter().find(|s| s.index == gpu.index);
+                if spec.is_none_or(|s| s.uuid != gpu.uuid) {
+                    return fail(format!("{holder}: GPU {} is another one", gpu.index));
+                }
+                gpus.insert((gpu.index, holder.clone(), gpu.memory_bytes, gpu.exclusive));
+            }
+        }
+        if ports != port_holders {
+            return fail("its ports and its allocations disagree about who holds what".into());
+        }
+        if gpus != gpu_holders {
+            return fail("its GPUs and its allocations disagree about who holds what".into());
+        }
+    }
+    for (name, held) in &state.allocations {
+        let fail = |what: &str| Err(format!("allocation {name}: {what}"));
+        if name != held.name() {
+            return fail("is filed under another name");
+        }
+        let worker = state.workers.get(&held.worker);
+        if !worker.is_some_and(|w| w.allocations.contains_key(name)) {
+            return fail("its worker does not list it");
+        }
+        if held.token.0 > held.version.0 || held.version > state.revision || held.token.0 == 0 {
+            return fail("its revisions run ahead");
+        }
+        let answered = |i: usize| held.ports.iter().filter(|p| usize::from(p.request) == i).count();
+        let complete = held
+            .claim
+            .ports
+            .iter()
+            .enumerate()
+            .all(|(i, r)| answered(i) == r.ports.count() as usize);
+        if !complete || held.gpus.len() != held.claim.gpus.as_ref().map_or(0, |g| g.which.count()) {
+            return fail("does not hold what it asked for");
+        }
+    }
+    check_indexes(state)
+}
+
+/// Every index is the inverse of its map: built anew, it is the same.
+fn check_indexes(state: &State) -> Result<(), String> {
+    let mut by_free: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    let mut gpu_owner = BTreeMap::new();
+    let mut identity_owner = BTreeMap::new();
+    let mut not_ready = 0;
+    for (name, worker) in &state.workers {
+        not_ready += u64::from(worker.phase != WorkerPhase::Ready);
+        for resource in [Resource::Ports, Resource::GpuBytes, Resource::IdleGpus] {
+            if let Some(free) = resource.free_on(worker) {
+                for scope in scopes(worker) {
+                    by_free.entry((scope, resource)).or_default().insert((free, name.clone()));
+                }
+            }
+        }
+        for uuid in uuids(worker) {
+            if gpu_owner.insert(uuid.clone(), name.clone()).is_some() {
+                return Err(format!("GPU {uuid} belongs to {name} and to another worker"));
+            }
+        }
+        if let Some(identity) = &worker.spec.identity
+            && identity_owner.insert(namespace_key(identity), name.clone()).is_some()
+        {
+            return Err(format!("the namespace of {name} belongs to another worker too"));
+        }
+    }
+    let anew = Indexes {
+        by_free: by_free.into_iter().map(|(k, set)| (k, OrdSet::from_iter(set))).collect(),
+        gpu_owner: gpu_owner.into_iter().collect(),
+        identity_owner: identity_owner.into_iter().collect(),
+        not_ready,
+    };
+    if anew != state.indexes {
+        return Err("the indexes are not the inverse of the workers".into());
+    }
+    Ok(())
+}

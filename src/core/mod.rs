@@ -1,0 +1,42 @@
+//! The state machine: who holds which port and which part of which GPU.
+//!
+//! Pure: no clock, no I/O, no randomness, no floats, no iteration in hash order. Replicas that
+//! apply the same commands hold the same [`State`]. In it, always:
+//!
+//! - a port of a worker is held by at most one allocation, and is then neither free nor
+//!   quarantined; free + held + quarantined + reserved = managed, for every range;
+//! - per GPU: held memory ≤ usable memory; an exclusive holder is alone; a GPU UUID belongs to one
+//!   worker; a network namespace of a machine belongs to one worker;
+//! - every allocation's worker, ports and GPUs exist and name it as their holder; every index is
+//!   the inverse of its map;
+//! - the revision never goes back; one changing command is one revision; a token is the revision
+//!   of its grant, so that no (name, token) names two grants;
+//! - replicas that applied the same prefix have equal digests.
+//!
+//! [`check_invariants`] checks them all.
+
+mod allocation;
+mod apply;
+mod claim;
+mod command;
+mod digest;
+mod invariants;
+pub mod limits;
+mod name;
+mod place;
+mod ports;
+mod selector;
+mod state;
+mod worker;
+
+pub use allocation::*;
+pub use apply::apply;
+pub use claim::*;
+pub use command::*;
+pub use digest::{Digest, digest};
+pub use invariants::check_invariants;
+pub use name::*;
+pub use ports::{Pool, Quarantine, Taken};
+pub use selector::{Selector, Term};
+pub use state::{FEATURE_LEVEL, Restore, State};
+pub use worker::*;

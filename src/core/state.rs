@@ -1,0 +1,301 @@
+//! The table itself: who holds what, and the indexes that keep every request cheap.
+
+use std::sync::Arc;
+
+use imbl::{OrdMap, OrdSet};
+
+use super::allocation::Allocation;
+use super::claim::GpuShare;
+use super::name::{InstanceName, LabelKey, LabelValue, Revision, WorkerName};
+use super::ports::Pool;
+use super::worker::{Identity, Worker, WorkerPhase, WorkerSpec};
+
+/// The feature level that this build writes and the highest that it understands.
+pub const FEATURE_LEVEL: u32 = 1;
+
+/// Everything the cluster agrees on. A clone is O(1) and independent of the original.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    /// Selects the rules of `apply`; raised by command, so that all replicas change them together.
+    pub feature_level: u32,
+    /// Revision of the last change.
+    pub revision: Revision,
+    pub(super) workers: OrdMap<WorkerName, Arc<Worker>>,
+    pub(super) allocations: OrdMap<InstanceName, Arc<Allocation>>,
+    pub(super) indexes: Indexes,
+}
+
+/// All derived from the workers: a snapshot does not keep them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Indexes {
+    /// Workers that are `Ready`, by scope and by what they have free.
+    pub by_free: OrdMap<(Scope, Resource), OrdSet<(u64, WorkerName)>>,
+    /// GPU UUIDs, where known.
+    pub gpu_owner: OrdMap<String, WorkerName>,
+    /// Network namespaces of workers with an agent. Keyed without the boot: a newer boot replaces.
+    pub identity_owner: OrdMap<(String, u64), WorkerName>,
+    /// Workers that are not `Ready`.
+    pub not_ready: u64,
+}
+
+/// Which workers an index speaks of.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Scope {
+    All,
+    Label(LabelKey, LabelValue),
+}
+
+/// What a placement orders the workers by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Resource {
+    /// Free ports over all ranges.
+    Ports,
+    /// Free bytes of the emptiest GPU. Only workers with GPUs.
+    GpuBytes,
+    /// GPUs that nobody holds. Only workers with GPUs.
+    IdleGpus,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        State {
+            feature_level: FEATURE_LEVEL,
+            revision: Revision(0),
+            workers: OrdMap::new(),
+            allocations: OrdMap::new(),
+            indexes: Indexes::default(),
+        }
+    }
+}
+
+impl State {
+    pub fn worker(&self, name: &WorkerName) -> Option<&Arc<Worker>> {
+        self.workers.get(name)
+    }
+
+    pub fn allocation(&self, name: &InstanceName) -> Option<&Arc<Allocation>> {
+        self.allocations.get(name)
+    }
+
+    pub fn worker_count(&self) -> usize {
+        self.workers.len()
+    }
+
+    pub fn allocation_count(&self) -> usize {
+        self.allocations.len()
+    }
+
+    /// Workers in order of name, from after `after`: a page starts in O(log n).
+    pub fn workers_after(&self, after: Option<&WorkerName>) -> impl Iterator<Item = &Arc<Worker>> {
+        self.workers.range(after_bounds(after)).map(|(_, worker)| worker)
+    }
+
+    /// Allocations in order of name, from after `after`.
+    pub fn allocations_after(
+        &self,
+        after: Option<&InstanceName>,
+    ) -> impl Iterator<Item = &Arc<Allocation>> {
+        self.allocations.range(after_bounds(after)).map(|(_, allocation)| allocation)
+    }
+
+    /// Allocations of one worker in order of name, from after `after`.
+    pub fn allocations_on<'a>(
+        &'a self,
+        worker: &'a Worker,
+        after: Option<&InstanceName>,
+    ) -> impl Iterator<Item = &'a Arc<Allocation>> {
+        let names = worker.allocations.range(after_bounds(after)).map(|(name, ())| name);
+        names.filter_map(|name| self.allocations.get(name))
+    }
+
+    /// Puts a worker in the place of the one it had under this name, and keeps the indexes true.
+    pub(super) fn put_worker(&mut self, worker: Worker) -> Arc<Worker> {
+        let worker = Arc::new(worker);
+        let old = self.workers.insert(worker.name.clone(), worker.clone());
+        self.indexes.replace(old.as_deref(), Some(&worker));
+        worker
+    }
+
+    pub(super) fn drop_worker(&mut self, name: &WorkerName) {
+        let old = self.workers.remove(name);
+        self.indexes.replace(old.as_deref(), None);
+    }
+
+    pub(super) fn put_allocation(&mut self, allocation: Allocation) -> Arc<Allocation> {
+        let allocation = Arc::new(allocation);
+        self.allocations.insert(allocation.name().clone(), allocation.clone());
+        allocation
+    }
+}
+
+/// A state that is being read back: workers first, then allocations, which take their places
+/// again. What the records say is checked, so that a damaged snapshot is refused and not served.
+#[derive(Debug, Default)]
+pub struct Restore {
+    state: State,
+}
+
+impl Restore {
+    pub fn new(feature_level: u32, revision: Revision) -> Self {
+        Restore { state: State { feature_level, revision, ..State::default() } }
+    }
+
+    /// `pools` have their cursors, queues and quarantines, and no holders yet.
+    pub fn worker(
+        &mut self,
+        name: WorkerName,
+        spec: WorkerSpec,
+        phase: WorkerPhase,
+        pools: Vec<Pool>,
+        created: Revision,
+        version: Revision,
+    ) -> Result<(), String> {
+        spec.validate().map_err(|e| format!("worker {name}: {e}"))?;
+        let fits = pools.len() == spec.ranges.len()
+            && pools.iter().zip(&spec.ranges).all(|(pool, range)| {
+                (&pool.name, pool.first, pool.last)
+                    == (&range.name, range.first.get(), range.last.get())
+            });
+        if !fits {
+            return Err(format!("worker {name}: its pools are not those of its ranges"));
+        }
+        let worker = Worker { phase, pools, version, ..Worker::new(name, spec, created) };
+        self.state.put_worker(worker);
+        Ok(())
+    }
+
+    pub fn allocation(&mut self, allocation: Allocation) -> Result<(), String> {
+        let name = allocation.name().clone();
+        let fail = |what: &str| Err(format!("allocation {name}: {what}"));
+        let Some(worker) = self.state.workers.get(&allocation.worker) else {
+            return fail("its worker does not exist");
+        };
+        let mut worker = Worker::clone(worker);
+        for port in &allocation.ports {
+            let pool = worker.pools.iter_mut().find(|p| p.name == port.range);
+            if !pool.is_some_and(|p| p.take(port.number, &name)) {
+                return fail(&format!("port {} cannot be held", port.number));
+            }
+        }
+        for held in &allocation.gpus {
+            let share = if held.exclusive {
+                GpuShare::Exclusive
+            } else {
+                GpuShare::MemoryBytes(held.memory_bytes)
+            };
+            match worker.gpus.iter_mut().find(|g| g.index == held.index) {
+                Some(gpu) if gpu.fits(share) => gpu.take(&name, share),
+                _ => return fail(&format!("GPU {} cannot be held", held.index)),
+            }
+        }
+        worker.allocations.insert(name, ());
+        self.state.put_worker(worker);
+        self.state.put_allocation(allocation);
+        Ok(())
+    }
+
+    /// The state, if every invariant holds.
+    pub fn finish(self) -> Result<State, String> {
+        super::check_invariants(&self.state)?;
+        Ok(self.state)
+    }
+}
+
+fn after_bounds<K: Clone>(after: Option<&K>) -> (std::ops::Bound<K>, std::ops::Bound<K>) {
+    use std::ops::Bound::{Excluded, Unbounded};
+    (after.map_or(Unbounded, |name| Excluded(name.clone())), Unbounded)
+}
+
+impl Indexes {
+    /// Takes out what `old` put in, and puts in `new`; touches only what differs.
+    fn replace(&mut self, old: Option<&Worker>, new: Option<&Worker>) {
+        let unready =
+            |w: Option<&Worker>| u64::from(w.is_some_and(|w| w.phase != WorkerPhase::Ready));
+        self.not_ready = self.not_ready + unready(new) - unready(old);
+
+        let same_spec = match (old, new) {
+            (Some(old), Some(new)) => Arc::ptr_eq(&old.spec, &new.spec),
+            _ => false,
+        };
+        let same_scopes = same_spec && old.map(|w| w.phase) == new.map(|w| w.phase);
+        for resource in [Resource::Ports, Resource::GpuBytes, Resource::IdleGpus] {
+            let before = old.and_then(|w| resource.free_on(w));
+            let after = new.and_then(|w| resource.free_on(w));
+            if same_scopes && before == after {
+                continue;
+            }
+            if let (Some(worker), Some(free)) = (old, before) {
+                for scope in scopes(worker) {
+                    self.remove_free((scope, resource), &(free, worker.name.clone()));
+                }
+            }
+            if let (Some(worker), Some(free)) = (new, after) {
+                for scope in scopes(worker) {
+                    self.by_free
+                        .entry((scope, resource))
+                        .or_default()
+                        .insert((free, worker.name.clone()));
+                }
+            }
+        }
+
+        if same_spec {
+            return;
+        }
+        if let Some(old) = old {
+            for uuid in uuids(old) {
+                self.gpu_owner.remove(uuid);
+            }
+            if let Some(identity) = &old.spec.identity {
+                self.identity_owner.remove(&namespace_key(identity));
+            }
+        }
+        if let Some(new) = new {
+            for uuid in uuids(new) {
+                self.gpu_owner.insert(uuid.clone(), new.name.clone());
+            }
+            if let Some(identity) = &new.spec.identity {
+                self.identity_owner.insert(namespace_key(identity), new.name.clone());
+            }
+        }
+    }
+
+    fn remove_free(&mut self, key: (Scope, Resource), entry: &(u64, WorkerName)) {
+        let emptied = self.by_free.get_mut(&key).is_some_and(|set| {
+            set.remove(entry);
+            set.is_empty()
+        });
+        if emptied {
+            self.by_free.remove(&key);
+        }
+    }
+}
+
+impl Resource {
+    /// How much of this a worker has to offer; `None` where it offers nothing of the kind.
+    pub fn free_on(self, worker: &Worker) -> Option<u64> {
+        if worker.phase != WorkerPhase::Ready {
+            return None;
+        }
+        match self {
+            Resource::Ports => Some(worker.free_ports()),
+            Resource::GpuBytes if worker.gpus.is_empty() => None,
+            Resource::GpuBytes => Some(worker.most_free_gpu_bytes()),
+            Resource::IdleGpus if worker.gpus.is_empty() => None,
+            Resource::IdleGpus => Some(worker.idle_gpus()),
+        }
+    }
+}
+
+pub(super) fn scopes(worker: &Worker) -> impl Iterator<Item = Scope> + '_ {
+    let labels = worker.spec.labels.iter();
+    std::iter::once(Scope::All).chain(labels.map(|(k, v)| Scope::Label(k.clone(), v.clone())))
+}
+
+pub(super) fn uuids(worker: &Worker) -> impl Iterator<Item = &String> {
+    worker.spec.gpus.iter().map(|gpu| &gpu.uuid).filter(|uuid| !uuid.is_empty())
+}
+
+pub(super) fn namespace_key(identity: &Identity) -> (String, u64) {
+    (identity.machine_id.clone(), identity.namespace)
+}
