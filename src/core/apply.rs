@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::allocation::{Allocation, ChangeKind, HeldPort, LastChange, Phase};
-use super::claim::{Claim, Ports};
+use super::claim::{Claim, PortRequest, Ports};
 use super::command::{Applied, Authority, Command, Event, Outcome, Refusal, ReleaseReason};
 use super::limits::{ALLOCATIONS_MAX, SWAPS_MAX, WORKERS_MAX};
 use super::name::{InstanceName, Port, Revision, Token, WorkerName};
 use super::place::{Grant, place, take_ports};
 use super::ports::{Quarantine, Taken};
-use super::state::{State, namespace_key, uuids};
+use super::state::{State, uuids};
 use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
 
 /// Applies one command. Total and deterministic: it never fails, a refusal changes nothing, and a
@@ -48,19 +48,20 @@ impl Change<'_> {
             }
             Command::Quarantine { worker, ports, reason } => self.quarantine(worker, ports, reason),
             Command::LiftQuarantine { worker, ports } => self.lift(worker, ports),
+            Command::Checkpoint(_) => Ok(Outcome::Noted),
         }
     }
 
     // Workers.
 
     fn register(&mut self, name: &WorkerName, spec: &WorkerSpec) -> Result<Outcome, Refusal> {
-        if self.state.worker(name).is_some() {
-            return self.respec(name, spec.clone());
+        if let Some(worker) = self.state.worker(name) {
+            // What an agent said of itself is not unsaid by one who says nothing of it.
+            let identity = spec.identity.clone().or_else(|| worker.spec.identity.clone());
+            return self.respec(name, WorkerSpec { identity, ..spec.clone() });
         }
         self.check_owners(name, spec)?;
-        if self.state.worker_count() >= WORKERS_MAX {
-            return Err(Refusal::TableFull { what: "workers", limit: WORKERS_MAX });
-        }
+        check_room("workers", self.state.worker_count(), 1, WORKERS_MAX)?;
         Ok(self.put_worker(Worker::new(name.clone(), spec.clone(), self.revision)))
     }
 
@@ -84,7 +85,6 @@ impl Change<'_> {
 
     /// A GPU and a network namespace belong to one worker.
     fn check_owners(&self, name: &WorkerName, spec: &WorkerSpec) -> Result<(), Refusal> {
-        let probe = Worker::new(name.clone(), spec.clone(), self.revision);
         let indexes = &self.state.indexes;
         let taken = |what, value: &str, owner: Option<&WorkerName>| match owner {
             Some(owner) if owner != name => {
@@ -92,16 +92,12 @@ impl Change<'_> {
             }
             _ => Ok(()),
         };
-        for uuid in uuids(&probe) {
+        for uuid in uuids(spec) {
             taken("GPU", uuid, indexes.gpu_owner.get(uuid))?;
         }
         if let Some(identity) = &spec.identity {
             let shown = format!("{}:{}", identity.machine_id, identity.namespace);
-            taken(
-                "network namespace",
-                &shown,
-                indexes.identity_owner.get(&namespace_key(identity)),
-            )?;
+            taken("network namespace", &shown, indexes.identity_owner.get(identity))?;
         }
         Ok(())
     }
@@ -137,9 +133,7 @@ impl Change<'_> {
         if let Some(repeated) = self.granted_before(claims)? {
             return Ok(Outcome::Allocated { allocations: repeated, repeated: true });
         }
-        if self.state.allocation_count() + claims.len() > ALLOCATIONS_MAX {
-            return Err(Refusal::TableFull { what: "allocations", limit: ALLOCATIONS_MAX });
-        }
+        check_room("allocations", self.state.allocation_count(), claims.len(), ALLOCATIONS_MAX)?;
         if let [claim] = claims {
             let grant = place(self.state, claim)?;
             let allocations = vec![self.grant(claim, grant)];
@@ -274,8 +268,7 @@ impl Change<'_> {
             return Ok(Outcome::Swapped(held));
         }
         check_version(&held, version)?;
-        let Some(request) = held.ports.iter().find(|p| p.number == number).map(|p| p.request)
-        else {
+        let Some(reported) = held.ports.iter().find(|p| p.number == number) else {
             return Err(Refusal::PortNotHeld { name: name.clone(), port });
         };
 
@@ -285,7 +278,7 @@ impl Change<'_> {
             pool.quarantine(number, Quarantine { reason, since: self.revision });
         }
         worker.version = self.revision;
-        let outcome = match self.swap(&mut worker, &held, request, number) {
+        let outcome = match swap(&mut worker, &held, reported) {
             Ok(ports) => {
                 self.state.put_worker(worker.clone());
                 Outcome::Swapped(self.put_changed(Allocation {
@@ -304,43 +297,6 @@ impl Change<'_> {
         };
         self.events.push(Event::Worker(Arc::new(worker)));
         Ok(outcome)
-    }
-
-    /// The ports of the allocation after a swap of one request's; an error says why there are none.
-    /// A counted port is replaced alone, a band moves whole.
-    fn swap(
-        &self,
-        worker: &mut Worker,
-        held: &Allocation,
-        request: u16,
-        number: u16,
-    ) -> Result<Vec<HeldPort>, String> {
-        let name = held.name();
-        let asked = &held.claim.ports[usize::from(request)];
-        if held.swaps >= SWAPS_MAX {
-            return Err(format!("port {number} is in use, after {SWAPS_MAX} swaps"));
-        }
-        let mut wanted = asked.clone();
-        let mut ports = held.ports.clone();
-        match asked.ports {
-            Ports::Specific(_) => {
-                return Err(format!("port {number} is in use, and was asked for by number"));
-            }
-            Ports::Count(_) => {
-                wanted.ports = Ports::Count(1);
-                ports.retain(|p| p.number != number);
-            }
-            Ports::Contiguous(_) => {
-                for port in held.ports.iter().filter(|p| p.request == request) {
-                    free_port(worker, name, port.number);
-                }
-                ports.retain(|p| p.request != request);
-            }
-        }
-        take_ports(worker, name, request, &wanted, &mut ports)
-            .map_err(|lack| format!("port {number} is in use, and {lack}"))?;
-        ports.sort_by_key(|p| p.request);
-        Ok(ports)
     }
 
     // Quarantine.
@@ -425,6 +381,54 @@ impl Change<'_> {
         self.events.push(Event::Changed(allocation.clone()));
         allocation
     }
+}
+
+/// The allocation's ports with others in the place of the reported one, from the same range; an
+/// error says why there are none. A counted port is replaced alone, a band moves whole.
+fn swap(
+    worker: &mut Worker,
+    held: &Allocation,
+    reported: &HeldPort,
+) -> Result<Vec<HeldPort>, String> {
+    let HeldPort { request, range, number, .. } = reported;
+    let asked = &held.claim.ports[usize::from(*request)];
+    let (moved, wanted): (Vec<&HeldPort>, Ports) = match asked.ports {
+        _ if held.swaps >= SWAPS_MAX => {
+            return Err(format!("port {number} is in use, after {SWAPS_MAX} swaps"));
+        }
+        Ports::Specific(_) => {
+            return Err(format!("port {number} is in use, and was asked for by number"));
+        }
+        Ports::Count(_) => (vec![reported], Ports::Count(1)),
+        band @ Ports::Contiguous(_) => {
+            (held.ports.iter().filter(|p| p.request == *request).collect(), band)
+        }
+    };
+    for port in &moved {
+        free_port(worker, held.name(), port.number);
+    }
+    // The default range may be another one by now.
+    let wanted = PortRequest { range: Some(range.clone()), ports: wanted, ..asked.clone() };
+    let mut given = Vec::with_capacity(moved.len());
+    take_ports(worker, held.name(), *request, &wanted, &mut given)
+        .map_err(|lack| format!("port {number} is in use, and {lack}"))?;
+    let replacement = |port: &HeldPort| {
+        let at = moved.iter().position(|m| m.number == port.number);
+        at.map_or_else(|| port.clone(), |at| given[at].clone())
+    };
+    Ok(held.ports.iter().map(replacement).collect())
+}
+
+pub(super) fn check_room(
+    what: &'static str,
+    have: usize,
+    more: usize,
+    limit: usize,
+) -> Result<(), Refusal> {
+    if have + more > limit {
+        return Err(Refusal::TableFull { what, limit });
+    }
+    Ok(())
 }
 
 /// Frees a port if this holder still has it: one that was quarantined under it is no longer its.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::allocation::Allocation;
 use super::claim::Claim;
+use super::digest::Digest;
 use super::limits::*;
 use super::name::{
     InstanceName, Invalid, Port, RangeName, Revision, Token, WorkerName, check_text,
@@ -64,6 +65,21 @@ pub enum Command {
         worker: WorkerName,
         ports: Vec<Port>,
     },
+    /// Replicas prove that they agree. Changes nothing.
+    Checkpoint(Checkpoint),
+}
+
+/// One of the two steps in which replicas compare their tables. A digest takes time in the size of
+/// the table, and `apply` must not: so a replica takes its digest beside `apply`, of a clone, and
+/// the comparison is a command of its own, later in the log. Whether a replica agrees is no outcome:
+/// outcomes are the same on all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checkpoint {
+    /// Every replica takes the digest of the table as it is here in the log.
+    Take,
+    /// What most replicas had at the `Take` that is command number `command` (from 0) of log entry
+    /// `entry`. A replica that took another digest there must stop.
+    Compare { entry: u64, command: u32, revision: Revision, digest: Digest },
 }
 
 /// By what right something is released.
@@ -108,12 +124,13 @@ impl Command {
             Command::Release { authority: Authority::Operator { reason }, .. } => {
                 check_text("reason", reason, REASON_MAX_BYTES)
             }
-            Command::UpdateWorker { .. }
-            | Command::SetWorkerPhase { .. }
+            Command::UpdateWorker { patch, .. } => patch.validate(),
+            Command::SetWorkerPhase { .. }
             | Command::RemoveWorker { .. }
             | Command::Confirm { .. }
             | Command::Release { .. }
-            | Command::ReportConflict { .. } => Ok(()),
+            | Command::ReportConflict { .. }
+            | Command::Checkpoint(_) => Ok(()),
         }
     }
 
@@ -130,6 +147,7 @@ impl Command {
             Command::ReportConflict { .. } => "report_conflict",
             Command::Quarantine { .. } => "quarantine",
             Command::LiftQuarantine { .. } => "lift_quarantine",
+            Command::Checkpoint(_) => "checkpoint",
         }
     }
 }
@@ -164,6 +182,8 @@ pub enum Outcome {
         allocation: Arc<Allocation>,
         reason: String,
     },
+    /// Of a checkpoint: it is in the log.
+    Noted,
 }
 
 /// Why a command changed nothing.
@@ -210,8 +230,9 @@ pub enum Shortage {
     OnSelection {
         looked_at: u64,
         candidates: u64,
+        /// Workers of the whole cluster that are not `Ready`, and so were no candidates.
         not_ready: u64,
-        /// How many workers lacked what; most frequent first, then by text.
+        /// How many workers lacked what; most frequent first, then in the order of [`LackKind`].
         reasons: Vec<(LackKind, u64)>,
     },
 }
@@ -226,7 +247,7 @@ pub enum Lack {
     #[error("port {port} is {}", describe_taken(.taken))]
     Port { port: Port, taken: Taken },
     #[error(
-        "range {range} has {free} of {managed} ports free, {wanted} more wanted ({held} held, {quarantined} quarantined, {reserved} reserved)"
+        "range {range} has {free} of {managed} ports free, {wanted} more wanted ({held} held{}, {quarantined} quarantined, {reserved} reserved)", by(.holders)
     )]
     Ports {
         range: RangeName,
@@ -236,6 +257,8 @@ pub enum Lack {
         held: u32,
         quarantined: u32,
         reserved: u32,
+        /// Some of them.
+        holders: Vec<InstanceName>,
     },
     #[error("range {range} has {free} ports free but at most {longest} in a row, {wanted} wanted")]
     Band { range: RangeName, wanted: u32, longest: u32, free: u32 },
@@ -252,9 +275,16 @@ pub enum Lack {
     #[error("GPU {index} is wanted alone and held by {}", list(.holders))]
     GpuBusy { index: u32, holders: Vec<InstanceName> },
     #[error(
-        "{fitting} of its {total} GPUs fit, {wanted} wanted; the emptiest has {most_free_bytes} bytes free"
+        "{fitting} of its {total} GPUs fit, {wanted} wanted; the emptiest has {most_free_bytes} bytes free (GPUs held{})", by(.holders)
     )]
-    Gpus { wanted: u32, fitting: u32, total: u32, most_free_bytes: u64 },
+    Gpus {
+        wanted: u32,
+        fitting: u32,
+        total: u32,
+        most_free_bytes: u64,
+        /// Some of them.
+        holders: Vec<InstanceName>,
+    },
 }
 
 /// The kinds of [`Lack`], to be counted over many workers.
@@ -330,6 +360,11 @@ fn describe_selection(
 /// At most a handful of names; whoever asks wants to know whom to turn to.
 fn list(names: &[InstanceName]) -> String {
     names.iter().map(InstanceName::as_str).collect::<Vec<_>>().join(", ")
+}
+
+/// The end of "held": empty where nobody is named.
+fn by(names: &[InstanceName]) -> String {
+    if names.is_empty() { String::new() } else { format!(" by {}", list(names)) }
 }
 
 /// One change of the table, for watchers. Events of one revision form a group.

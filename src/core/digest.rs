@@ -32,12 +32,19 @@ impl fmt::Debug for Digest {
 }
 
 pub fn digest(state: &State) -> Digest {
-    let State { feature_level, revision, workers, allocations, indexes: _ } = state;
+    let State { feature_level, revision, workers, allocations, members, indexes: _ } = state;
     let mut sink = Sink(Sha256::new());
     sink.number(u64::from(*feature_level));
     sink.number(revision.0);
     sink.each(workers.values(), |sink, w| sink.worker(w));
     sink.each(allocations.values(), |sink, a| sink.allocation(a));
+    // Without members, as before there was one: the table alone.
+    if !members.is_empty() {
+        sink.each(members.iter(), |sink, (id, incarnation)| {
+            sink.number(*id);
+            sink.text(incarnation);
+        });
+    }
     Digest(sink.0.finalize().into())
 }
 

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use imbl::OrdSet;
 
-use super::claim::GpuShare;
-use super::state::{Indexes, Resource, State, namespace_key, scopes, uuids};
+use super::allocation::Allocation;
+use super::claim::{GpuChoice, GpuRequest, GpuShare, Ports};
+use super::limits::SWAPS_MAX;
+use super::state::{Indexes, Resource, State, scopes, uuids};
 use super::worker::WorkerPhase;
 
 /// Checks every invariant; the error names the first that does not hold.
@@ -98,18 +100,53 @@ pub fn check_invariants(state: &State) -> Result<(), String> {
         if held.token.0 > held.version.0 || held.version > state.revision || held.token.0 == 0 {
             return fail("its revisions run ahead");
         }
-        let answered = |i: usize| held.ports.iter().filter(|p| usize::from(p.request) == i).count();
-        let complete = held
-            .claim
-            .ports
-            .iter()
-            .enumerate()
-            .all(|(i, r)| answered(i) == r.ports.count() as usize);
-        if !complete || held.gpus.len() != held.claim.gpus.as_ref().map_or(0, |g| g.which.count()) {
+        held.claim.validate().map_err(|e| format!("allocation {name}: {e}"))?;
+        if !answers(held) {
             return fail("does not hold what it asked for");
         }
     }
     check_indexes(state)
+}
+
+/// Does an allocation hold exactly what its claim asks for, in the claim's order?
+fn answers(held: &Allocation) -> bool {
+    let mut ports = held.ports.as_slice();
+    for (i, asked) in held.claim.ports.iter().enumerate() {
+        let count = asked.ports.count() as usize;
+        let Some((given, rest)) = ports.split_at_checked(count) else { return false };
+        ports = rest;
+        let in_place = given.iter().all(|p| {
+            usize::from(p.request) == i
+                && p.name == asked.name
+                && asked.range.as_ref().is_none_or(|range| *range == p.range)
+        });
+        let as_asked = match asked.ports {
+            Ports::Count(_) => true,
+            Ports::Specific(port) => given[0].number == port.get(),
+            Ports::Contiguous(_) => {
+                given.windows(2).all(|w| u32::from(w[0].number) + 1 == u32::from(w[1].number))
+            }
+        };
+        if !in_place || !as_asked {
+            return false;
+        }
+    }
+    let gpus_as_asked = match &held.claim.gpus {
+        None => held.gpus.is_empty(),
+        Some(GpuRequest { which, share }) => {
+            let chosen = held.gpus.iter().map(|g| g.index);
+            let which_fits = match which {
+                GpuChoice::Count(count) => chosen.len() == *count as usize,
+                GpuChoice::Indexes(indexes) => chosen.eq(indexes.iter().copied()),
+            };
+            which_fits
+                && held.gpus.iter().all(|gpu| match share {
+                    GpuShare::Exclusive => gpu.exclusive,
+                    GpuShare::MemoryBytes(bytes) => !gpu.exclusive && gpu.memory_bytes == *bytes,
+                })
+        }
+    };
+    ports.is_empty() && gpus_as_asked && held.swaps <= SWAPS_MAX
 }
 
 /// Every index is the inverse of its map: built anew, it is the same.
@@ -127,13 +164,13 @@ fn check_indexes(state: &State) -> Result<(), String> {
                 }
             }
         }
-        for uuid in uuids(worker) {
+        for uuid in uuids(&worker.spec) {
             if gpu_owner.insert(uuid.clone(), name.clone()).is_some() {
                 return Err(format!("GPU {uuid} belongs to {name} and to another worker"));
             }
         }
         if let Some(identity) = &worker.spec.identity
-            && identity_owner.insert(namespace_key(identity), name.clone()).is_some()
+            && identity_owner.insert(identity.clone(), name.clone()).is_some()
         {
             return Err(format!("the namespace of {name} belongs to another worker too"));
         }

@@ -15,6 +15,9 @@
 //!
 //! [`check_invariants`] checks them all.
 
+// What is disallowed, and why: clippy.toml.
+#![deny(clippy::disallowed_types, clippy::disallowed_methods, clippy::float_arithmetic)]
+
 mod allocation;
 mod apply;
 mod claim;
@@ -27,6 +30,8 @@ mod place;
 mod ports;
 mod selector;
 mod state;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 pub use allocation::*;

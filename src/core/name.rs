@@ -114,6 +114,12 @@ macro_rules! name_type {
             }
         }
 
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
         impl std::str::FromStr for $name {
             type Err = Invalid;
             fn from_str(value: &str) -> Result<Self, Invalid> {

@@ -5,9 +5,10 @@
 //! from the fullest that may fit upward (binpack), or from the emptiest downward (spread), ties by
 //! name. The walk is bounded by [`PLACEMENT_CANDIDATES_MAX`]; integer arithmetic only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use imbl::OrdSet;
+use itertools::Itertools as _;
 
 use super::allocation::{HeldGpu, HeldPort};
 use super::claim::{Claim, GpuChoice, GpuRequest, GpuShare, Placement, Policy, PortRequest, Ports};
@@ -39,13 +40,16 @@ pub(super) fn place(state: &State, claim: &Claim) -> Result<Grant, Refusal> {
         }
         Placement::Select { selector, policy } => {
             let (resource, least) = need(claim);
-            sources(state, selector, resource)
-                .candidates(least, *policy)
-                .take(PLACEMENT_CANDIDATES_MAX)
+            let search = || {
+                sources(state, selector, resource)
+                    .candidates(least, *policy)
+                    .take(PLACEMENT_CANDIDATES_MAX)
+            };
+            search()
                 .filter_map(|name| state.worker(name))
                 .filter(|worker| selector.matches(&worker.spec.labels))
                 .find_map(|worker| place_on(worker, claim, *policy).ok())
-                .ok_or_else(|| nothing_fits(why_none_fits(state, claim, selector)))
+                .ok_or_else(|| nothing_fits(why_none_fits(state, claim, selector, search())))
         }
     }
 }
@@ -127,13 +131,23 @@ impl<'a> Sources<'a> {
     }
 }
 
-/// Counts what each worker of a bounded sample lacks.
-fn why_none_fits(state: &State, claim: &Claim, selector: &Selector) -> Shortage {
+/// Counts what each worker of a bounded sample lacks: first those that the search weighed, then
+/// those that it passed over for having too little of what the claim needs most.
+fn why_none_fits<'a>(
+    state: &'a State,
+    claim: &Claim,
+    selector: &Selector,
+    searched: impl Iterator<Item = &'a WorkerName>,
+) -> Shortage {
     let all = sources(state, selector, Resource::Ports);
     let candidates = all.len() as u64;
     let mut looked_at = 0;
     let mut counts: BTreeMap<LackKind, u64> = BTreeMap::new();
-    let sample = all.candidates(0, Policy::Spread).take(PLACEMENT_CANDIDATES_MAX);
+    let mut seen = BTreeSet::new();
+    let sample = searched
+        .chain(all.candidates(0, Policy::Spread))
+        .filter(|name| seen.insert(*name))
+        .take(PLACEMENT_CANDIDATES_MAX);
     for worker in sample.filter_map(|name| state.worker(name)) {
         looked_at += 1;
         let kind = match selector.matches(&worker.spec.labels) {
@@ -253,6 +267,7 @@ fn ports_lack(pool: &Pool, wanted: u32) -> Lack {
         held: pool.held_count(),
         quarantined: pool.quarantined_count(),
         reserved: pool.reserved_count(),
+        holders: some_of(pool.holders().map(|(_, name)| name)),
     }
 }
 
@@ -288,6 +303,7 @@ fn take_gpus(
                     fitting: fitting.len() as u32,
                     total: worker.gpus.len() as u32,
                     most_free_bytes: worker.most_free_gpu_bytes(),
+                    holders: some_of(worker.gpus.iter().flat_map(Gpu::holders).map(|(n, _)| n)),
                 });
             }
             fitting.sort_by_key(|at| {
@@ -322,8 +338,13 @@ fn take_gpus(
 /// Holders named in a refusal, at most.
 const HOLDERS_SHOWN: usize = 5;
 
+/// A few different names, in the order in which they come.
+fn some_of<'a>(names: impl Iterator<Item = &'a InstanceName>) -> Vec<InstanceName> {
+    names.dedup().take(HOLDERS_SHOWN).cloned().collect()
+}
+
 fn gpu_lack(gpu: &Gpu, share: GpuShare) -> Lack {
-    let holders = gpu.holders().map(|(name, _)| name.clone()).take(HOLDERS_SHOWN).collect();
+    let holders = some_of(gpu.holders().map(|(name, _)| name));
     match share {
         GpuShare::Exclusive => Lack::GpuBusy { index: gpu.index, holders },
         GpuShare::MemoryBytes(wanted_bytes) => Lack::GpuMemory {

@@ -89,33 +89,28 @@ impl Pool {
         pool
     }
 
-    /// The same range with other bounds or reserved ports: holders, quarantines and the order of
-    /// freed ports stay. The caller has checked that nothing held is left outside or reserved.
-    pub fn reshape(
-        &self,
-        first: Port,
-        last: Port,
-        reserved: impl IntoIterator<Item = Port>,
-    ) -> Pool {
-        let mut pool = Pool::new(self.name.clone(), first, last, reserved);
-        for (number, holder) in &self.held {
-            pool.take(*number, holder);
+    /// Takes over what an older pool says of the ports that are in both: holders, quarantines and
+    /// the order of freed ports. The ranges of a worker may be cut anew, so a port's past follows
+    /// its number, not the name of its range. A port that is reserved by now stays reserved. The
+    /// caller has checked that nothing held leaves its range.
+    pub(super) fn inherit(&mut self, old: &Pool) {
+        for (number, holder) in &old.held {
+            self.take(*number, holder);
         }
-        for (number, quarantine) in &self.quarantined {
-            if pool.is_free(*number) {
-                pool.unfree(*number);
-                pool.quarantined.insert(*number, quarantine.clone());
+        for (number, quarantine) in &old.quarantined {
+            if self.is_free(*number) {
+                self.quarantine(*number, quarantine.clone());
             }
         }
-        for number in self.freed.values() {
-            if pool.is_free(*number) {
-                pool.enqueue(*number);
+        for number in old.freed.values() {
+            if self.is_free(*number) {
+                self.enqueue(*number);
             }
         }
-        pool
     }
 
     /// Rebuilds a pool from what a snapshot keeps of it: its holders come from the allocations.
+    /// What does not fit the range is kept all the same, so that the invariants refuse it.
     pub fn restore(
         empty: Pool,
         cursor: u32,
@@ -125,7 +120,9 @@ impl Pool {
     ) -> Pool {
         let mut pool = empty;
         for (number, quarantine) in quarantined {
-            pool.unfree(number);
+            if pool.is_free(number) {
+                pool.unfree(number);
+            }
             pool.quarantined.insert(number, quarantine);
         }
         for (at, number) in freed {
@@ -399,6 +396,7 @@ impl Pool {
         if self.held.keys().any(outside)
             || self.quarantined.keys().any(outside)
             || self.reserved.keys().any(outside)
+            || self.freed_at.keys().any(outside)
         {
             return fail("a port outside the range".into());
         }
@@ -409,6 +407,9 @@ impl Pool {
             && self.freed.iter().all(|(at, port)| self.freed_at.get(port) == Some(at));
         if !inverse {
             return fail("the queue of freed ports and its index differ".into());
+        }
+        if !(u32::from(self.first)..=u32::from(self.last) + 1).contains(&self.cursor) {
+            return fail(format!("the cursor {} is outside", self.cursor));
         }
         if self.freed.get_max().is_some_and(|(at, _)| *at >= self.next_freed) {
             return fail("the queue of freed ports runs ahead of its counter".into());
@@ -496,14 +497,14 @@ mod tests {
     }
 
     #[test]
-    fn reshaping_keeps_holders_quarantines_and_order() {
+    fn a_wider_range_inherits_holders_quarantines_and_order() {
         let mut p = pool(10, 15, &[]);
         take_all(&mut p);
         p.free(12);
         p.free(11);
         p.quarantine(13, Quarantine { reason: "x".into(), since: Revision(3) });
-        let port = |n| Port::new("port", n).unwrap();
-        let mut grown = p.reshape(port(9), port(16), [port(16)]);
+        let mut grown = pool(9, 16, &[16]);
+        grown.inherit(&p);
         grown.check().unwrap();
         assert_eq!(grown.holder(10), Some(&someone()));
         assert_eq!(take_all(&mut grown), [9, 12, 11]);

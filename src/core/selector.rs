@@ -38,15 +38,28 @@ impl Term {
     }
 }
 
-/// All terms must hold; without terms every worker matches.
+/// All terms must hold; without terms every worker matches. Comes only from [`Selector::parse`]
+/// and [`Selector::new`], so that its limits hold.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Selector {
-    pub terms: Vec<Term>,
+    pub(super) terms: Vec<Term>,
 }
 
 impl Selector {
     pub fn matches(&self, labels: &Labels) -> bool {
         self.terms.iter().all(|term| term.matches(labels))
+    }
+
+    pub fn new(terms: Vec<Term>) -> Result<Self, Invalid> {
+        if terms.len() > SELECTOR_TERMS_MAX {
+            let limit = format!("at most {SELECTOR_TERMS_MAX} terms");
+            return Err(Invalid::new("selector", terms.len(), limit));
+        }
+        Ok(Selector { terms })
+    }
+
+    pub fn terms(&self) -> &[Term] {
+        &self.terms
     }
 
     /// Parses the text form. The error's field is `selector`.

@@ -22,6 +22,9 @@ pub struct State {
     pub revision: Revision,
     pub(super) workers: OrdMap<WorkerName, Arc<Worker>>,
     pub(super) allocations: OrdMap<InstanceName, Arc<Allocation>>,
+    /// Every node that was ever a member, with the incarnation that its id is bound to: an id is
+    /// never used again. Empty while it is pending.
+    pub(super) members: OrdMap<u64, String>,
     pub(super) indexes: Indexes,
 }
 
@@ -32,8 +35,9 @@ pub(super) struct Indexes {
     pub by_free: OrdMap<(Scope, Resource), OrdSet<(u64, WorkerName)>>,
     /// GPU UUIDs, where known.
     pub gpu_owner: OrdMap<String, WorkerName>,
-    /// Network namespaces of workers with an agent. Keyed without the boot: a newer boot replaces.
-    pub identity_owner: OrdMap<(String, u64), WorkerName>,
+    /// Network namespaces of workers with an agent. The boot is part of the key: after a reboot the
+    /// numbers of namespaces begin anew.
+    pub identity_owner: OrdMap<Identity, WorkerName>,
     /// Workers that are not `Ready`.
     pub not_ready: u64,
 }
@@ -63,6 +67,7 @@ impl Default for State {
             revision: Revision(0),
             workers: OrdMap::new(),
             allocations: OrdMap::new(),
+            members: OrdMap::new(),
             indexes: Indexes::default(),
         }
     }
@@ -75,6 +80,26 @@ impl State {
 
     pub fn allocation(&self, name: &InstanceName) -> Option<&Arc<Allocation>> {
         self.allocations.get(name)
+    }
+
+    /// Remembers a member of the cluster for ever. The incarnation that its id was bound to first
+    /// stays. Comes with the memberships of the log, so that all replicas agree; it is no change of
+    /// the table, and takes no revision.
+    pub fn remember_member(&mut self, id: u64, incarnation: &str) {
+        if self.members.get(&id).is_none_or(String::is_empty) {
+            self.members.insert(id, incarnation.into());
+        }
+    }
+
+    /// The incarnation that an id is or was bound to; empty while it is pending, `None` where it
+    /// was never used.
+    pub fn member_incarnation(&self, id: u64) -> Option<&str> {
+        self.members.get(&id).map(String::as_str)
+    }
+
+    /// All ids that were ever used, in order, each with its incarnation.
+    pub fn members(&self) -> impl Iterator<Item = (u64, &str)> {
+        self.members.iter().map(|(id, incarnation)| (*id, incarnation.as_str()))
     }
 
     pub fn worker_count(&self) -> usize {
@@ -96,6 +121,23 @@ impl State {
         after: Option<&InstanceName>,
     ) -> impl Iterator<Item = &Arc<Allocation>> {
         self.allocations.range(after_bounds(after)).map(|(_, allocation)| allocation)
+    }
+
+    /// Allocations whose names begin with `prefix`, in order of name, from after `after`.
+    pub fn allocations_named(
+        &self,
+        prefix: &str,
+        after: Option<&InstanceName>,
+    ) -> impl Iterator<Item = &Arc<Allocation>> {
+        use std::ops::Bound::{Excluded, Included, Unbounded};
+        let start = match after {
+            Some(after) if after.as_str() >= prefix => Excluded(after.as_str()),
+            _ => Included(prefix),
+        };
+        self.allocations
+            .range::<_, str>((start, Unbounded))
+            .take_while(move |(name, _)| name.as_str().starts_with(prefix))
+            .map(|(_, allocation)| allocation)
     }
 
     /// Allocations of one worker in order of name, from after `after`.
@@ -159,6 +201,9 @@ impl Restore {
         if !fits {
             return Err(format!("worker {name}: its pools are not those of its ranges"));
         }
+        if self.state.worker(&name).is_some() {
+            return Err(format!("worker {name} is recorded twice"));
+        }
         let worker = Worker { phase, pools, version, ..Worker::new(name, spec, created) };
         self.state.put_worker(worker);
         Ok(())
@@ -167,6 +212,9 @@ impl Restore {
     pub fn allocation(&mut self, allocation: Allocation) -> Result<(), String> {
         let name = allocation.name().clone();
         let fail = |what: &str| Err(format!("allocation {name}: {what}"));
+        if self.state.allocation(&name).is_some() {
+            return fail("is recorded twice");
+        }
         let Some(worker) = self.state.workers.get(&allocation.worker) else {
             return fail("its worker does not exist");
         };
@@ -184,7 +232,9 @@ impl Restore {
                 GpuShare::MemoryBytes(held.memory_bytes)
             };
             match worker.gpus.iter_mut().find(|g| g.index == held.index) {
-                Some(gpu) if gpu.fits(share) => gpu.take(&name, share),
+                Some(gpu) if gpu.fits(share) && !gpu.holders.contains_key(&name) => {
+                    gpu.take(&name, share)
+                }
                 _ => return fail(&format!("GPU {} cannot be held", held.index)),
             }
         }
@@ -192,6 +242,10 @@ impl Restore {
         self.state.put_worker(worker);
         self.state.put_allocation(allocation);
         Ok(())
+    }
+
+    pub fn member(&mut self, id: u64, incarnation: &str) {
+        self.state.remember_member(id, incarnation);
     }
 
     /// The state, if every invariant holds.
@@ -243,19 +297,19 @@ impl Indexes {
             return;
         }
         if let Some(old) = old {
-            for uuid in uuids(old) {
+            for uuid in uuids(&old.spec) {
                 self.gpu_owner.remove(uuid);
             }
             if let Some(identity) = &old.spec.identity {
-                self.identity_owner.remove(&namespace_key(identity));
+                self.identity_owner.remove(identity);
             }
         }
         if let Some(new) = new {
-            for uuid in uuids(new) {
+            for uuid in uuids(&new.spec) {
                 self.gpu_owner.insert(uuid.clone(), new.name.clone());
             }
             if let Some(identity) = &new.spec.identity {
-                self.identity_owner.insert(namespace_key(identity), new.name.clone());
+                self.identity_owner.insert(identity.clone(), new.name.clone());
             }
         }
     }
@@ -292,10 +346,6 @@ pub(super) fn scopes(worker: &Worker) -> impl Iterator<Item = Scope> + '_ {
     std::iter::once(Scope::All).chain(labels.map(|(k, v)| Scope::Label(k.clone(), v.clone())))
 }
 
-pub(super) fn uuids(worker: &Worker) -> impl Iterator<Item = &String> {
-    worker.spec.gpus.iter().map(|gpu| &gpu.uuid).filter(|uuid| !uuid.is_empty())
-}
-
-pub(super) fn namespace_key(identity: &Identity) -> (String, u64) {
-    (identity.machine_id.clone(), identity.namespace)
+pub(super) fn uuids(spec: &WorkerSpec) -> impl Iterator<Item = &String> {
+    spec.gpus.iter().map(|gpu| &gpu.uuid).filter(|uuid| !uuid.is_empty())
 }

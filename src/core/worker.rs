@@ -1,6 +1,6 @@
 //! A worker: one network namespace of one machine, with its ranges of ports and its GPUs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -150,9 +150,14 @@ impl WorkerSpec {
                 return Err(Invalid::new(field("memory_bytes"), gpu.memory_bytes, limit));
             }
         }
-        if let Some(identity) = &self.identity {
-            check_text("identity.machine_id", &identity.machine_id, ADDRESS_MAX_BYTES)?;
-            check_text("identity.boot_id", &identity.boot_id, ADDRESS_MAX_BYTES)?;
+        if let Some(Identity { machine_id, boot_id, namespace: _ }) = &self.identity {
+            for (field, id) in [("identity.machine_id", machine_id), ("identity.boot_id", boot_id)]
+            {
+                check_text(field, id, ADDRESS_MAX_BYTES)?;
+                if id.is_empty() {
+                    return Err(Invalid::new(field, id, "not empty: it tells machines apart"));
+                }
+            }
         }
         Ok(())
     }
@@ -169,6 +174,19 @@ pub struct WorkerPatch {
 }
 
 impl WorkerPatch {
+    /// Checks the fields that it sets: they must do on a worker that has nothing else.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        let blank = WorkerSpec {
+            address: "unset".into(),
+            labels: Labels::new(),
+            ranges: Vec::new(),
+            reserved: BTreeSet::new(),
+            gpus: Vec::new(),
+            identity: None,
+        };
+        self.onto(&blank).validate()
+    }
+
     /// The spec after the change.
     pub fn onto(&self, spec: &WorkerSpec) -> WorkerSpec {
         let p = self.clone();
@@ -281,13 +299,13 @@ impl Worker {
     /// The same worker under another spec: holders, quarantines and the order of freed ports stay.
     /// The caller has checked with [`Worker::lost_by`] that nothing held falls outside.
     pub(super) fn respec(&self, spec: WorkerSpec, revision: Revision) -> Worker {
-        let old_pools: BTreeMap<_, _> = self.pools.iter().map(|p| (&p.name, p)).collect();
         let pools = spec
             .ranges
             .iter()
-            .map(|range| match old_pools.get(&range.name) {
-                Some(pool) => pool.reshape(range.first, range.last, spec.reserved.iter().copied()),
-                None => new_pool(range, &spec),
+            .map(|range| {
+                let mut pool = new_pool(range, &spec);
+                self.pools.iter().for_each(|old| pool.inherit(old));
+                pool
             })
             .collect();
         let gpus = spec
@@ -308,11 +326,12 @@ impl Worker {
 
     /// What is held and would have no place under another spec, in words; `None` if nothing.
     pub(super) fn lost_by(&self, spec: &WorkerSpec) -> Option<String> {
+        let reserved: BTreeSet<u16> = spec.reserved.iter().map(|port| port.get()).collect();
         for pool in &self.pools {
             let range = spec.ranges.iter().find(|r| r.name == pool.name);
             for (number, holder) in pool.holders() {
                 let kept = range.is_some_and(|r| (r.first.get()..=r.last.get()).contains(&number));
-                let reserved = spec.reserved.iter().any(|p| p.get() == number);
+                let reserved = reserved.contains(&number);
                 if !kept || reserved {
                     let how = if reserved { "would be reserved" } else { "would leave its range" };
                     return Some(format!(

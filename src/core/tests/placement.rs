@@ -1,0 +1,179 @@
+//! Where a claim with a selector goes.
+
+use super::*;
+
+/// Workers `w0`, `w1`, … with so many ports each, labelled `n=<i>`, `parity=even|odd`.
+fn fleet(ports: &[u16]) -> Table {
+    let mut t = Table::default();
+    for (i, count) in ports.iter().enumerate() {
+        let parity = if i % 2 == 0 { "even" } else { "odd" };
+        let labelled = |s: &mut WorkerSpec| {
+            s.labels = labels(&[("n", &i.to_string()), ("parity", parity)]);
+        };
+        let span = ("service", 40000, 40000 + count - 1);
+        t.ok(register(&format!("w{i}"), with(spec(&[span], &[]), labelled)));
+    }
+    t
+}
+
+fn place(t: &mut Table, name: &str, selector: &str, policy: Policy) -> String {
+    t.grant(claim(name, "any").count(1).select(selector, policy)).worker.to_string()
+}
+
+fn selection(refusal: Refusal) -> (u64, u64, u64, Vec<(LackKind, u64)>) {
+    match refusal {
+        Refusal::NothingFits {
+            shortage: Shortage::OnSelection { looked_at, candidates, not_ready, reasons },
+            ..
+        } => (looked_at, candidates, not_ready, reasons),
+        other => panic!("not a selection: {other}"),
+    }
+}
+
+#[test]
+fn binpack_takes_the_fullest_that_fits_and_spread_the_emptiest_ties_by_name() {
+    let mut t = fleet(&[3, 2, 2, 3]);
+    assert_eq!(place(&mut t, "a", "", Policy::Binpack), "w1");
+    assert_eq!(place(&mut t, "b", "", Policy::Binpack), "w1", "fuller by one now");
+    assert_eq!(place(&mut t, "c", "", Policy::Binpack), "w2", "w1 is full");
+    assert_eq!(place(&mut t, "d", "", Policy::Spread), "w0");
+    assert_eq!(place(&mut t, "e", "", Policy::Spread), "w3");
+    assert_eq!(place(&mut t, "f", "", Policy::Spread), "w0", "2, 0, 1, 2 are free");
+}
+
+#[test]
+fn every_term_of_a_selector_counts() {
+    let mut t = fleet(&[9, 9, 9, 9]);
+    let mut at = |i: usize, selector| place(&mut t, &format!("i{i}"), selector, Policy::Binpack);
+    for (i, (selector, expected)) in [
+        ("n=2", "w2"),
+        ("n!=0,n!=1,n!=2", "w3"),
+        ("n in (1,3),n!=1", "w3"),
+        ("n notin (0,2),parity=odd,n!=3", "w1"),
+        ("parity,n=0", "w0"),
+        ("!nope,n=1", "w1"),
+        ("parity in (odd,even),n in (0)", "w0"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(at(i, selector), expected, "{selector}");
+    }
+    let none = claim("z", "any").count(1).select("!parity", Policy::Binpack);
+    let (looked_at, candidates, _, reasons) = selection(t.refused(allocate(&[none])));
+    assert_eq!((looked_at, candidates, reasons), (4, 4, vec![(LackKind::Labels, 4)]));
+}
+
+#[test]
+fn several_values_of_a_label_are_walked_in_one_order() {
+    let mut t = fleet(&[5, 1, 3, 2, 4]);
+    let asked = |name: &str| claim(name, "any").count(1).select("n in (0,2,4)", Policy::Spread);
+    let order: Vec<_> =
+        (0..6).map(|i| t.grant(asked(&format!("i{i}"))).worker.to_string()).collect();
+    assert_eq!(order, ["w0", "w0", "w4", "w0", "w2", "w4"]);
+}
+
+#[test]
+fn a_positive_term_narrows_the_search_to_its_label() {
+    let mut t = fleet(&[1; 20]);
+    let asked = claim("a", "any").count(2).select("n in (3,4),parity=even", Policy::Binpack);
+    let (looked_at, candidates, _, reasons) = selection(t.refused(allocate(&[asked])));
+    assert_eq!((looked_at, candidates), (2, 2), "the smaller of 2 and 10");
+    assert_eq!(reasons, [(LackKind::Labels, 1), (LackKind::Ports, 1)]);
+    let unknown = claim("a", "any").count(1).select("n=77", Policy::Binpack);
+    let refusal = t.refused(allocate(&[unknown]));
+    assert!(refusal.to_string().ends_with("looked at 0 of 0 workers: there is no such worker"));
+}
+
+#[test]
+fn a_refusal_counts_what_each_worker_lacks() {
+    let mut t = fleet(&[1, 4, 4, 2]);
+    t.ok(Command::SetWorkerPhase { name: worker("w3"), phase: WorkerPhase::Cordoned });
+    t.ok(quarantine("w1", &[40001, 40002]));
+    let asked = claim("a", "any").band(3).count(1).gpu_gib(1, 1).select("", Policy::Spread);
+    let refusal = t.refused(allocate(&[asked]));
+    assert!(
+        refusal.to_string().ends_with(
+            "looked at 3 of 3 workers: too few ports free on 2, too few GPUs fit on 1, 1 not ready"
+        ),
+        "{refusal}"
+    );
+}
+
+#[test]
+fn gpu_claims_go_by_gpu_memory_and_exclusive_ones_by_idle_gpus() {
+    let mut t = Table::default();
+    for (name, gib) in [("a", &[24, 24][..]), ("b", &[48]), ("c", &[]), ("d", &[8, 8, 8])] {
+        t.ok(register(name, spec(&[("s", 1, 9)], gib)));
+    }
+    let mut at = |name: &str, asked: Claim, policy| {
+        t.grant(with(asked, |c| c.name = instance(name)).select("", policy)).worker.to_string()
+    };
+    let memory = |gib| claim("x", "any").gpu_gib(1, gib);
+    assert_eq!(at("1", memory(4), Policy::Binpack), "d", "the emptiest GPU of d has least");
+    assert_eq!(at("2", memory(4), Policy::Spread), "b");
+    assert_eq!(at("3", memory(20), Policy::Binpack), "a");
+    let alone = |n| claim("x", "any").gpus_alone(n);
+    assert_eq!(at("4", alone(1), Policy::Binpack), "a", "one idle GPU there, two on d");
+    assert_eq!(at("5", alone(2), Policy::Binpack), "d");
+    let (looked_at, candidates, _, reasons) = selection(
+        t.refused(allocate(&[claim("6", "any").gpus_alone(1).select("", Policy::Spread)])),
+    );
+    assert_eq!((looked_at, candidates), (4, 4), "workers without GPUs are spoken of too");
+    assert_eq!(reasons, [(LackKind::Gpus, 3), (LackKind::GpuBusy, 1)]);
+}
+
+/// Not timed: of many workers that do not fit, a bounded number is examined, and the refusal
+/// speaks of those that were, each with what it lacks.
+#[test]
+fn a_search_examines_a_bounded_number_of_workers() {
+    let limit = limits::PLACEMENT_CANDIDATES_MAX as u64;
+    let mut state = State::default();
+    for i in 0..2000 {
+        let span = ("service", 1, 2);
+        let (applied, _) = apply(&mut state, &register(&format!("w{i}"), spec(&[span], &[8])));
+        applied.outcome.unwrap();
+    }
+    check_invariants(&state).unwrap();
+    for (asked, kind) in [
+        (claim("a", "any").band(2).specific(1), LackKind::Ports),
+        (claim("a", "any").specific(1).gpu_gib(2, 1), LackKind::Gpus),
+        (claim("a", "any").specific(9), LackKind::PortTaken),
+        (claim("a", "any").count(1).select("zone=a", Policy::Spread), LackKind::Labels),
+        (claim("a", "any").count(1).select("zone", Policy::Spread), LackKind::Labels),
+    ] {
+        for policy in [Policy::Binpack, Policy::Spread] {
+            let mut asked = asked.clone();
+            asked.placement = match asked.placement {
+                Placement::Select { selector, .. } => Placement::Select { selector, policy },
+                _ => Placement::Select { selector: Selector::default(), policy },
+            };
+            let (applied, _) = apply(&mut state, &allocate(&[asked]));
+            let (looked_at, _, _, reasons) = selection(applied.outcome.unwrap_err());
+            let expected = if reasons.is_empty() { 0 } else { limit };
+            assert_eq!(looked_at, expected, "{kind:?}");
+            assert_eq!(reasons.iter().map(|(_, n)| n).sum::<u64>(), looked_at, "each lacks one");
+            assert!(reasons.iter().all(|(k, _)| *k == kind), "{reasons:?}");
+        }
+    }
+}
+
+/// The refusal must speak of the workers that were searched, not of others on which it might fit.
+#[test]
+fn a_refusal_speaks_of_the_workers_that_were_searched() {
+    let limit = limits::PLACEMENT_CANDIDATES_MAX;
+    let mut state = State::default();
+    let mut add = |name: String, first: u16, last: u16| {
+        let (applied, _) = apply(&mut state, &register(&name, spec(&[("s", first, last)], &[])));
+        applied.outcome.unwrap();
+    };
+    (0..limit).for_each(|i| add(format!("full{i}"), 1, 2));
+    add("roomy".into(), 5, 9);
+    let asked = |policy| claim("a", "any").specific(5).select("", policy);
+    let (applied, _) = apply(&mut state, &allocate(&[asked(Policy::Binpack)]));
+    let (looked_at, candidates, _, reasons) = selection(applied.outcome.unwrap_err());
+    assert_eq!((looked_at, candidates), (limit as u64, limit as u64 + 1));
+    assert_eq!(reasons, [(LackKind::PortTaken, limit as u64)]);
+    let (applied, _) = apply(&mut state, &allocate(&[asked(Policy::Spread)]));
+    applied.outcome.unwrap();
+}
