@@ -3,3 +3,5 @@
 
 pub mod core;
 pub mod proto;
+pub mod raft;
+pub mod store;

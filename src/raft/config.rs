@@ -1,0 +1,85 @@
+//! How openraft is set up, and why.
+
+use std::sync::Arc;
+
+use openraft::{Config, SnapshotPolicy};
+
+/// Timing and sizes of the group. Times are of the runtime's clock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RaftOptions {
+    pub heartbeat_ms: u64,
+    pub election_min_ms: u64,
+    pub election_max_ms: u64,
+    /// Log entries from one snapshot to the next.
+    pub snapshot_every_entries: u64,
+}
+
+impl Default for RaftOptions {
+    fn default() -> Self {
+        RaftOptions {
+            heartbeat_ms: 150,
+            election_min_ms: 600,
+            election_max_ms: 1200,
+            snapshot_every_entries: 50_000,
+        }
+    }
+}
+
+/// Entries in one append request. What bounds them in bytes is the log reader.
+const APPEND_ENTRIES_MAX: u64 = 1024;
+/// openraft gives up on a snapshot without progress after this; the network watches the progress.
+const SNAPSHOT_TIMEOUT_MS: u64 = 60_000;
+
+/// The error says which option is out of order.
+pub fn raft_config(options: &RaftOptions) -> Result<Arc<Config>, String> {
+    let RaftOptions { heartbeat_ms, election_min_ms, election_max_ms, snapshot_every_entries } =
+        *options;
+    if snapshot_every_entries == 0 {
+        return Err("snapshot_every_entries must be at least 1".into());
+    }
+    let config = Config {
+        cluster_name: "portwarden".into(),
+        heartbeat_interval: heartbeat_ms,
+        election_timeout_min: election_min_ms,
+        election_timeout_max: election_max_ms,
+        // A member that was away must not disturb the others when it comes back.
+        enable_pre_vote: Some(true),
+        max_payload_entries: APPEND_ENTRIES_MAX,
+        install_snapshot_timeout: SNAPSHOT_TIMEOUT_MS,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_every_entries),
+        // About what the store keeps: it purges up to the older of two snapshots, whatever it is
+        // told, and a member that is behind by less is sent entries.
+        max_in_snapshot_log_to_keep: snapshot_every_entries,
+        purge_batch_size: (snapshot_every_entries / 8).clamp(1, 1024),
+        replication_lag_threshold: snapshot_every_entries.saturating_mul(2),
+        backoff: "50ms 100ms 200ms ..1s".into(),
+        // A member that lost its log must not be believed; default is off, said for safety.
+        allow_log_reversion: Some(false),
+        // Default is on: a leader that restarts would lead on without a vote.
+        enable_leader_restore: Some(false),
+        ..Config::default()
+    };
+    config.validate().map(Arc::new).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_in_order_and_nothing_dangerous_is_on() {
+        let config = raft_config(&RaftOptions::default()).unwrap();
+        assert_eq!(config.enable_pre_vote, Some(true));
+        assert_eq!(config.allow_log_reversion, Some(false));
+        assert_eq!(config.enable_leader_restore, Some(false));
+        assert_eq!(config.snapshot_policy, SnapshotPolicy::LogsSinceLast(50_000));
+    }
+
+    #[test]
+    fn options_out_of_order_are_named() {
+        let inverted = RaftOptions { election_max_ms: 10, ..RaftOptions::default() };
+        assert!(raft_config(&inverted).unwrap_err().contains("election"));
+        let none = RaftOptions { snapshot_every_entries: 0, ..RaftOptions::default() };
+        assert!(raft_config(&none).unwrap_err().contains("snapshot_every_entries"));
+    }
+}

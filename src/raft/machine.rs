@@ -1,0 +1,260 @@
+//! The table as openraft's state machine.
+//!
+//! Each call of `apply` applies its entries one after the other, tells the observer of every
+//! command, publishes the table once, and only then answers: so whoever got an answer finds it in
+//! the view, and in the observer's books.
+//!
+//! - The table is in memory. What makes it durable is the log, and a snapshot now and then, written
+//!   on a thread for blocking work from a clone that costs nothing: apply never waits for one.
+//! - At the start the newest snapshot that can be read is the table; openraft applies what follows.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt as _};
+use openraft::entry::RaftPayload as _;
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use tokio::sync::watch;
+
+use super::convert;
+use super::types::{
+    Batch, BatchReply, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
+};
+use crate::core::{self, Applied, Checkpoint, Command, Event};
+use crate::store::{SnapshotFile, SnapshotStore, StoreError};
+
+/// Before a snapshot for which there was no room is tried again.
+const SNAPSHOT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Told of everything that changes the table, on the way to the answers: must not block.
+pub trait ApplyObserver: Send + Sync + 'static {
+    /// One command was applied. Comes before anybody is answered, and in the order of the log;
+    /// the view may still show the table before it.
+    fn applied(&self, command: &Command, applied: &Applied, events: &[Event]);
+
+    /// A checkpoint was applied, to this table. Comes after `applied`.
+    fn checkpoint(&self, _at: CommandAt, _checkpoint: &Checkpoint, _state: &core::State) {}
+
+    /// The whole table was replaced by a peer's snapshot, and the view shows it.
+    fn installed(&self) {}
+}
+
+/// Where a command lies: the index of its entry in the log, and its number in the entry, from 0.
+pub type CommandAt = (u64, u32);
+
+/// The table at one moment. A clone is cheap.
+#[derive(Debug, Clone, Default)]
+pub struct Table {
+    /// The last entry in it.
+    pub applied: Option<LogId>,
+    pub membership: StoredMembership,
+    pub state: core::State,
+}
+
+/// The table as it is now. Clones show the same.
+#[derive(Debug, Clone)]
+pub struct TableView(watch::Receiver<Arc<Table>>);
+
+impl TableView {
+    pub fn table(&self) -> Arc<Table> {
+        self.0.borrow().clone()
+    }
+
+    /// The first table that meets the condition. Waits for ever if none does: bound it in time.
+    pub async fn wait_for(&self, mut condition: impl FnMut(&Table) -> bool) -> Arc<Table> {
+        let mut table = self.0.clone();
+        if let Ok(met) = table.wait_for(|table| condition(table)).await {
+            return met.clone();
+        }
+        // The state machine is gone: nothing will change any more.
+        std::future::pending().await
+    }
+}
+
+pub struct StateMachine {
+    /// As of the entries applied; published by `publish`.
+    table: Table,
+    published: watch::Sender<Arc<Table>>,
+    snapshots: SnapshotStore,
+    observer: Arc<dyn ApplyObserver>,
+}
+
+impl StateMachine {
+    /// Loads the newest good snapshot. Blocks on the disk.
+    ///
+    /// Errors: the disk, a snapshot of a newer version, or one that was damaged and the log does
+    /// not reach back to the one before it.
+    pub fn open(
+        snapshots: SnapshotStore,
+        observer: Arc<dyn ApplyObserver>,
+    ) -> Result<(StateMachine, TableView), StoreError> {
+        let mut table = Table::default();
+        while let Some(file) = snapshots.newest() {
+            match load(&file) {
+                Ok(loaded) => {
+                    table = loaded;
+                    break;
+                }
+                Err(error @ StoreError::Damaged { .. }) => snapshots.set_aside(&file, &error)?,
+                Err(error) => return Err(error),
+            }
+        }
+        let (published, view) = watch::channel(Arc::new(table.clone()));
+        let machine = StateMachine { table, published, snapshots, observer };
+        Ok((machine, TableView(view)))
+    }
+
+    fn apply_one(
+        &mut self,
+        at: LogId,
+        payload: &EntryPayload<Batch, u64, super::Member>,
+    ) -> BatchReply {
+        self.table.applied = Some(at);
+        if let Some(membership) = payload.get_membership() {
+            for (id, member) in membership.nodes() {
+                self.table.state.remember_member(*id, &member.incarnation);
+            }
+            self.table.membership = StoredMembership::new(Some(at), membership);
+        }
+        let EntryPayload::Normal(Batch(commands)) = payload else {
+            return BatchReply::default();
+        };
+        let apply = |(command, number): (&Command, u32)| {
+            #[cfg(feature = "planted-bugs")]
+            let command = &planted_bug(command);
+            let (applied, events) = core::apply(&mut self.table.state, command);
+            self.observer.applied(command, &applied, &events);
+            if let Command::Checkpoint(checkpoint) = command {
+                self.observer.checkpoint((at.index, number), checkpoint, &self.table.state);
+            }
+            applied
+        };
+        BatchReply(commands.iter().zip(0..).map(apply).collect())
+    }
+
+    fn publish(&self) {
+        self.published.send_replace(Arc::new(self.table.clone()));
+    }
+}
+
+/// What must never be: a command that depends on the process. Only where the environment asks for
+/// it, in a build for the test that finds it (`tests/planted.rs`).
+#[cfg(feature = "planted-bugs")]
+fn planted_bug(command: &Command) -> Command {
+    let mut command = command.clone();
+    if let Command::Quarantine { reason, .. } = &mut command
+        && std::env::var_os("PORTWARDEN_PLANTED_BUG").is_some_and(|bug| bug == "process-id")
+    {
+        reason.push_str(&std::process::id().to_string());
+    }
+    command
+}
+
+/// What a snapshot file holds, checked.
+fn load(file: &SnapshotFile) -> Result<Table, StoreError> {
+    let damaged = |error: &dyn ToString| StoreError::Damaged {
+        path: file.path().to_path_buf(),
+        what: error.to_string(),
+    };
+    let meta = convert::meta(file.head()).map_err(|error| damaged(&error))?;
+    let state = file.load()?;
+    Ok(Table { applied: meta.last_log_id, membership: meta.last_membership, state })
+}
+
+/// Runs what blocks on the disk beside the runtime.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, io::Error> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?;
+    Ok(done?)
+}
+
+/// Writes the table as it was when the builder was made.
+pub struct SnapshotBuilder {
+    table: Table,
+    snapshots: SnapshotStore,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
+    type SnapshotData = SnapshotFile;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        let meta = SnapshotMeta {
+            last_log_id: self.table.applied,
+            last_membership: self.table.membership.clone(),
+        };
+        loop {
+            let (head, state, snapshots) =
+                (convert::head(&meta), self.table.state.clone(), self.snapshots.clone());
+            let written = tokio::task::spawn_blocking(move || snapshots.write(&head, &state));
+            match written.await.map_err(io::Error::other)? {
+                Ok(snapshot) => return Ok(Snapshot { meta, snapshot }),
+                // What was begun is gone, and the log has everything: it can wait for room.
+                Err(error) if error.is_full() => {
+                    tracing::warn!(%error, "a snapshot waits for room");
+                    tokio::time::sleep(SNAPSHOT_PAUSE).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotFile;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        Ok((self.table.applied, self.table.membership.clone()))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut answers = Vec::new();
+        while let Some(next) = entries.next().await {
+            let (entry, responder) = next?;
+            let reply = self.apply_one(entry.log_id, &entry.payload);
+            answers.extend(responder.map(|responder| (responder, reply)));
+        }
+        self.publish();
+        for (responder, reply) in answers {
+            responder.send(reply);
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        SnapshotBuilder { table: self.table.clone(), snapshots: self.snapshots.clone() }
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotFile,
+    ) -> Result<(), io::Error> {
+        if convert::head(meta) != *snapshot.head() {
+            return Err(io::Error::other("the snapshot is not the one that was announced"));
+        }
+        let snapshots = self.snapshots.clone();
+        // Loaded before it takes the place of the others: nothing is lost to one that is damaged.
+        self.table = blocking(move || {
+            let table = load(&snapshot)?;
+            snapshots.install(&snapshot)?;
+            Ok(table)
+        })
+        .await?;
+        self.publish();
+        self.observer.installed();
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let Some(snapshot) = self.snapshots.newest() else { return Ok(None) };
+        let meta = convert::meta(snapshot.head()).map_err(io::Error::other)?;
+        Ok(Some(Snapshot { meta, snapshot }))
+    }
+}

@@ -1,0 +1,602 @@
+//! The calling side of the peer protocol: Raft's messages, probes and forwarded calls.
+//!
+//! One HTTP/2 connection to each peer address carries everything; it is made at the first call and
+//! again after it broke. Entries go over one stream a follower: requests are sent as openraft hands
+//! them out, answers come in their order. A snapshot is read from its file in chunks as they go out.
+//!
+//! - Who cannot be reached, or refuses by name, is unreachable: openraft backs off. What broke on
+//!   the way is a network error and tried again soon.
+//! - Silence is bounded: connecting, each answer, each step of a snapshot.
+//! - [`ForwardError::NotSent`] only where the peer surely did not begin; any doubt is `Broken`.
+
+use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream};
+use futures::{Stream, StreamExt as _};
+use openraft::errors::{
+    NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable,
+};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError,
+    StreamAppendResult, TransferLeaderError, TransferLeaderRequest, TransferLeaderResponse,
+    VoteRequest, VoteResponse,
+};
+use openraft::type_config::alias::WatchReceiverOf;
+use openraft::{OptionalSend, RPCTypes};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status, Streaming};
+
+use super::PEER_MESSAGE_MAX_BYTES;
+use super::convert::{self, Malformed, read_log_id, read_vote, wire_entry, wire_log_id, wire_vote};
+use super::identity::{ClusterCell, Identities, Kind, LocalIdentity};
+use super::machine::TableView;
+use super::types::{Member, Metrics, NodeId, Snapshot, TypeConfig, Vote};
+use crate::proto::peer as proto;
+use crate::proto::peer::append_response::Result as AppendResult;
+use crate::proto::peer::peer_client::PeerClient as Rpc;
+use crate::proto::peer::snapshot_request::Part;
+use crate::proto::peer::transfer_response::Refusal;
+use crate::store::SnapshotFile;
+use crate::store::codec;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a follower may take to write what it was sent. openraft's own limit is a heartbeat,
+/// which a slow disk exceeds; a dead peer is found out by the keepalive.
+const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
+/// Chunks that were read and not sent yet.
+const SNAPSHOT_CHUNKS_AHEAD: usize = 4;
+/// Flow control of a stream: some append requests may be under way.
+pub(super) const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+pub(super) const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+
+/// Of which kind a refusal is: metadata beside FAILED_PRECONDITION.
+pub(super) const REFUSAL_KEY: &str = "portwarden-refusal";
+
+type Rejected = RPCError<TypeConfig>;
+
+/// What became of a forwarded call.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardError {
+    /// Surely not executed: it never reached the peer's handler.
+    #[error("not sent: {0}")]
+    NotSent(String),
+    /// May have been executed.
+    #[error("outcome unknown: {0}")]
+    Broken(String),
+}
+
+/// The way to the peers. Clones share connections and what was learnt.
+#[derive(Debug, Clone)]
+pub struct PeerNetwork {
+    pub(super) identities: Identities,
+    channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    refusal: Arc<watch::Sender<Option<String>>>,
+    closed: Arc<watch::Sender<bool>>,
+}
+
+impl PeerNetwork {
+    pub fn new(local: LocalIdentity, cluster: ClusterCell) -> PeerNetwork {
+        PeerNetwork {
+            identities: Identities::new(local, cluster),
+            channels: Arc::default(),
+            refusal: Arc::new(watch::channel(None).0),
+            closed: Arc::new(watch::channel(false).0),
+        }
+    }
+
+    /// From now on calls are checked against the members of the log. To be called once Raft has
+    /// read its log, and before it is called by peers.
+    pub fn follow(&self, metrics: WatchReceiverOf<TypeConfig, Metrics>, view: TableView) {
+        self.identities.follow(metrics, view);
+    }
+
+    /// The last time that a peer and this node disagreed about who this node is: in words that name
+    /// both sides. A node that lost its disk learns of it here, and one that is a copy of another.
+    /// Its process must end.
+    pub fn refusals(&self) -> watch::Receiver<Option<String>> {
+        self.refusal.subscribe()
+    }
+
+    pub(super) fn refused(&self, why: &str) {
+        self.refusal.send_replace(Some(why.into()));
+    }
+
+    /// What a peer answered, for a person; a refusal that is about this node is taken note of.
+    fn heard(&self, to: NodeId, peer_addr: &str, status: &Status) -> String {
+        let why = format!("node {to} at {peer_addr}: {}", describe(status));
+        let kind = status.metadata().get(REFUSAL_KEY).and_then(|kind| kind.to_str().ok());
+        let refused = status.code() == Code::FailedPrecondition;
+        if refused && kind.is_some_and(Kind::ends_sender) {
+            self.refused(&why);
+        }
+        why
+    }
+
+    /// Carries a call to another node, within the request's `remaining_ms`. The header is filled in
+    /// here.
+    pub async fn forward(
+        &self,
+        to: NodeId,
+        peer_addr: &str,
+        mut request: proto::ForwardRequest,
+    ) -> Result<proto::ForwardResponse, ForwardError> {
+        let left = Duration::from_millis(request.remaining_ms);
+        if left.is_zero() {
+            return Err(ForwardError::NotSent("the deadline is past".into()));
+        }
+        if request.request.len() >= PEER_MESSAGE_MAX_BYTES {
+            let bytes = request.request.len();
+            return Err(ForwardError::NotSent(format!("a request of {bytes} bytes is too large")));
+        }
+        request.header = Some(self.identities.header(to));
+        let mut rpc = self.rpc(peer_addr).map_err(ForwardError::NotSent)?;
+        match tokio::time::timeout(left, rpc.forward(request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => {
+                let why = self.heard(to, peer_addr, &status);
+                // The service itself answers so only before it hands the call on.
+                let refused = status.metadata().contains_key(REFUSAL_KEY)
+                    || matches!(status.code(), Code::FailedPrecondition | Code::Unimplemented);
+                match refused || never_connected(&status) {
+                    true => Err(ForwardError::NotSent(why)),
+                    false => Err(ForwardError::Broken(why)),
+                }
+            }
+            Err(_) => Err(ForwardError::Broken(format!(
+                "node {to} at {peer_addr} did not answer within {} ms",
+                left.as_millis()
+            ))),
+        }
+    }
+
+    /// Asks a node for its state before there is a cluster. The header is filled in here.
+    pub async fn probe(
+        &self,
+        to: NodeId,
+        peer_addr: &str,
+        mut request: proto::ProbeRequest,
+        timeout: Duration,
+    ) -> Result<proto::ProbeResponse, String> {
+        request.header = Some(self.identities.header(to));
+        let mut rpc = self.rpc(peer_addr)?;
+        match tokio::time::timeout(timeout, rpc.probe(request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(self.heard(to, peer_addr, &status)),
+            Err(_) => Err(format!(
+                "node {to} at {peer_addr} did not answer within {} ms",
+                timeout.as_millis()
+            )),
+        }
+    }
+
+    /// Ends every connection: two nodes in one process would keep each other's open for ever.
+    pub fn close(&self) {
+        self.closed.send_replace(true);
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Resolves when this node stops.
+    pub(super) async fn closed(&self) {
+        let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
+    }
+
+    fn rpc(&self, peer_addr: &str) -> Result<Rpc<Channel>, String> {
+        if *self.closed.borrow() {
+            return Err("this node is stopping".into());
+        }
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let channel = match channels.get(peer_addr) {
+            Some(channel) => channel.clone(),
+            None => {
+                let channel = connect(peer_addr)?;
+                channels.insert(peer_addr.into(), channel.clone());
+                channel
+            }
+        };
+        Ok(Rpc::new(channel)
+            .max_decoding_message_size(PEER_MESSAGE_MAX_BYTES)
+            .max_encoding_message_size(PEER_MESSAGE_MAX_BYTES))
+    }
+}
+
+/// Connects at the first call, not here.
+fn connect(peer_addr: &str) -> Result<Channel, String> {
+    let endpoint = Endpoint::from_shared(format!("http://{peer_addr}"))
+        .map_err(|error| format!("{peer_addr:?} is not an address: {error}"))?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .connect_lazy())
+}
+
+/// There was no connection to send anything over.
+fn never_connected(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// The message and its innermost cause, which says what happened.
+fn describe(status: &Status) -> String {
+    let mut innermost = status.source();
+    while let Some(next) = innermost.and_then(|error| error.source()) {
+        innermost = Some(next);
+    }
+    match innermost {
+        Some(cause) => format!("{} ({cause})", status.message()),
+        None => status.message().into(),
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for PeerNetwork {
+    type Network = PeerClient;
+
+    async fn new_client(&mut self, target: NodeId, node: &Member) -> PeerClient {
+        let (network, member) = (self.clone(), node.clone());
+        PeerClient { network, target, address: node.peer.clone(), member }
+    }
+}
+
+/// Raft's way to one peer.
+#[derive(Debug, Clone)]
+pub struct PeerClient {
+    network: PeerNetwork,
+    target: NodeId,
+    address: String,
+    /// As the membership had it when Raft turned to this peer.
+    member: Member,
+}
+
+impl PeerClient {
+    fn rpc(&self) -> Result<Rpc<Channel>, Rejected> {
+        self.network.rpc(&self.address).map_err(|why| Unreachable::from_string(why).into())
+    }
+
+    /// Raft may know the membership a moment before everybody else does.
+    fn header(&self) -> Option<proto::Header> {
+        let mut header = self.network.identities.header(self.target);
+        if header.cluster.is_empty() {
+            header.cluster = self.member.cluster_id.clone();
+        }
+        if !self.member.incarnation.is_empty() {
+            header.to_incarnation = self.member.incarnation.clone();
+        }
+        Some(header)
+    }
+
+    fn rejected(&self, status: &Status) -> Rejected {
+        let why = self.network.heard(self.target, &self.address, status);
+        let answered = status.source().is_none();
+        match answered || never_connected(status) {
+            true => Unreachable::from_string(why).into(),
+            false => NetworkError::from_string(why).into(),
+        }
+    }
+
+    fn malformed(&self, why: Malformed) -> Rejected {
+        let (target, address) = (self.target, &self.address);
+        NetworkError::from_string(format!("node {target} at {address} answered nonsense: {why}"))
+            .into()
+    }
+
+    fn silent(&self, action: RPCTypes, timeout: Duration) -> Timeout<TypeConfig> {
+        let id = self.network.identities.local.node_id;
+        Timeout { action, id, target: self.target, timeout }
+    }
+
+    async fn within<T>(
+        &self,
+        action: RPCTypes,
+        limit: Duration,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, Rejected> {
+        match tokio::time::timeout(limit, call).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(self.rejected(&status)),
+            Err(_) => Err(self.silent(action, limit).into()),
+        }
+    }
+
+    async fn ask_for_vote(
+        &self,
+        rpc: VoteRequest<TypeConfig>,
+        pre_vote: bool,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, Rejected> {
+        let request = proto::VoteRequest {
+            header: self.header(),
+            vote: Some(wire_vote(&rpc.vote)),
+            last_log: rpc.last_log_id.as_ref().map(wire_log_id),
+            leadership_transfer: rpc.leadership_transfer,
+            pre_vote,
+        };
+        let mut peer = self.rpc()?;
+        let answer = self.within(RPCTypes::Vote, option.soft_ttl(), peer.vote(request)).await?;
+        let bound = &self.member.incarnation;
+        if !bound.is_empty() && *bound != answer.incarnation {
+            let (target, found) = (self.target, &answer.incarnation);
+            let why = format!("node {target} is bound to {bound}, and {found} voted for it");
+            return Err(Unreachable::from_string(why).into());
+        }
+        self.network.identities.learn(self.target, &answer.incarnation);
+        let read = || {
+            let vote = read_vote(answer.vote)?;
+            Ok(VoteResponse::new(vote, read_log_id(answer.last_log)?, answer.granted))
+        };
+        read().map_err(|why| self.malformed(why))
+    }
+
+    fn read_append(
+        &self,
+        answer: proto::AppendResponse,
+    ) -> Result<StreamAppendResult<TypeConfig>, Rejected> {
+        self.network.identities.learn(self.target, &answer.incarnation);
+        let read = || match answer.result.ok_or("the result is missing")? {
+            AppendResult::Success(success) => Ok(Ok(read_log_id(success.matched)?)),
+            AppendResult::Conflict(conflict) => {
+                let at = read_log_id(conflict.at)?.ok_or("the conflict is nowhere")?;
+                Ok(Err(StreamAppendError::Conflict(at)))
+            }
+            AppendResult::HigherVote(vote) => {
+                Ok(Err(StreamAppendError::HigherVote(read_vote(Some(vote))?)))
+            }
+        };
+        read().map_err(|why| self.malformed(why))
+    }
+}
+
+fn wire_append(
+    header: Option<proto::Header>,
+    request: &AppendEntriesRequest<TypeConfig>,
+) -> proto::AppendRequest {
+    proto::AppendRequest {
+        header,
+        vote: Some(wire_vote(&request.vote)),
+        prev: request.prev_log_id.as_ref().map(wire_log_id),
+        commit: request.leader_commit.as_ref().map(wire_log_id),
+        entries: request.entries.iter().map(wire_entry).collect(),
+    }
+}
+
+/// The answers of one append stream, with a limit on silence while one is due.
+struct Answers<'a> {
+    client: &'a PeerClient,
+    answers: Streaming<proto::AppendResponse>,
+    sent: Arc<AtomicU64>,
+    received: u64,
+}
+
+impl Answers<'_> {
+    /// `None` once the peer has answered everything and there will be no more requests.
+    async fn next(&mut self) -> Option<Result<StreamAppendResult<TypeConfig>, Rejected>> {
+        let client = self.client;
+        loop {
+            let sent = self.sent.load(Ordering::Relaxed);
+            match tokio::time::timeout(APPEND_TIMEOUT, self.answers.message()).await {
+                Ok(Ok(Some(answer))) => {
+                    self.received += 1;
+                    return Some(client.read_append(answer));
+                }
+                Ok(Ok(None)) if self.sent.load(Ordering::Relaxed) > self.received => {
+                    let (target, address) = (client.target, &client.address);
+                    let why = format!("node {target} at {address} left requests unanswered");
+                    return Some(Err(NetworkError::from_string(why).into()));
+                }
+                Ok(Ok(None)) => return None,
+                Ok(Err(status)) => return Some(Err(client.rejected(&status))),
+                // One that was due all the time.
+                Err(_) if sent > self.received => {
+                    let silent = client.silent(RPCTypes::AppendEntries, APPEND_TIMEOUT);
+                    return Some(Err(silent.into()));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for PeerClient {
+    type SnapshotData = SnapshotFile;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<TypeConfig>, Rejected> {
+        let mut answers = self.stream_append(stream::iter([rpc]), option).await?;
+        match answers.next().await {
+            Some(answer) => answer.map(AppendEntriesResponse::from),
+            None => Err(NetworkError::from_string("the peer closed the stream").into()),
+        }
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<
+        's,
+        Result<BoxStream<'s, Result<StreamAppendResult<TypeConfig>, Rejected>>, Rejected>,
+    >
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        let client: &'s PeerClient = self;
+        let sent = Arc::new(AtomicU64::new(0));
+        let mut header = client.header();
+        let counter = sent.clone();
+        let requests = input.map(move |request| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            wire_append(header.take(), &request)
+        });
+        Box::pin(async move {
+            let mut peer = client.rpc()?;
+            let limit = option.soft_ttl().max(CONNECT_TIMEOUT);
+            let opened = client.within(RPCTypes::AppendEntries, limit, peer.append(requests));
+            let answers = Answers { client, answers: opened.await?, sent, received: 0 };
+            let answers = stream::unfold(Some(answers), |state| async {
+                let mut answers = state?;
+                let answer = answers.next().await?;
+                // After a refusal the peer answers nothing more.
+                let goes_on = matches!(answer, Ok(Ok(_)));
+                Some((answer, goes_on.then_some(answers)))
+            });
+            Ok(answers.boxed())
+        })
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, Rejected> {
+        self.ask_for_vote(rpc, false, option).await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<TypeConfig>, Rejected> {
+        self.ask_for_vote(rpc, true, option).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let head = proto::SnapshotHead {
+            header: self.header(),
+            vote: Some(wire_vote(&vote)),
+            meta: codec::encode_head(&convert::head(&snapshot.meta)).into(),
+            length: snapshot.snapshot.length_bytes(),
+        };
+        let mut peer = self.rpc()?;
+        let (parts, outgoing) = mpsc::channel(SNAPSHOT_CHUNKS_AHEAD);
+        let progress = Arc::new(AtomicU64::new(0));
+        let counter = progress.clone();
+        let file = snapshot.snapshot;
+        // Ends by itself when the call does: it cannot send then.
+        tokio::task::spawn_blocking(move || send_file(&file, head, &parts, &counter));
+        let call = peer.snapshot(ReceiverStream::new(outgoing));
+        let limit = option.soft_ttl();
+        tokio::select! {
+            closed = cancel => Err(closed.into()),
+            () = stalled(&progress, limit) => {
+                Err(self.silent(RPCTypes::InstallSnapshot, limit).into())
+            }
+            answer = call => {
+                let answer = answer.map_err(|status| self.rejected(&status))?.into_inner();
+                let vote = read_vote(answer.vote).map_err(|why| self.malformed(why))?;
+                Ok(SnapshotResponse::new(vote))
+            }
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<TypeConfig>, Rejected> {
+        let message = proto::TransferRequest {
+            header: self.header(),
+            from_leader: Some(wire_vote(request.from_leader())),
+            to_node: *request.to_node_id(),
+            last_log: request.last_log_id().map(wire_log_id),
+        };
+        let mut peer = self.rpc()?;
+        let call = peer.transfer_leader(message);
+        let answer = self.within(RPCTypes::TransferLeader, option.soft_ttl(), call).await?;
+        let read = || {
+            Ok(match answer.refusal {
+                None => Ok(()),
+                Some(Refusal::VoteChanged(actual)) => Err(TransferLeaderError::VoteChanged {
+                    expected: *request.from_leader(),
+                    actual: read_vote(Some(actual))?,
+                }),
+                Some(Refusal::LogBehind(behind)) => Err(TransferLeaderError::LogNotFlushed {
+                    expected: request.last_log_id().copied(),
+                    actual: read_log_id(behind.last_log)?,
+                }),
+            })
+        };
+        read().map_err(|why| self.malformed(why))
+    }
+}
+
+/// Sends a snapshot: its head, the file in chunks, its end. Blocks; a receiver that has gone ends
+/// it, and so does an error of the disk: the peer misses the end then, and refuses what it has.
+fn send_file(
+    file: &SnapshotFile,
+    head: proto::SnapshotHead,
+    parts: &mpsc::Sender<proto::SnapshotRequest>,
+    progress: &AtomicU64,
+) {
+    let send = |part| {
+        progress.fetch_add(1, Ordering::Relaxed);
+        parts.blocking_send(proto::SnapshotRequest { part: Some(part) }).is_ok()
+    };
+    if !send(Part::Head(head)) {
+        return;
+    }
+    let mut crc = crc32fast::Hasher::new();
+    let mut offset = 0;
+    loop {
+        let mut chunk = vec![0; SNAPSHOT_CHUNK_BYTES];
+        match file.read_at(&mut chunk, offset) {
+            Ok(0) => break,
+            Ok(read) => {
+                chunk.truncate(read);
+                crc.update(&chunk);
+                offset += read as u64;
+                if !send(Part::Data(chunk.into())) {
+                    return;
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                let path = file.path().display();
+                tracing::error!(%path, %error, "a snapshot cannot be read and is not sent");
+                return;
+            }
+        }
+    }
+    send(Part::End(proto::SnapshotEnd { crc32: crc.finalize() }));
+}
+
+/// Returns when nothing was sent for so long; the last wait is for the peer to install it.
+async fn stalled(progress: &AtomicU64, limit: Duration) {
+    let mut seen = None;
+    loop {
+        let now = progress.load(Ordering::Relaxed);
+        if seen == Some(now) {
+            return;
+        }
+        seen = Some(now);
+        tokio::time::sleep(limit).await;
+    }
+}

@@ -1,0 +1,253 @@
+//! Bytes of what outlives the process, and of log entries and snapshots between peers.
+//!
+//! Every value is a letter for its kind, a byte for its version, and then bincode of structs of
+//! our own ([`v1`]): never openraft's types or core's, whose shape is free to change. What is read
+//! goes through the checked constructors of core, so that damaged or hostile bytes are refused and
+//! never served. An unknown version is an error that names what was found and what is supported.
+//!
+//! A version is never changed once released: a new shape is a new module and a new version byte,
+//! and the old one stays readable. Fixture bytes of every version: `tests/storage/fixtures`.
+
+mod v1;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use crate::core::{Command, Restore, State};
+
+/// The version that this build writes, and the highest that it reads.
+pub const VERSION: u8 = 1;
+
+/// Most memory that one decoded value may claim: a length that lies ends here.
+const DECODED_MAX_BYTES: usize = 256 << 20;
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    #[error("{what} has format version {found}, this build reads {supported}")]
+    Version { what: &'static str, found: u32, supported: u32 },
+    #[error("{what} cannot be read: {why}")]
+    Malformed { what: &'static str, why: String },
+}
+
+/// Where an entry lies in the log, and whose it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    pub term: u64,
+    pub node: u64,
+    pub index: u64,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (term {}, node {})", self.index, self.term, self.node)
+    }
+}
+
+/// For whom a node voted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ballot {
+    pub term: u64,
+    pub node: u64,
+    /// A quorum granted it.
+    pub committed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberRecord {
+    pub cluster_id: String,
+    pub peer: String,
+    pub client: String,
+    /// Empty while the member is pending.
+    pub incarnation: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MembershipRecord {
+    /// Voters; two sets while a change is under way.
+    pub configs: Vec<BTreeSet<u64>>,
+    /// All members, learners too.
+    pub nodes: BTreeMap<u64, MemberRecord>,
+}
+
+/// What a log entry carries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    Blank,
+    Batch(Vec<Command>),
+    Membership(MembershipRecord),
+}
+
+/// The same, where the commands are somebody else's.
+#[derive(Debug, Clone)]
+pub enum PayloadRef<'a> {
+    Blank,
+    Batch(&'a [Command]),
+    Membership(MembershipRecord),
+}
+
+/// What a snapshot is of.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SnapshotHead {
+    /// The last entry in it.
+    pub last: Option<Position>,
+    /// The entry of its membership.
+    pub membership_at: Option<Position>,
+    pub membership: MembershipRecord,
+}
+
+/// The kinds of values, by the letter that they begin with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Entry = b'E' as isize,
+    Vote = b'V' as isize,
+    Position = b'P' as isize,
+    SnapshotHead = b'H' as isize,
+    SnapshotRecord = b'R' as isize,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Entry => "log entry",
+            Kind::Vote => "vote",
+            Kind::Position => "log position",
+            Kind::SnapshotHead => "snapshot head",
+            Kind::SnapshotRecord => "snapshot record",
+        }
+    }
+
+    fn begin(self) -> Vec<u8> {
+        vec![self as u8, VERSION]
+    }
+
+    fn malformed(self, why: impl Into<String>) -> CodecError {
+        CodecError::Malformed { what: self.name(), why: why.into() }
+    }
+
+    /// The bytes after the letter and the version.
+    fn open(self, bytes: &[u8]) -> Result<&[u8], CodecError> {
+        match bytes {
+            [letter, VERSION, rest @ ..] if *letter == self as u8 => Ok(rest),
+            [letter, found, ..] if *letter == self as u8 => Err(CodecError::Version {
+                what: self.name(),
+                found: u32::from(*found),
+                supported: u32::from(VERSION),
+            }),
+            _ => Err(self.malformed("it begins like something else")),
+        }
+    }
+}
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<DECODED_MAX_BYTES>()
+}
+
+fn encode<T: bincode::Encode>(kind: Kind, value: T) -> Vec<u8> {
+    let mut bytes = kind.begin();
+    // Writing to a Vec cannot fail, and the mirror structs have no lengths or locks that could.
+    bincode::encode_into_std_write(value, &mut bytes, config()).expect("encoding to memory");
+    bytes
+}
+
+/// Reads one value and returns what is left behind it.
+fn decode_part<'a, T: bincode::BorrowDecode<'a, ()>>(
+    kind: Kind,
+    bytes: &'a [u8],
+) -> Result<(T, &'a [u8]), CodecError> {
+    let (value, read) = bincode::borrow_decode_from_slice(bytes, config())
+        .map_err(|error| kind.malformed(error.to_string()))?;
+    Ok((value, &bytes[read..]))
+}
+
+fn decode<'a, T: bincode::BorrowDecode<'a, ()>>(
+    kind: Kind,
+    bytes: &'a [u8],
+) -> Result<T, CodecError> {
+    let (value, rest) = decode_part(kind, kind.open(bytes)?)?;
+    match rest.len() {
+        0 => Ok(value),
+        n => Err(kind.malformed(format!("{n} bytes too many"))),
+    }
+}
+
+pub fn encode_payload(payload: &PayloadRef<'_>) -> Vec<u8> {
+    encode(Kind::Entry, v1::Payload::from(payload))
+}
+
+pub fn decode_payload(bytes: &[u8]) -> Result<Payload, CodecError> {
+    let mirror: v1::Payload<'_> = decode(Kind::Entry, bytes)?;
+    mirror.restore().map_err(|why| Kind::Entry.malformed(why))
+}
+
+pub fn encode_ballot(ballot: &Ballot) -> Vec<u8> {
+    encode(Kind::Vote, v1::Ballot::from(ballot))
+}
+
+pub fn decode_ballot(bytes: &[u8]) -> Result<Ballot, CodecError> {
+    Ok(decode::<v1::Ballot>(Kind::Vote, bytes)?.restore())
+}
+
+pub fn encode_position(position: &Position) -> Vec<u8> {
+    encode(Kind::Position, v1::Position::from(position))
+}
+
+pub fn decode_position(bytes: &[u8]) -> Result<Position, CodecError> {
+    Ok(decode::<v1::Position>(Kind::Position, bytes)?.restore())
+}
+
+pub fn encode_head(head: &SnapshotHead) -> Vec<u8> {
+    encode(Kind::SnapshotHead, v1::SnapshotHead::from(head))
+}
+
+pub fn decode_head(bytes: &[u8]) -> Result<SnapshotHead, CodecError> {
+    Ok(decode::<v1::SnapshotHead<'_>>(Kind::SnapshotHead, bytes)?.restore())
+}
+
+/// Writes a state as blocks of records, each a value of its own of about `block_bytes`: a header,
+/// the workers, the allocations, both in order of name, and then the members of the cluster.
+pub fn encode_state<E>(
+    state: &State,
+    block_bytes: usize,
+    mut sink: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut block = Kind::SnapshotRecord.begin();
+    let empty = block.len();
+    for record in v1::records(state) {
+        bincode::encode_into_std_write(record, &mut block, config()).expect("encoding to memory");
+        if block.len() >= block_bytes {
+            sink(&block)?;
+            block.truncate(empty);
+        }
+    }
+    if block.len() > empty {
+        sink(&block)?;
+    }
+    Ok(())
+}
+
+/// Reads the blocks of [`encode_state`] back, in their order.
+#[derive(Debug, Default)]
+pub struct StateDecoder {
+    progress: Option<v1::Progress>,
+}
+
+impl StateDecoder {
+    pub fn block(&mut self, bytes: &[u8]) -> Result<(), CodecError> {
+        let kind = Kind::SnapshotRecord;
+        let mut rest = kind.open(bytes)?;
+        while !rest.is_empty() {
+            let record: v1::Record<'_>;
+            (record, rest) = decode_part(kind, rest)?;
+            v1::take_record(&mut self.progress, record).map_err(|why| kind.malformed(why))?;
+        }
+        Ok(())
+    }
+
+    /// The state, complete and with every invariant checked.
+    pub fn finish(self) -> Result<State, CodecError> {
+        let kind = Kind::SnapshotRecord;
+        let progress = self.progress.ok_or_else(|| kind.malformed("the header is missing"))?;
+        let restore: Restore = progress.complete().map_err(|why| kind.malformed(why))?;
+        restore.finish().map_err(|why| kind.malformed(why))
+    }
+}

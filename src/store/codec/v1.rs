@@ -1,0 +1,1123 @@
+//! Version 1: the mirror structs, as bincode's standard configuration writes them (little endian,
+//! variable-length integers; an enum's variant by its place). Fields and variants are never
+//! reordered, added or removed here. Texts borrow from what is written or read.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use bincode::{BorrowDecode, Decode, Encode};
+
+use super::{MemberRecord, MembershipRecord, PayloadRef};
+use crate::core::{self as table, Invalid, Port, Quarantine, Revision, Token};
+
+/// Why something that was read is not what it should be.
+#[derive(Debug)]
+pub struct Why(String);
+
+impl From<Why> for String {
+    fn from(why: Why) -> String {
+        why.0
+    }
+}
+
+impl From<Invalid> for Why {
+    fn from(invalid: Invalid) -> Why {
+        Why(invalid.to_string())
+    }
+}
+
+impl From<String> for Why {
+    fn from(why: String) -> Why {
+        Why(why)
+    }
+}
+
+type Checked<T> = Result<T, Why>;
+
+fn each<T, U>(items: Vec<T>, one: impl FnMut(T) -> Checked<U>) -> Checked<Vec<U>> {
+    items.into_iter().map(one).collect()
+}
+
+fn optional<T, U>(item: Option<T>, one: impl FnOnce(T) -> Checked<U>) -> Checked<Option<U>> {
+    item.map(one).transpose()
+}
+
+fn port(number: u16) -> Checked<Port> {
+    Ok(Port::new("port", u64::from(number))?)
+}
+
+// The log.
+
+#[derive(Debug, Encode, Decode)]
+pub struct Position {
+    term: u64,
+    node: u64,
+    index: u64,
+}
+
+impl From<&super::Position> for Position {
+    fn from(&super::Position { term, node, index }: &super::Position) -> Self {
+        Position { term, node, index }
+    }
+}
+
+impl Position {
+    pub fn restore(self) -> super::Position {
+        let Position { term, node, index } = self;
+        super::Position { term, node, index }
+    }
+}
+
+#[derive(Debug, Encode, Decode)]
+pub struct Ballot {
+    term: u64,
+    node: u64,
+    committed: bool,
+}
+
+impl From<&super::Ballot> for Ballot {
+    fn from(&super::Ballot { term, node, committed }: &super::Ballot) -> Self {
+        Ballot { term, node, committed }
+    }
+}
+
+impl Ballot {
+    pub fn restore(self) -> super::Ballot {
+        let Ballot { term, node, committed } = self;
+        super::Ballot { term, node, committed }
+    }
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct Membership<'a> {
+    configs: Vec<Vec<u64>>,
+    nodes: Vec<Member<'a>>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+struct Member<'a> {
+    id: u64,
+    cluster_id: &'a str,
+    peer: &'a str,
+    client: &'a str,
+    incarnation: &'a str,
+}
+
+impl<'a> From<&'a MembershipRecord> for Membership<'a> {
+    fn from(MembershipRecord { configs, nodes }: &'a MembershipRecord) -> Self {
+        Membership {
+            configs: configs.iter().map(|ids| ids.iter().copied().collect()).collect(),
+            nodes: nodes
+                .iter()
+                .map(|(id, MemberRecord { cluster_id, peer, client, incarnation })| Member {
+                    id: *id,
+                    cluster_id,
+                    peer,
+                    client,
+                    incarnation,
+                })
+                .collect(),
+        }
+    }
+}
+
+impl Membership<'_> {
+    fn restore(self) -> MembershipRecord {
+        let Membership { configs, nodes } = self;
+        MembershipRecord {
+            configs: configs.into_iter().map(BTreeSet::from_iter).collect(),
+            nodes: nodes
+                .into_iter()
+                .map(|Member { id, cluster_id, peer, client, incarnation }| {
+                    let member = MemberRecord {
+                        cluster_id: cluster_id.into(),
+                        peer: peer.into(),
+                        client: client.into(),
+                        incarnation: incarnation.into(),
+                    };
+                    (id, member)
+                })
+                .collect(),
+        }
+    }
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub enum Payload<'a> {
+    Blank,
+    Batch(Vec<Command<'a>>),
+    Membership(Membership<'a>),
+}
+
+impl<'a> From<&'a PayloadRef<'a>> for Payload<'a> {
+    fn from(payload: &'a PayloadRef<'a>) -> Self {
+        match payload {
+            PayloadRef::Blank => Payload::Blank,
+            PayloadRef::Batch(commands) => {
+                Payload::Batch(commands.iter().map(Command::from).collect())
+            }
+            PayloadRef::Membership(membership) => Payload::Membership(membership.into()),
+        }
+    }
+}
+
+impl Payload<'_> {
+    pub fn restore(self) -> Checked<super::Payload> {
+        Ok(match self {
+            Payload::Blank => super::Payload::Blank,
+            Payload::Batch(commands) => super::Payload::Batch(each(commands, Command::restore)?),
+            Payload::Membership(membership) => super::Payload::Membership(membership.restore()),
+        })
+    }
+}
+
+// Commands.
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub enum Command<'a> {
+    RegisterWorker { name: &'a str, spec: WorkerSpec<'a> },
+    UpdateWorker { name: &'a str, patch: WorkerPatch<'a> },
+    SetWorkerPhase { name: &'a str, phase: WorkerPhase },
+    RemoveWorker { name: &'a str },
+    Allocate { claims: Vec<Claim<'a>> },
+    Confirm { name: &'a str, token: u64, version: u64 },
+    Release { name: &'a str, authority: Authority<'a> },
+    ReportConflict { name: &'a str, token: u64, version: u64, port: u16 },
+    Quarantine { worker: &'a str, ports: Vec<u16>, reason: &'a str },
+    LiftQuarantine { worker: &'a str, ports: Vec<u16> },
+    TakeDigest,
+    CompareDigest { entry: u64, command: u32, revision: u64, digest: [u8; 32] },
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub enum Authority<'a> {
+    Holder(u64),
+    Operator(&'a str),
+}
+
+impl<'a> From<&'a table::Command> for Command<'a> {
+    fn from(command: &'a table::Command) -> Self {
+        let numbers = |ports: &[Port]| ports.iter().map(|p| p.get()).collect();
+        match command {
+            table::Command::RegisterWorker { name, spec } => {
+                Command::RegisterWorker { name: name.as_str(), spec: spec.into() }
+            }
+            table::Command::UpdateWorker { name, patch } => {
+                Command::UpdateWorker { name: name.as_str(), patch: patch.into() }
+            }
+            table::Command::SetWorkerPhase { name, phase } => {
+                Command::SetWorkerPhase { name: name.as_str(), phase: (*phase).into() }
+            }
+            table::Command::RemoveWorker { name } => Command::RemoveWorker { name: name.as_str() },
+            table::Command::Allocate { claims } => {
+                Command::Allocate { claims: claims.iter().map(Claim::from).collect() }
+            }
+            table::Command::Confirm { name, token, version } => {
+                Command::Confirm { name: name.as_str(), token: token.0, version: version.0 }
+            }
+            table::Command::Release { name, authority } => Command::Release {
+                name: name.as_str(),
+                authority: match authority {
+                    table::Authority::Holder(token) => Authority::Holder(token.0),
+                    table::Authority::Operator { reason } => Authority::Operator(reason),
+                },
+            },
+            table::Command::ReportConflict { name, token, version, port } => {
+                Command::ReportConflict {
+                    name: name.as_str(),
+                    token: token.0,
+                    version: version.0,
+                    port: port.get(),
+                }
+            }
+            table::Command::Quarantine { worker, ports, reason } => {
+                Command::Quarantine { worker: worker.as_str(), ports: numbers(ports), reason }
+            }
+            table::Command::LiftQuarantine { worker, ports } => {
+                Command::LiftQuarantine { worker: worker.as_str(), ports: numbers(ports) }
+            }
+            table::Command::Checkpoint(table::Checkpoint::Take) => Command::TakeDigest,
+            table::Command::Checkpoint(table::Checkpoint::Compare {
+                entry,
+                command,
+                revision,
+                digest,
+            }) => Command::CompareDigest {
+                entry: *entry,
+                command: *command,
+                revision: revision.0,
+                digest: digest.0,
+            },
+        }
+    }
+}
+
+impl Command<'_> {
+    fn restore(self) -> Checked<table::Command> {
+        let instance = table::InstanceName::parse;
+        let worker_name = table::WorkerName::parse;
+        Ok(match self {
+            Command::RegisterWorker { name, spec } => {
+                table::Command::RegisterWorker { name: worker_name(name)?, spec: spec.restore()? }
+            }
+            Command::UpdateWorker { name, patch } => {
+                table::Command::UpdateWorker { name: worker_name(name)?, patch: patch.restore()? }
+            }
+            Command::SetWorkerPhase { name, phase } => {
+                table::Command::SetWorkerPhase { name: worker_name(name)?, phase: phase.into() }
+            }
+            Command::RemoveWorker { name } => {
+                table::Command::RemoveWorker { name: worker_name(name)? }
+            }
+            Command::Allocate { claims } => {
+                table::Command::Allocate { claims: each(claims, Claim::restore)? }
+            }
+            Command::Confirm { name, token, version } => table::Command::Confirm {
+                name: instance(name)?,
+                token: Token(token),
+                version: Revision(version),
+            },
+            Command::Release { name, authority } => table::Command::Release {
+                name: instance(name)?,
+                authority: match authority {
+                    Authority::Holder(token) => table::Authority::Holder(Token(token)),
+                    Authority::Operator(reason) => {
+                        table::Authority::Operator { reason: reason.into() }
+                    }
+                },
+            },
+            Command::ReportConflict { name, token, version, port: number } => {
+                table::Command::ReportConflict {
+                    name: instance(name)?,
+                    token: Token(token),
+                    version: Revision(version),
+                    port: port(number)?,
+                }
+            }
+            Command::Quarantine { worker, ports, reason } => table::Command::Quarantine {
+                worker: worker_name(worker)?,
+                ports: each(ports, port)?,
+                reason: reason.into(),
+            },
+            Command::LiftQuarantine { worker, ports } => table::Command::LiftQuarantine {
+                worker: worker_name(worker)?,
+                ports: each(ports, port)?,
+            },
+            Command::TakeDigest => table::Command::Checkpoint(table::Checkpoint::Take),
+            Command::CompareDigest { entry, command, revision, digest } => {
+                table::Command::Checkpoint(table::Checkpoint::Compare {
+                    entry,
+                    command,
+                    revision: Revision(revision),
+                    digest: table::Digest(digest),
+                })
+            }
+        })
+    }
+}
+
+// Workers.
+
+type Pairs<'a> = Vec<(&'a str, &'a str)>;
+
+fn pairs(labels: &table::Labels) -> Pairs<'_> {
+    labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect()
+}
+
+fn labels(pairs: Pairs<'_>) -> Checked<table::Labels> {
+    let one = |(key, value)| Ok((table::LabelKey::parse(key)?, table::LabelValue::parse(value)?));
+    pairs.into_iter().map(one).collect()
+}
+
+fn distinct_ports(numbers: Vec<u16>) -> Checked<BTreeSet<Port>> {
+    numbers.into_iter().map(port).collect()
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub enum WorkerPhase {
+    Ready,
+    Cordoned,
+    Draining,
+    Lost,
+    Unverified,
+}
+
+impl From<table::WorkerPhase> for WorkerPhase {
+    fn from(phase: table::WorkerPhase) -> Self {
+        match phase {
+            table::WorkerPhase::Ready => WorkerPhase::Ready,
+            table::WorkerPhase::Cordoned => WorkerPhase::Cordoned,
+            table::WorkerPhase::Draining => WorkerPhase::Draining,
+            table::WorkerPhase::Lost => WorkerPhase::Lost,
+            table::WorkerPhase::Unverified => WorkerPhase::Unverified,
+        }
+    }
+}
+
+impl From<WorkerPhase> for table::WorkerPhase {
+    fn from(phase: WorkerPhase) -> Self {
+        match phase {
+            WorkerPhase::Ready => table::WorkerPhase::Ready,
+            WorkerPhase::Cordoned => table::WorkerPhase::Cordoned,
+            WorkerPhase::Draining => table::WorkerPhase::Draining,
+            WorkerPhase::Lost => table::WorkerPhase::Lost,
+            WorkerPhase::Unverified => table::WorkerPhase::Unverified,
+        }
+    }
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct WorkerSpec<'a> {
+    address: &'a str,
+    labels: Pairs<'a>,
+    ranges: Vec<RangeSpec<'a>>,
+    reserved: Vec<u16>,
+    gpus: Vec<GpuSpec<'a>>,
+    identity: Option<Identity<'a>>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct WorkerPatch<'a> {
+    address: Option<&'a str>,
+    labels: Option<Pairs<'a>>,
+    ranges: Option<Vec<RangeSpec<'a>>>,
+    reserved: Option<Vec<u16>>,
+    gpus: Option<Vec<GpuSpec<'a>>>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct RangeSpec<'a> {
+    name: &'a str,
+    first: u16,
+    last: u16,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct GpuSpec<'a> {
+    index: u32,
+    uuid: &'a str,
+    model: &'a str,
+    memory_bytes: u64,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct Identity<'a> {
+    machine_id: &'a str,
+    boot_id: &'a str,
+    namespace: u64,
+}
+
+fn numbers(ports: &BTreeSet<Port>) -> Vec<u16> {
+    ports.iter().map(|p| p.get()).collect()
+}
+
+impl<'a> From<&'a table::WorkerSpec> for WorkerSpec<'a> {
+    fn from(spec: &'a table::WorkerSpec) -> Self {
+        let table::WorkerSpec { address, labels, ranges, reserved, gpus, identity } = spec;
+        WorkerSpec {
+            address,
+            labels: pairs(labels),
+            ranges: ranges.iter().map(RangeSpec::from).collect(),
+            reserved: numbers(reserved),
+            gpus: gpus.iter().map(GpuSpec::from).collect(),
+            identity: identity.as_ref().map(Identity::from),
+        }
+    }
+}
+
+impl WorkerSpec<'_> {
+    fn restore(self) -> Checked<table::WorkerSpec> {
+        let WorkerSpec { address, labels: pairs, ranges, reserved, gpus, identity } = self;
+        Ok(table::WorkerSpec {
+            address: address.into(),
+            labels: labels(pairs)?,
+            ranges: each(ranges, RangeSpec::restore)?,
+            reserved: distinct_ports(reserved)?,
+            gpus: gpus.into_iter().map(GpuSpec::restore).collect(),
+            identity: identity.map(Identity::restore),
+        })
+    }
+}
+
+impl<'a> From<&'a table::WorkerPatch> for WorkerPatch<'a> {
+    fn from(patch: &'a table::WorkerPatch) -> Self {
+        let table::WorkerPatch { address, labels, ranges, reserved, gpus } = patch;
+        WorkerPatch {
+            address: address.as_deref(),
+            labels: labels.as_ref().map(pairs),
+            ranges: ranges.as_ref().map(|list| list.iter().map(RangeSpec::from).collect()),
+            reserved: reserved.as_ref().map(numbers),
+            gpus: gpus.as_ref().map(|list| list.iter().map(GpuSpec::from).collect()),
+        }
+    }
+}
+
+impl WorkerPatch<'_> {
+    fn restore(self) -> Checked<table::WorkerPatch> {
+        let WorkerPatch { address, labels: pairs, ranges, reserved, gpus } = self;
+        Ok(table::WorkerPatch {
+            address: address.map(String::from),
+            labels: optional(pairs, labels)?,
+            ranges: optional(ranges, |list| each(list, RangeSpec::restore))?,
+            reserved: optional(reserved, distinct_ports)?,
+            gpus: gpus.map(|list| list.into_iter().map(GpuSpec::restore).collect()),
+        })
+    }
+}
+
+impl<'a> From<&'a table::RangeSpec> for RangeSpec<'a> {
+    fn from(table::RangeSpec { name, first, last }: &'a table::RangeSpec) -> Self {
+        RangeSpec { name: name.as_str(), first: first.get(), last: last.get() }
+    }
+}
+
+impl RangeSpec<'_> {
+    fn restore(self) -> Checked<table::RangeSpec> {
+        let RangeSpec { name, first, last } = self;
+        Ok(table::RangeSpec {
+            name: table::RangeName::parse(name)?,
+            first: port(first)?,
+            last: port(last)?,
+        })
+    }
+}
+
+impl<'a> From<&'a table::GpuSpec> for GpuSpec<'a> {
+    fn from(gpu: &'a table::GpuSpec) -> Self {
+        let table::GpuSpec { index, uuid, model, memory_bytes } = gpu;
+        GpuSpec { index: *index, uuid, model, memory_bytes: *memory_bytes }
+    }
+}
+
+impl GpuSpec<'_> {
+    fn restore(self) -> table::GpuSpec {
+        let GpuSpec { index, uuid, model, memory_bytes } = self;
+        table::GpuSpec { index, uuid: uuid.into(), model: model.into(), memory_bytes }
+    }
+}
+
+impl<'a> From<&'a table::Identity> for Identity<'a> {
+    fn from(identity: &'a table::Identity) -> Self {
+        let table::Identity { machine_id, boot_id, namespace } = identity;
+        Identity { machine_id, boot_id, namespace: *namespace }
+    }
+}
+
+impl Identity<'_> {
+    fn restore(self) -> table::Identity {
+        let Identity { machine_id, boot_id, namespace } = self;
+        table::Identity { machine_id: machine_id.into(), boot_id: boot_id.into(), namespace }
+    }
+}
+
+// Claims.
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct Claim<'a> {
+    name: &'a str,
+    uid: &'a str,
+    placement: Placement<'a>,
+    ports: Vec<PortRequest<'a>>,
+    gpus: Option<GpuRequest>,
+    bound: bool,
+    labels: Pairs<'a>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+enum Placement<'a> {
+    Worker(&'a str),
+    Binpack(Vec<Term<'a>>),
+    Spread(Vec<Term<'a>>),
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+enum Term<'a> {
+    In(&'a str, Vec<&'a str>),
+    NotIn(&'a str, Vec<&'a str>),
+    Exists(&'a str),
+    Absent(&'a str),
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+struct PortRequest<'a> {
+    name: Option<&'a str>,
+    range: Option<&'a str>,
+    ports: Ports,
+}
+
+#[derive(Debug, Encode, Decode)]
+enum Ports {
+    Count(u32),
+    Specific(u16),
+    Contiguous(u32),
+}
+
+#[derive(Debug, Encode, Decode)]
+struct GpuRequest {
+    which: GpuChoice,
+    share: GpuShare,
+}
+
+#[derive(Debug, Encode, Decode)]
+enum GpuChoice {
+    Count(u32),
+    Indexes(Vec<u32>),
+}
+
+#[derive(Debug, Encode, Decode)]
+enum GpuShare {
+    MemoryBytes(u64),
+    Exclusive,
+}
+
+impl<'a> From<&'a table::Claim> for Claim<'a> {
+    fn from(claim: &'a table::Claim) -> Self {
+        let table::Claim { name, uid, placement, ports, gpus, bound, labels } = claim;
+        Claim {
+            name: name.as_str(),
+            uid: uid.as_str(),
+            placement: match placement {
+                table::Placement::Worker(worker) => Placement::Worker(worker.as_str()),
+                table::Placement::Select { selector, policy } => {
+                    let terms = selector.terms().iter().map(Term::from).collect();
+                    match policy {
+                        table::Policy::Binpack => Placement::Binpack(terms),
+                        table::Policy::Spread => Placement::Spread(terms),
+                    }
+                }
+            },
+            ports: ports.iter().map(PortRequest::from).collect(),
+            gpus: gpus.as_ref().map(GpuRequest::from),
+            bound: *bound,
+            labels: pairs(labels),
+        }
+    }
+}
+
+impl Claim<'_> {
+    fn restore(self) -> Checked<table::Claim> {
+        let Claim { name, uid, placement, ports, gpus, bound, labels: pairs } = self;
+        let select = |terms, policy| {
+            let terms = each(terms, Term::restore)?;
+            let selector = table::Selector::new(terms)?;
+            Ok::<_, Why>(table::Placement::Select { selector, policy })
+        };
+        Ok(table::Claim {
+            name: table::InstanceName::parse(name)?,
+            uid: table::Uid::parse(uid)?,
+            placement: match placement {
+                Placement::Worker(name) => {
+                    table::Placement::Worker(table::WorkerName::parse(name)?)
+                }
+                Placement::Binpack(terms) => select(terms, table::Policy::Binpack)?,
+                Placement::Spread(terms) => select(terms, table::Policy::Spread)?,
+            },
+            ports: each(ports, PortRequest::restore)?,
+            gpus: gpus.map(GpuRequest::restore),
+            bound,
+            labels: labels(pairs)?,
+        })
+    }
+}
+
+impl<'a> From<&'a table::Term> for Term<'a> {
+    fn from(term: &'a table::Term) -> Self {
+        match term {
+            table::Term::In(key, values) => {
+                Term::In(key.as_str(), values.iter().map(|v| v.as_str()).collect())
+            }
+            table::Term::NotIn(key, values) => {
+                Term::NotIn(key.as_str(), values.iter().map(|v| v.as_str()).collect())
+            }
+            table::Term::Exists(key) => Term::Exists(key.as_str()),
+            table::Term::Absent(key) => Term::Absent(key.as_str()),
+        }
+    }
+}
+
+impl Term<'_> {
+    fn restore(self) -> Checked<table::Term> {
+        let key = table::LabelKey::parse;
+        let values = |list: Vec<&str>| {
+            list.into_iter().map(table::LabelValue::parse).collect::<Result<BTreeSet<_>, _>>()
+        };
+        Ok(match self {
+            Term::In(name, list) => table::Term::In(key(name)?, values(list)?),
+            Term::NotIn(name, list) => table::Term::NotIn(key(name)?, values(list)?),
+            Term::Exists(name) => table::Term::Exists(key(name)?),
+            Term::Absent(name) => table::Term::Absent(key(name)?),
+        })
+    }
+}
+
+impl<'a> From<&'a table::PortRequest> for PortRequest<'a> {
+    fn from(table::PortRequest { name, range, ports }: &'a table::PortRequest) -> Self {
+        PortRequest {
+            name: name.as_ref().map(|n| n.as_str()),
+            range: range.as_ref().map(|r| r.as_str()),
+            ports: match ports {
+                table::Ports::Count(n) => Ports::Count(*n),
+                table::Ports::Specific(port) => Ports::Specific(port.get()),
+                table::Ports::Contiguous(n) => Ports::Contiguous(*n),
+            },
+        }
+    }
+}
+
+impl PortRequest<'_> {
+    fn restore(self) -> Checked<table::PortRequest> {
+        let PortRequest { name, range, ports } = self;
+        Ok(table::PortRequest {
+            name: optional(name, |n| Ok(table::PortName::parse(n)?))?,
+            range: optional(range, |r| Ok(table::RangeName::parse(r)?))?,
+            ports: match ports {
+                Ports::Count(n) => table::Ports::Count(n),
+                Ports::Specific(number) => table::Ports::Specific(port(number)?),
+                Ports::Contiguous(n) => table::Ports::Contiguous(n),
+            },
+        })
+    }
+}
+
+impl From<&table::GpuRequest> for GpuRequest {
+    fn from(table::GpuRequest { which, share }: &table::GpuRequest) -> Self {
+        GpuRequest {
+            which: match which {
+                table::GpuChoice::Count(n) => GpuChoice::Count(*n),
+                table::GpuChoice::Indexes(set) => GpuChoice::Indexes(set.iter().copied().collect()),
+            },
+            share: match share {
+                table::GpuShare::MemoryBytes(bytes) => GpuShare::MemoryBytes(*bytes),
+                table::GpuShare::Exclusive => GpuShare::Exclusive,
+            },
+        }
+    }
+}
+
+impl GpuRequest {
+    fn restore(self) -> table::GpuRequest {
+        let GpuRequest { which, share } = self;
+        table::GpuRequest {
+            which: match which {
+                GpuChoice::Count(n) => table::GpuChoice::Count(n),
+                GpuChoice::Indexes(list) => table::GpuChoice::Indexes(list.into_iter().collect()),
+            },
+            share: match share {
+                GpuShare::MemoryBytes(bytes) => table::GpuShare::MemoryBytes(bytes),
+                GpuShare::Exclusive => table::GpuShare::Exclusive,
+            },
+        }
+    }
+}
+
+// Snapshots.
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct SnapshotHead<'a> {
+    last: Option<Position>,
+    membership_at: Option<Position>,
+    membership: Membership<'a>,
+}
+
+impl<'a> From<&'a super::SnapshotHead> for SnapshotHead<'a> {
+    fn from(head: &'a super::SnapshotHead) -> Self {
+        let super::SnapshotHead { last, membership_at, membership } = head;
+        SnapshotHead {
+            last: last.as_ref().map(Position::from),
+            membership_at: membership_at.as_ref().map(Position::from),
+            membership: membership.into(),
+        }
+    }
+}
+
+impl SnapshotHead<'_> {
+    pub fn restore(self) -> super::SnapshotHead {
+        let SnapshotHead { last, membership_at, membership } = self;
+        super::SnapshotHead {
+            last: last.map(Position::restore),
+            membership_at: membership_at.map(Position::restore),
+            membership: membership.restore(),
+        }
+    }
+}
+
+/// The header comes first, then the workers, then the allocations, each in order of name. At the
+/// end the members there ever were, in order of id; left out where there were none.
+#[derive(Debug, Encode, BorrowDecode)]
+pub enum Record<'a> {
+    Header {
+        feature_level: u32,
+        revision: u64,
+        workers: u64,
+        allocations: u64,
+    },
+    Worker(Worker<'a>),
+    Allocation(Allocation<'a>),
+    /// Ids, and the incarnation that each is bound to (empty: pending).
+    Members(Vec<(u64, &'a str)>),
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct Worker<'a> {
+    name: &'a str,
+    spec: WorkerSpec<'a>,
+    phase: WorkerPhase,
+    pools: Vec<Pool<'a>>,
+    created: u64,
+    version: u64,
+}
+
+/// What is not in the range's spec and not in the allocations.
+#[derive(Debug, Encode, BorrowDecode)]
+struct Pool<'a> {
+    cursor: u32,
+    next_freed: u64,
+    freed: Vec<(u64, u16)>,
+    /// Port, reason and since when.
+    quarantined: Vec<(u16, &'a str, u64)>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct Allocation<'a> {
+    claim: Claim<'a>,
+    worker: &'a str,
+    ports: Vec<HeldPort<'a>>,
+    gpus: Vec<HeldGpu<'a>>,
+    token: u64,
+    version: u64,
+    phase: Phase,
+    swaps: u32,
+    last_change: Option<LastChange>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+enum Phase {
+    Reserved,
+    Bound,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+struct HeldPort<'a> {
+    request: u16,
+    name: Option<&'a str>,
+    range: &'a str,
+    number: u16,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+struct HeldGpu<'a> {
+    index: u32,
+    uuid: &'a str,
+    memory_bytes: u64,
+    exclusive: bool,
+}
+
+#[derive(Debug, Encode, Decode)]
+struct LastChange {
+    from: u64,
+    kind: ChangeKind,
+}
+
+#[derive(Debug, Encode, Decode)]
+enum ChangeKind {
+    Confirmed,
+    Swapped(u16),
+}
+
+/// All records of a state, in their order.
+pub fn records(state: &table::State) -> impl Iterator<Item = Record<'_>> {
+    let header = Record::Header {
+        feature_level: state.feature_level,
+        revision: state.revision.0,
+        workers: state.worker_count() as u64,
+        allocations: state.allocation_count() as u64,
+    };
+    let workers = state.workers_after(None).map(|w| Record::Worker(Worker::from(&**w)));
+    let allocations =
+        state.allocations_after(None).map(|a| Record::Allocation(Allocation::from(&**a)));
+    let members: Vec<_> = state.members().collect();
+    let members = (!members.is_empty()).then_some(Record::Members(members));
+    std::iter::once(header).chain(workers).chain(allocations).chain(members)
+}
+
+impl<'a> From<&'a table::Worker> for Worker<'a> {
+    fn from(worker: &'a table::Worker) -> Self {
+        // Who holds what on it is said by the allocations.
+        let table::Worker { name, spec, phase, pools, gpus: _, allocations: _, created, version } =
+            worker;
+        Worker {
+            name: name.as_str(),
+            spec: (&**spec).into(),
+            phase: (*phase).into(),
+            pools: pools.iter().map(Pool::from).collect(),
+            created: created.0,
+            version: version.0,
+        }
+    }
+}
+
+impl<'a> From<&'a table::Pool> for Pool<'a> {
+    fn from(pool: &'a table::Pool) -> Self {
+        let (cursor, next_freed) = pool.cursors();
+        Pool {
+            cursor,
+            next_freed,
+            freed: pool.freed_order().collect(),
+            quarantined: pool
+                .quarantines()
+                .map(|(port, Quarantine { reason, since })| (port, reason.as_str(), since.0))
+                .collect(),
+        }
+    }
+}
+
+impl Pool<'_> {
+    /// Core takes what it is given here at its word, so that all is checked before.
+    fn restore(self, range: &table::RangeSpec, spec: &table::WorkerSpec) -> Checked<table::Pool> {
+        let Pool { cursor, next_freed, freed, quarantined } = self;
+        let name = &range.name;
+        let (first, last) = (range.first.get(), range.last.get());
+        let fail = |what: &str| Err(Why(format!("range {name}: {what}")));
+        if !(u32::from(first)..=u32::from(last) + 1).contains(&cursor) {
+            return fail("its cursor is outside");
+        }
+        let reserved: BTreeSet<u16> = spec.reserved.iter().map(|p| p.get()).collect();
+        let mut out_of_use = BTreeSet::new();
+        for (port, _, _) in &quarantined {
+            let inside = (first..=last).contains(port) && !reserved.contains(port);
+            if !inside || !out_of_use.insert(*port) {
+                return fail(&format!("port {port} cannot be quarantined"));
+            }
+        }
+        let mut before = 0;
+        for (at, port) in &freed {
+            let inside = (first..=last).contains(port) && !reserved.contains(port);
+            let in_order = before < *at && *at < next_freed;
+            if !inside || !in_order || !out_of_use.insert(*port) {
+                return fail(&format!("port {port} cannot wait at place {at} of the freed"));
+            }
+            before = *at;
+        }
+        let empty =
+            table::Pool::new(name.clone(), range.first, range.last, spec.reserved.iter().copied());
+        let quarantined = quarantined.into_iter().map(|(port, reason, since)| {
+            (port, Quarantine { reason: reason.into(), since: Revision(since) })
+        });
+        Ok(table::Pool::restore(empty, cursor, next_freed, freed, quarantined))
+    }
+}
+
+impl Worker<'_> {
+    fn restore(self, into: &mut table::Restore) -> Checked<table::WorkerName> {
+        let Worker { name, spec, phase, pools, created, version } = self;
+        let name = table::WorkerName::parse(name)?;
+        let spec = spec.restore()?;
+        spec.validate().map_err(|e| format!("worker {name}: {e}"))?;
+        if pools.len() != spec.ranges.len() {
+            return Err(Why(format!("worker {name}: its pools are not those of its ranges")));
+        }
+        let pools = pools
+            .into_iter()
+            .zip(&spec.ranges)
+            .map(|(pool, range)| pool.restore(range, &spec))
+            .collect::<Result<_, _>>()
+            .map_err(|Why(why)| Why(format!("worker {name}: {why}")))?;
+        let (created, version) = (Revision(created), Revision(version));
+        into.worker(name.clone(), spec, phase.into(), pools, created, version)?;
+        Ok(name)
+    }
+}
+
+impl<'a> From<&'a table::Allocation> for Allocation<'a> {
+    fn from(allocation: &'a table::Allocation) -> Self {
+        let table::Allocation {
+            claim,
+            worker,
+            ports,
+            gpus,
+            token,
+            version,
+            phase,
+            swaps,
+            last_change,
+        } = allocation;
+        Allocation {
+            claim: (&**claim).into(),
+            worker: worker.as_str(),
+            ports: ports
+                .iter()
+                .map(|table::HeldPort { request, name, range, number }| HeldPort {
+                    request: *request,
+                    name: name.as_ref().map(|n| n.as_str()),
+                    range: range.as_str(),
+                    number: *number,
+                })
+                .collect(),
+            gpus: gpus
+                .iter()
+                .map(|table::HeldGpu { index, uuid, memory_bytes, exclusive }| HeldGpu {
+                    index: *index,
+                    uuid,
+                    memory_bytes: *memory_bytes,
+                    exclusive: *exclusive,
+                })
+                .collect(),
+            token: token.0,
+            version: version.0,
+            phase: match phase {
+                table::Phase::Reserved => Phase::Reserved,
+                table::Phase::Bound => Phase::Bound,
+            },
+            swaps: *swaps,
+            last_change: last_change.as_ref().map(|table::LastChange { from, kind }| LastChange {
+                from: from.0,
+                kind: match kind {
+                    table::ChangeKind::Confirmed => ChangeKind::Confirmed,
+                    table::ChangeKind::Swapped { port } => ChangeKind::Swapped(*port),
+                },
+            }),
+        }
+    }
+}
+
+impl Allocation<'_> {
+    fn restore(self, into: &mut table::Restore) -> Checked<table::InstanceName> {
+        let Allocation { claim, worker, ports, gpus, token, version, phase, swaps, last_change } =
+            self;
+        let claim = claim.restore()?;
+        claim.validate().map_err(|e| format!("allocation {}: {e}", claim.name))?;
+        let name = claim.name.clone();
+        if !gpus.is_sorted_by(|a, b| a.index < b.index) {
+            return Err(Why(format!("allocation {name}: its GPUs are out of order")));
+        }
+        into.allocation(table::Allocation {
+            claim: Arc::new(claim),
+            worker: table::WorkerName::parse(worker)?,
+            ports: each(ports, HeldPort::restore)?,
+            gpus: gpus.into_iter().map(HeldGpu::restore).collect(),
+            token: Token(token),
+            version: Revision(version),
+            phase: match phase {
+                Phase::Reserved => table::Phase::Reserved,
+                Phase::Bound => table::Phase::Bound,
+            },
+            swaps,
+            last_change: last_change.map(|LastChange { from, kind }| table::LastChange {
+                from: Revision(from),
+                kind: match kind {
+                    ChangeKind::Confirmed => table::ChangeKind::Confirmed,
+                    ChangeKind::Swapped(port) => table::ChangeKind::Swapped { port },
+                },
+            }),
+        })?;
+        Ok(name)
+    }
+}
+
+impl HeldPort<'_> {
+    fn restore(self) -> Checked<table::HeldPort> {
+        let HeldPort { request, name, range, number } = self;
+        Ok(table::HeldPort {
+            request,
+            name: optional(name, |n| Ok(table::PortName::parse(n)?))?,
+            range: table::RangeName::parse(range)?,
+            number,
+        })
+    }
+}
+
+impl HeldGpu<'_> {
+    fn restore(self) -> table::HeldGpu {
+        let HeldGpu { index, uuid, memory_bytes, exclusive } = self;
+        table::HeldGpu { index, uuid: uuid.into(), memory_bytes, exclusive }
+    }
+}
+
+/// A state that is being read, and what must still come.
+#[derive(Debug)]
+pub struct Progress {
+    restore: table::Restore,
+    workers_left: u64,
+    allocations_left: u64,
+    last_worker: Option<table::WorkerName>,
+    last_allocation: Option<table::InstanceName>,
+    /// They have come.
+    members: bool,
+}
+
+/// Takes the next record; the first must be the header.
+pub fn take_record(progress: &mut Option<Progress>, record: Record<'_>) -> Checked<()> {
+    let out_of_place = |what: &str| Err(Why(format!("{what} is out of place")));
+    match (record, progress) {
+        (Record::Header { feature_level, revision, workers, allocations }, slot @ None) => {
+            if feature_level > table::FEATURE_LEVEL {
+                return Err(Why(format!(
+                    "it has feature level {feature_level}, this build knows {}",
+                    table::FEATURE_LEVEL
+                )));
+            }
+            *slot = Some(Progress {
+                restore: table::Restore::new(feature_level, Revision(revision)),
+                workers_left: workers,
+                allocations_left: allocations,
+                last_worker: None,
+                last_allocation: None,
+                members: false,
+            });
+            Ok(())
+        }
+        (Record::Header { .. }, Some(_)) => out_of_place("a second header"),
+        (_, None) => out_of_place("a record before the header"),
+        (Record::Worker(worker), Some(progress)) => {
+            if progress.workers_left == 0 {
+                return out_of_place("a worker too many");
+            }
+            progress.workers_left -= 1;
+            let name = Some(worker.restore(&mut progress.restore)?);
+            if name <= progress.last_worker {
+                return out_of_place("a worker that does not follow in order");
+            }
+            progress.last_worker = name;
+            Ok(())
+        }
+        (Record::Allocation(allocation), Some(progress)) => {
+            if progress.workers_left > 0 || progress.allocations_left == 0 {
+                return out_of_place("an allocation");
+            }
+            progress.allocations_left -= 1;
+            // Before it is restored: core relies on it that a name comes once.
+            let name = table::InstanceName::parse(allocation.claim.name)?;
+            if progress.last_allocation.as_ref().is_some_and(|last| name <= *last) {
+                return out_of_place("an allocation that does not follow in order");
+            }
+            progress.last_allocation = Some(allocation.restore(&mut progress.restore)?);
+            Ok(())
+        }
+        (Record::Members(members), Some(progress)) => {
+            let early = progress.workers_left > 0 || progress.allocations_left > 0;
+            if early || progress.members {
+                return out_of_place("a list of members");
+            }
+            if members.is_empty() || !members.is_sorted_by(|(a, _), (b, _)| a < b) {
+                return Err(Why("the list of members is empty or out of order".into()));
+            }
+            progress.members = true;
+            for (id, incarnation) in members {
+                progress.restore.member(id, incarnation);
+            }
+            Ok(())
+        }
+    }
+}
+
+impl Progress {
+    pub fn complete(self) -> Checked<table::Restore> {
+        let Progress { restore, workers_left, allocations_left, .. } = self;
+        if workers_left > 0 || allocations_left > 0 {
+            return Err(Why(format!(
+                "{workers_left} workers and {allocations_left} allocations are missing"
+            )));
+        }
+        Ok(restore)
+    }
+}

@@ -1,0 +1,1009 @@
+//! The Raft log and the vote, in sled.
+//!
+//! An entry is split into chunks, because sled puts large values into files of their own that it
+//! never syncs. Keys are `(index, chunk)`, big-endian, so that they sort as the log does. The first
+//! chunk begins with a header: version, number of chunks, length and CRC-32 of the whole, and the
+//! entry's term and node. In a tree of its own lie vote, committed and purged position.
+//!
+//! The steady state: [`LogStore::append`] puts entries in memory, where they can be read at once,
+//! and in the queue of the one writer thread. The writer takes all that is queued, writes it as one
+//! batch, flushes once, and then answers everybody. Recent entries stay in memory, so that
+//! replication and apply do not read what was just written.
+//!
+//! - Writes reach the disk in the order of the calls; sled recovers a prefix of them.
+//! - What is answered is on the disk. An error ends the process without an answer ([`fatal`]).
+//! - The entries are contiguous. On open all are read; a hole, a missing chunk, a wrong checksum, or
+//!   a tail or a vote that is older than it was ([`Mark`]) is refused by name. So is damage that
+//!   makes sled panic.
+//! - The directory and its files are synced before anything is answered: sled syncs neither the
+//!   names of its files nor its configuration.
+//! - A truncation is on the disk when it returns: a snapshot of what replaces the entries may be on
+//!   the disk next, and with both a start would find two histories and refuse.
+//! - A purge and the committed position are durable with the next flush: until then a crash may undo
+//!   them, as if the call had not come.
+//! - Purged entries are gone for readers at once, and go from the disk in slices, between writes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::codec::{self, Ballot, Position};
+use super::coverage::{Coverage, PurgeLimit};
+use super::dir::Lock;
+use super::mark::{Mark, Marked};
+use super::{StoreError, dir, fatal, sync};
+
+/// Largest encoded entry, in bytes.
+pub const ENTRY_MAX_BYTES: usize = 16 << 20;
+/// Largest value given to sled, in bytes: far below the ~128 KiB from which it makes files of them.
+const CHUNK_BYTES: usize = 60 << 10;
+/// Most that one round of the writer takes, in bytes of entries and in calls.
+const ROUND_BYTES: usize = 8 << 20;
+const ROUND_OPS: usize = 1024;
+/// Keys that a purge removes between two rounds.
+const PURGE_SLICE_KEYS: usize = 1024;
+/// Entries kept in memory after they are on the disk, in bytes.
+const TAIL_BYTES: usize = 32 << 20;
+/// sled's page cache, in bytes: recent entries are in memory here already.
+const SLED_CACHE_BYTES: u64 = 32 << 20;
+
+const VERSION: u8 = 1;
+const HEADER_BYTES: usize = 1 + 2 + 4 + 4 + 8 + 8;
+
+/// An entry as the log keeps it: where it lies, and its bytes as [`codec`] wrote them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogRecord {
+    pub at: Position,
+    pub payload: Arc<[u8]>,
+}
+
+/// Called from the writer thread once what it stands for is on the disk. Must not block.
+pub type Done = Box<dyn FnOnce() + Send>;
+
+/// The log of one node. Clones share it; when the last one goes, what is queued is written and the
+/// files are closed.
+#[derive(Debug, Clone)]
+pub struct LogStore {
+    shared: Arc<Shared>,
+}
+
+/// How a log is opened.
+struct Start {
+    /// Without snapshots.
+    alone: bool,
+    /// With a [`Mark`].
+    marks: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    path: PathBuf,
+    entries: sled::Tree,
+    index: Arc<Mutex<Index>>,
+    coverage: Arc<Coverage>,
+    /// Without snapshots: it may begin anywhere.
+    alone: bool,
+    /// `None` only while it is being dropped.
+    queue: Option<mpsc::Sender<Op>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+/// What is known of the log without reading it.
+#[derive(Debug, Default)]
+struct Index {
+    /// Grows when something that could be read is taken away.
+    epoch: u64,
+    purged: Option<Position>,
+    /// Index of the first entry, if there is any.
+    begins: u64,
+    /// The last entry; where there is none, `purged`.
+    last: Option<Position>,
+    vote: Option<Ballot>,
+    committed: Option<Position>,
+    /// What was in the log at the start and what was appended since, in bytes of entries.
+    appended_bytes: u64,
+    tail: Tail,
+}
+
+/// The newest entries. Those above `flushed` may not be on the disk yet.
+#[derive(Debug, Default)]
+struct Tail {
+    entries: BTreeMap<u64, TailEntry>,
+    bytes: usize,
+    /// Number of the last append; appends up to `flushed` are on the disk.
+    appends: u64,
+    flushed: u64,
+}
+
+#[derive(Debug)]
+struct TailEntry {
+    append: u64,
+    record: LogRecord,
+}
+
+enum Op {
+    Append {
+        append: u64,
+        records: Vec<LogRecord>,
+        done: Done,
+    },
+    Vote {
+        ballot: Ballot,
+        done: tokio::sync::oneshot::Sender<()>,
+    },
+    Committed(Option<Position>),
+    /// `end`: index after the last entry that stays.
+    Truncate {
+        end: u64,
+        last: Option<Position>,
+        done: tokio::sync::oneshot::Sender<()>,
+    },
+    Purge(Position),
+}
+
+impl LogStore {
+    /// Opens a log by itself, without snapshots to heed: it purges whatever it is told to, and may
+    /// begin anywhere.
+    pub fn open(path: &Path) -> Result<LogStore, StoreError> {
+        LogStore::alone(path, true)
+    }
+
+    /// As [`LogStore::open`], but nothing notices a tail that gets lost: only to measure what that
+    /// costs.
+    pub fn open_unmarked(path: &Path) -> Result<LogStore, StoreError> {
+        LogStore::alone(path, false)
+    }
+
+    fn alone(path: &Path, marks: bool) -> Result<LogStore, StoreError> {
+        let coverage = Arc::new(Coverage::new(path.to_path_buf()));
+        fs::create_dir_all(path).map_err(StoreError::io(path, "cannot be made"))?;
+        let lock = File::open(path).map_err(StoreError::io(path, "cannot be opened"))?;
+        LogStore::start(path, coverage, Arc::new(Lock::new(lock)), Start { alone: true, marks })
+    }
+
+    /// `lock` is held as long as anything may still write.
+    pub(super) fn open_in(
+        path: &Path,
+        coverage: Arc<Coverage>,
+        lock: Arc<Lock>,
+    ) -> Result<LogStore, StoreError> {
+        LogStore::start(path, coverage, lock, Start { alone: false, marks: true })
+    }
+
+    fn start(
+        path: &Path,
+        coverage: Arc<Coverage>,
+        lock: Arc<Lock>,
+        Start { alone, marks }: Start,
+    ) -> Result<LogStore, StoreError> {
+        sync::verify()?;
+        let (db, entries, meta) = catching(path, || {
+            make(path)?;
+            let db = open_sled(path)?;
+            let tree =
+                |name| db.open_tree(name).map_err(StoreError::sled(path, "cannot be opened"));
+            let (entries, meta) = (tree("entries")?, tree("meta")?);
+            Ok((db, entries, meta))
+        })?;
+        let (mark, marked) = match marks {
+            true => Mark::open(&path.join("mark")).map(|(mark, marked)| (Some(mark), marked))?,
+            false => (None, Marked::default()),
+        };
+        let index = catching(path, || scan(path, &entries, &meta, alone, &marked))?;
+        marked.check_vote(path, index.vote)?;
+        coverage.log_opened(index.purged)?;
+        harden(path)?;
+
+        let durable = Marked { last: index.last, vote: index.vote };
+        let index = Arc::new(Mutex::new(index));
+        let (queue, ops) = mpsc::channel();
+        let writer = Writer {
+            path: path.to_path_buf(),
+            entries: entries.clone(),
+            meta,
+            db,
+            index: index.clone(),
+            mark,
+            durable,
+            purging: guard(&index).purged.map(|at| at.index),
+            _lock: lock,
+        };
+        let writer = std::thread::Builder::new()
+            .name("log-writer".into())
+            .spawn(move || writer.run(&ops))
+            .map_err(StoreError::io(path, "cannot start the writer thread"))?;
+        let shared = Shared {
+            path: path.to_path_buf(),
+            entries,
+            index,
+            coverage,
+            alone,
+            queue: Some(queue),
+            writer: Some(writer),
+        };
+        Ok(LogStore { shared: Arc::new(shared) })
+    }
+
+    /// Neither an entry nor a vote was ever written.
+    pub fn is_pristine(&self) -> bool {
+        let index = self.index();
+        index.last.is_none() && index.vote.is_none()
+    }
+
+    /// Up to where the log was purged, and where it ends.
+    pub fn bounds(&self) -> (Option<Position>, Option<Position>) {
+        let index = self.index();
+        (index.purged, index.last)
+    }
+
+    pub fn vote(&self) -> Option<Ballot> {
+        self.index().vote
+    }
+
+    /// Bytes of the entries that the log had when it was opened, and of all that were appended since.
+    /// Never goes back.
+    pub fn appended_bytes(&self) -> u64 {
+        self.index().appended_bytes
+    }
+
+    /// As last saved; after a crash it may be an older one.
+    pub fn committed(&self) -> Option<Position> {
+        self.index().committed
+    }
+
+    /// Entries of `range` in their order, as they were at one moment: all that the log has, but no
+    /// more than the first that fill `max_bytes` (at least one). Reads the disk for old ones.
+    pub fn read(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<LogRecord>, StoreError> {
+        loop {
+            let (epoch, on_disk, mut newest) = {
+                let index = self.index();
+                let first = index.begins.max(range.start);
+                let end = index.last.map_or(0, |at| at.index + 1).min(range.end);
+                if first >= end {
+                    return Ok(Vec::new());
+                }
+                let newest: Vec<_> =
+                    index.tail.entries.range(first..end).map(|(_, e)| e.record.clone()).collect();
+                let tail_from = newest.first().map_or(end, |record| record.at.index);
+                (index.epoch, first..tail_from, newest)
+            };
+            let read = read_disk(&self.shared.path, &self.shared.entries, on_disk, max_bytes);
+            // Something was taken away meanwhile: what was read may be of two moments.
+            if self.index().epoch != epoch {
+                continue;
+            }
+            let (mut records, bytes, complete) = read?;
+            let mut left = max_bytes.saturating_sub(bytes);
+            if complete {
+                let fits = newest.iter().take_while(|record| {
+                    let fits = record.payload.len() <= left;
+                    left = left.saturating_sub(record.payload.len());
+                    fits
+                });
+                let count = fits.count().max(usize::from(records.is_empty()));
+                newest.truncate(count);
+                records.append(&mut newest);
+            }
+            return Ok(records);
+        }
+    }
+
+    /// Appends entries, which can be read when this returns; `done` is called when they are on the
+    /// disk. Refuses entries that do not follow the last one, and too large ones.
+    pub fn append(&self, records: Vec<LogRecord>, done: Done) -> Result<(), StoreError> {
+        let mut index = self.index();
+        let begins = match (index.last, records.first()) {
+            (None, Some(first)) if self.shared.alone => first.at.index,
+            _ => index.begins,
+        };
+        let mut last = index.last;
+        for record in &records {
+            let next = last.map_or(begins, |last| last.index + 1);
+            if record.at.index != next {
+                return Err(self.misuse(format!("entry {} is not entry {next}", record.at)));
+            }
+            if record.payload.len() > ENTRY_MAX_BYTES {
+                let bytes = record.payload.len();
+                let what =
+                    format!("entry {} has {bytes} of at most {ENTRY_MAX_BYTES} bytes", record.at);
+                return Err(self.misuse(what));
+            }
+            last = Some(record.at);
+        }
+        index.begins = begins;
+        index.last = last;
+        index.appended_bytes += records.iter().map(|r| r.payload.len() as u64).sum::<u64>();
+        let append = index.tail.push(&records);
+        self.send(Op::Append { append, records, done });
+        Ok(())
+    }
+
+    /// Returns when the vote is on the disk.
+    pub async fn save_vote(&self, ballot: Ballot) {
+        let (done, saved) = tokio::sync::oneshot::channel();
+        {
+            let mut index = self.index();
+            index.vote = Some(ballot);
+            self.send(Op::Vote { ballot, done });
+        }
+        self.written(saved).await;
+    }
+
+    /// Rides with the next flush.
+    pub fn save_committed(&self, committed: Option<Position>) {
+        let mut index = self.index();
+        index.committed = committed;
+        self.send(Op::Committed(committed));
+    }
+
+    /// Drops the entries after `last`; `None`: all of them. Returns when they are gone from the disk.
+    pub async fn truncate_after(&self, last: Option<Position>) {
+        let (done, truncated) = tokio::sync::oneshot::channel();
+        {
+            let mut index = self.index();
+            let last = last.or(index.purged);
+            if last.map(|at| at.index) >= index.last.map(|at| at.index) {
+                return;
+            }
+            let end = last.map_or(0, |at| at.index + 1);
+            index.epoch += 1;
+            index.last = last;
+            index.tail.truncate(end);
+            self.send(Op::Truncate { end, last, done });
+        }
+        self.written(truncated).await;
+    }
+
+    /// Drops the entries up to `upto`, but only as far as the snapshots allow. Where the log ends
+    /// before `upto`, a snapshot has taken its place: then all of it goes.
+    pub fn purge(&self, upto: Position) {
+        let mut index = self.index();
+        let replaced = index.last.is_none_or(|last| last.index <= upto.index);
+        let upto = match self.shared.coverage.purge_limit() {
+            PurgeLimit::None => upto,
+            PurgeLimit::UpTo(_) if replaced => upto,
+            PurgeLimit::UpTo(None) => return,
+            PurgeLimit::UpTo(Some(limit)) if limit.index < upto.index => limit,
+            PurgeLimit::UpTo(Some(_)) => upto,
+        };
+        if index.purged.is_some_and(|purged| purged.index >= upto.index) {
+            return;
+        }
+        index.epoch += 1;
+        index.purged = Some(upto);
+        index.begins = upto.index + 1;
+        if index.last.is_none_or(|last| last.index <= upto.index) {
+            index.last = Some(upto);
+        }
+        index.tail.purge(upto.index);
+        self.shared.coverage.log_purged(upto);
+        self.send(Op::Purge(upto));
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        guard(&self.shared.index)
+    }
+
+    /// Called with the index locked, so that the queue has the order of the calls.
+    fn send(&self, op: Op) {
+        if let Some(queue) = &self.shared.queue
+            && queue.send(op).is_err()
+        {
+            fatal("the log's writer is gone", &self.shared.path.display());
+        }
+    }
+
+    async fn written(&self, done: tokio::sync::oneshot::Receiver<()>) {
+        if done.await.is_err() {
+            fatal("the log's writer is gone", &self.shared.path.display());
+        }
+    }
+
+    fn misuse(&self, what: String) -> StoreError {
+        StoreError::Misuse { path: self.shared.path.clone(), what }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        drop(self.queue.take());
+        if let Some(writer) = self.writer.take() {
+            // A panic of the writer has ended the process already.
+            let _ = writer.join();
+        }
+    }
+}
+
+impl Tail {
+    fn push(&mut self, records: &[LogRecord]) -> u64 {
+        self.appends += 1;
+        for record in records {
+            self.bytes += record.payload.len();
+            let entry = TailEntry { append: self.appends, record: record.clone() };
+            self.entries.insert(record.at.index, entry);
+        }
+        self.appends
+    }
+
+    fn truncate(&mut self, end: u64) {
+        let gone = self.entries.split_off(&end);
+        self.bytes -= gone.values().map(|e| e.record.payload.len()).sum::<usize>();
+    }
+
+    fn purge(&mut self, upto: u64) {
+        let stay = self.entries.split_off(&(upto + 1));
+        let gone = std::mem::replace(&mut self.entries, stay);
+        self.bytes -= gone.values().map(|e| e.record.payload.len()).sum::<usize>();
+    }
+
+    /// Forgets the oldest, as far as they are on the disk, until the rest fits.
+    fn shrink(&mut self) {
+        while self.bytes > TAIL_BYTES
+            && let Some(oldest) = self.entries.first_entry()
+            && oldest.get().append <= self.flushed
+        {
+            self.bytes -= oldest.remove().record.payload.len();
+        }
+    }
+}
+
+/// The thread that writes. The adapter to a library that blocks: the one place with a thread of its
+/// own (two, with that of [`Mark`]).
+struct Writer {
+    path: PathBuf,
+    entries: sled::Tree,
+    meta: sled::Tree,
+    db: sled::Db,
+    index: Arc<Mutex<Index>>,
+    /// `None` only where its cost is measured.
+    mark: Option<Mark>,
+    /// The last entry and the vote that are on the disk.
+    durable: Marked,
+    /// Entries up to this one are being removed from the disk.
+    purging: Option<u64>,
+    _lock: Arc<Lock>,
+}
+
+/// What one flush answers.
+#[derive(Default)]
+struct Round {
+    batch: sled::Batch,
+    bytes: usize,
+    ops: usize,
+    /// What is on the disk once the round is.
+    ends: Marked,
+    append: u64,
+    appended: Vec<Done>,
+    /// Votes and truncations.
+    changed: Vec<tokio::sync::oneshot::Sender<()>>,
+}
+
+impl Writer {
+    fn run(mut self, ops: &mpsc::Receiver<Op>) {
+        let _guard = EndsProcess;
+        while let Some(op) = self.next(ops) {
+            let Some(first) = op else {
+                self.purge_slice();
+                continue;
+            };
+            let mut round = Round { ends: self.durable, ..Round::default() };
+            self.take(&mut round, first);
+            while round.bytes < ROUND_BYTES && round.ops < ROUND_OPS {
+                match ops.try_recv() {
+                    Ok(op) => self.take(&mut round, op),
+                    Err(_) => break,
+                }
+            }
+            self.finish(round);
+        }
+        self.must(self.db.flush());
+        if let Some(mark) = &mut self.mark {
+            mark.end();
+        }
+    }
+
+    /// Outer `None`: everybody has left. Inner `None`: nothing waits, and there is a purge to do.
+    fn next(&self, ops: &mpsc::Receiver<Op>) -> Option<Option<Op>> {
+        if self.purging.is_none() {
+            return ops.recv().ok().map(Some);
+        }
+        match ops.try_recv() {
+            Ok(op) => Some(Some(op)),
+            Err(mpsc::TryRecvError::Empty) => Some(None),
+            Err(mpsc::TryRecvError::Disconnected) => None,
+        }
+    }
+
+    fn take(&mut self, round: &mut Round, op: Op) {
+        round.ops += 1;
+        match op {
+            Op::Append { append, records, done } => {
+                for record in &records {
+                    round.bytes += record.payload.len();
+                    for (key, value) in chunks(record) {
+                        round.batch.insert(&key, value);
+                    }
+                }
+                round.ends.last = records.last().map(|r| r.at).or(round.ends.last);
+                round.append = append;
+                round.appended.push(done);
+            }
+            Op::Vote { ballot, done } => {
+                self.set(round, VOTE, Some(codec::encode_ballot(&ballot)));
+                round.ends.vote = Some(ballot);
+                round.changed.push(done);
+            }
+            Op::Committed(committed) => {
+                self.set(round, COMMITTED, committed.map(|at| codec::encode_position(&at)));
+            }
+            Op::Truncate { end, last, done } => {
+                self.truncate(round, end, last);
+                round.changed.push(done);
+            }
+            Op::Purge(upto) => {
+                self.set(round, PURGED, Some(codec::encode_position(&upto)));
+                if round.ends.last.is_none_or(|last| last.index < upto.index) {
+                    round.ends.last = Some(upto);
+                }
+                self.purging = Some(upto.index);
+            }
+        }
+    }
+
+    /// One flush for all of the round, then the answers.
+    fn finish(&mut self, mut round: Round) {
+        self.write_batch(&mut round);
+        if round.appended.is_empty() && round.changed.is_empty() {
+            return; // nobody waits: it rides with the next flush
+        }
+        self.must(self.db.flush());
+        // That of the round before: it had this round's time.
+        if let Some(mark) = &mut self.mark {
+            mark.end();
+        }
+        self.durable = round.ends;
+        {
+            let mut index = guard(&self.index);
+            index.tail.flushed = index.tail.flushed.max(round.append);
+            index.tail.shrink();
+        }
+        for done in round.appended {
+            done();
+        }
+        for done in round.changed {
+            let _ = done.send(()); // who asked may have gone
+        }
+        // Nobody waits for it: only the next round's answers do.
+        if let Some(mark) = &mut self.mark {
+            mark.begin(self.durable);
+        }
+    }
+
+    /// Writes a value after all that came before it.
+    fn set(&self, round: &mut Round, key: &str, value: Option<Vec<u8>>) {
+        self.write_batch(round);
+        self.must(match value {
+            Some(value) => self.meta.insert(key, value),
+            None => self.meta.remove(key),
+        });
+    }
+
+    fn write_batch(&self, round: &mut Round) {
+        let batch = std::mem::take(&mut round.batch);
+        self.must(self.entries.apply_batch(batch));
+    }
+
+    fn truncate(&mut self, round: &mut Round, end: u64, last: Option<Position>) {
+        self.write_batch(round);
+        // The mark must never promise more than the log may come back with.
+        if self.durable.last.map(|at| at.index) > last.map(|at| at.index) {
+            self.durable.last = last;
+        }
+        if let Some(mark) = &mut self.mark {
+            mark.lower(self.durable);
+        }
+        round.ends.last = last;
+        self.remove(self.entries.range(key(end, 0)..));
+    }
+
+    fn purge_slice(&mut self) {
+        let Some(upto) = self.purging else { return };
+        let oldest = self.entries.range(..key(upto + 1, 0));
+        if self.remove(oldest.take(PURGE_SLICE_KEYS)) < PURGE_SLICE_KEYS {
+            self.purging = None;
+        }
+    }
+
+    /// Removes these keys, all or none, and says how many they were.
+    fn remove(&self, found: impl Iterator<Item = sled::Result<(sled::IVec, sled::IVec)>>) -> usize {
+        let mut gone = sled::Batch::default();
+        let mut count = 0;
+        for pair in found {
+            gone.remove(self.must(pair).0);
+            count += 1;
+        }
+        self.must(self.entries.apply_batch(gone));
+        count
+    }
+
+    fn must<T, E: std::fmt::Display>(&self, result: Result<T, E>) -> T {
+        result.unwrap_or_else(|error| {
+            let path = self.path.display();
+            let error = error.to_string();
+            if error.contains("corrupt") {
+                fatal("the log is damaged", &StoreError::damaged(&self.path, error));
+            }
+            fatal(&format!("the log in {path} cannot be written"), &error)
+        })
+    }
+}
+
+/// Without its writer the node would wait for ever, or worse, take silence for success.
+struct EndsProcess;
+
+impl Drop for EndsProcess {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            fatal("the log's writer panicked", &"see above");
+        }
+    }
+}
+
+fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// What lies in sled.
+
+const VOTE: &str = "vote";
+const COMMITTED: &str = "committed";
+const PURGED: &str = "purged";
+
+/// A process that ended may hold sled's lock a little longer; our own lock says that nobody else
+/// does.
+const OPEN_TRIES: u32 = 200;
+const OPEN_PAUSE: Duration = Duration::from_millis(10);
+
+/// Makes a log where there is none. sled writes its first files in steps, and cannot read what a
+/// process leaves that ends between them: so they are made aside, and get their name when they are
+/// whole.
+fn make(path: &Path) -> Result<(), StoreError> {
+    if path.exists() {
+        return Ok(());
+    }
+    let aside = path.with_extension("new");
+    if aside.exists() {
+        fs::remove_dir_all(&aside).map_err(StoreError::io(&aside, "cannot be removed"))?;
+    }
+    let db = open_sled(&aside)?;
+    db.flush().map_err(StoreError::sled(&aside, "cannot be written"))?;
+    drop(db);
+    harden(&aside)?;
+    fs::rename(&aside, path).map_err(StoreError::io(path, "cannot be put in place"))?;
+    match path.parent() {
+        Some(parent) => dir::sync_dir(parent),
+        None => Ok(()),
+    }
+}
+
+fn open_sled(path: &Path) -> Result<sled::Db, StoreError> {
+    let config = sled::Config::new()
+        .path(path)
+        .cache_capacity(SLED_CACHE_BYTES)
+        .flush_every_ms(None)
+        .mode(sled::Mode::HighThroughput);
+    remove_unfinished(path)?;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match config.open() {
+            Err(sled::Error::Io(error)) if is_locked(&error) && tries < OPEN_TRIES => {
+                std::thread::sleep(OPEN_PAUSE);
+            }
+            opened => return opened.map_err(StoreError::sled(path, "cannot be opened")),
+        }
+    }
+}
+
+/// Makes what sled wrote without a sync durable, and that it is there at all.
+fn harden(path: &Path) -> Result<(), StoreError> {
+    let list = fs::read_dir(path).map_err(StoreError::io(path, "cannot be read"))?;
+    for item in list {
+        let item = item.map_err(StoreError::io(path, "cannot be read"))?.path();
+        let sync = || File::open(&item)?.sync_all();
+        sync().map_err(StoreError::io(&item, "cannot be synced"))?;
+    }
+    dir::sync_dir(path)?;
+    path.parent().map_or(Ok(()), dir::sync_dir)
+}
+
+/// sled panics at some damage that it finds.
+fn catching<T>(path: &Path, read: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    caught.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no more is known");
+        Err(StoreError::damaged(path, format!("it cannot be read: {text}")))
+    })
+}
+
+/// At every start sled writes what it found to `snap.….generating` and renames it. One that was cut
+/// off is the newest by name, and sled 0.34 would take it for its own and refuse to open; the one
+/// before it is still there.
+fn remove_unfinished(path: &Path) -> Result<(), StoreError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let list = fs::read_dir(path).map_err(StoreError::io(path, "cannot be read"))?;
+    for item in list {
+        let file = item.map_err(StoreError::io(path, "cannot be read"))?.path();
+        if file.extension().is_some_and(|extension| extension == "generating") {
+            fs::remove_file(&file).map_err(StoreError::io(&file, "cannot be removed"))?;
+        }
+    }
+    Ok(())
+}
+
+fn is_locked(error: &std::io::Error) -> bool {
+    error.to_string().contains("could not acquire lock")
+}
+
+/// Index and chunk, big-endian.
+fn key(index: u64, chunk: u16) -> [u8; 10] {
+    let mut key = [0; 10];
+    key[..8].copy_from_slice(&index.to_be_bytes());
+    key[8..].copy_from_slice(&chunk.to_be_bytes());
+    key
+}
+
+fn parse_key(key: &[u8]) -> Option<(u64, u16)> {
+    let (index, chunk) = key.split_first_chunk::<8>()?;
+    Some((u64::from_be_bytes(*index), u16::from_be_bytes(chunk.try_into().ok()?)))
+}
+
+fn checksum(at: Position, payload: &[u8]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    for number in [at.index, at.term, at.node] {
+        crc.update(&number.to_be_bytes());
+    }
+    crc.update(payload);
+    crc.finalize()
+}
+
+/// Keys and values of an entry. There are at most 65 535 chunks: [`ENTRY_MAX_BYTES`] sees to it.
+fn chunks(record: &LogRecord) -> Vec<([u8; 10], Vec<u8>)> {
+    let LogRecord { at, payload } = record;
+    let (first, rest) = payload.split_at(payload.len().min(CHUNK_BYTES - HEADER_BYTES));
+    let count = 1 + rest.len().div_ceil(CHUNK_BYTES);
+    let mut value = Vec::with_capacity(HEADER_BYTES + first.len());
+    value.push(VERSION);
+    value.extend_from_slice(&(count as u16).to_be_bytes());
+    value.extend_from_slice(&(payload.len() as u32).to_be_bytes());
+    value.extend_from_slice(&checksum(*at, payload).to_be_bytes());
+    value.extend_from_slice(&at.term.to_be_bytes());
+    value.extend_from_slice(&at.node.to_be_bytes());
+    value.extend_from_slice(first);
+    let mut all = vec![(key(at.index, 0), value)];
+    for (i, chunk) in rest.chunks(CHUNK_BYTES).enumerate() {
+        all.push((key(at.index, i as u16 + 1), chunk.to_vec()));
+    }
+    all
+}
+
+/// An entry that is being put together from its chunks.
+struct Assembly {
+    at: Position,
+    chunks: u16,
+    next: u16,
+    length: usize,
+    checksum: u32,
+    payload: Vec<u8>,
+}
+
+impl Assembly {
+    fn begin(path: &Path, index: u64, value: &[u8]) -> Result<Assembly, StoreError> {
+        let short =
+            || StoreError::damaged(path, format!("entry {index}: its first chunk is too short"));
+        let version = *value.first().ok_or_else(short)?;
+        if version != VERSION {
+            return Err(StoreError::Version {
+                path: path.to_path_buf(),
+                what: "the log",
+                found: version.into(),
+                supported: VERSION.into(),
+            });
+        }
+        let mut rest = &value[1..];
+        let chunks = u16::from_be_bytes(take(&mut rest).ok_or_else(short)?);
+        let length = u32::from_be_bytes(take(&mut rest).ok_or_else(short)?) as usize;
+        let checksum = u32::from_be_bytes(take(&mut rest).ok_or_else(short)?);
+        let term = u64::from_be_bytes(take(&mut rest).ok_or_else(short)?);
+        let node = u64::from_be_bytes(take(&mut rest).ok_or_else(short)?);
+        let at = Position { term, node, index };
+        Ok(Assembly { at, chunks, next: 1, length, checksum, payload: rest.to_vec() })
+    }
+
+    /// The entry, once its last chunk is there.
+    fn complete(&self, path: &Path) -> Result<Option<LogRecord>, StoreError> {
+        if self.next < self.chunks {
+            return Ok(None);
+        }
+        let index = self.at.index;
+        if self.payload.len() != self.length || checksum(self.at, &self.payload) != self.checksum {
+            return Err(StoreError::damaged(path, format!("entry {index}: wrong checksum")));
+        }
+        Ok(Some(LogRecord { at: self.at, payload: self.payload.as_slice().into() }))
+    }
+}
+
+fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+    let (head, rest) = bytes.split_first_chunk::<N>()?;
+    *bytes = rest;
+    Some(*head)
+}
+
+/// Entries from `first` on, whole and without a hole; ends where sled's iterator does.
+fn assemble(
+    path: &Path,
+    first: u64,
+    mut chunks: impl Iterator<Item = sled::Result<(sled::IVec, sled::IVec)>>,
+) -> impl Iterator<Item = Result<LogRecord, StoreError>> {
+    let mut expected = first;
+    let mut one = move || -> Result<Option<LogRecord>, StoreError> {
+        let mut open: Option<Assembly> = None;
+        for pair in chunks.by_ref() {
+            let (key, value) = pair.map_err(StoreError::sled(path, "cannot be read"))?;
+            let place = parse_key(&key);
+            let (index, chunk) =
+                place.ok_or_else(|| StoreError::damaged(path, format!("it has a key {key:?}")))?;
+            let awaited = (expected, open.as_ref().map_or(0, |a| a.next));
+            if (index, chunk) != awaited {
+                let what = format!(
+                    "chunk {} of entry {} is missing (found {chunk} of {index})",
+                    awaited.1, awaited.0
+                );
+                return Err(StoreError::damaged(path, what));
+            }
+            match &mut open {
+                None => open = Some(Assembly::begin(path, index, &value)?),
+                Some(assembly) => {
+                    assembly.payload.extend_from_slice(&value);
+                    assembly.next += 1;
+                }
+            }
+            if let Some(assembly) = &open
+                && let Some(record) = assembly.complete(path)?
+            {
+                expected += 1;
+                return Ok(Some(record));
+            }
+        }
+        match open {
+            None => Ok(None),
+            Some(Assembly { at, next, .. }) => {
+                let what = format!("chunk {next} of entry {} is missing", at.index);
+                Err(StoreError::damaged(path, what))
+            }
+        }
+    };
+    let mut failed = false;
+    std::iter::from_fn(move || {
+        if failed {
+            return None;
+        }
+        let result = one().transpose();
+        failed = matches!(result, Some(Err(_)));
+        result
+    })
+}
+
+/// Reads `range` as far as `max_bytes` allow, at least one entry. Also says how many bytes they
+/// have, and whether these are all.
+fn read_disk(
+    path: &Path,
+    entries: &sled::Tree,
+    range: Range<u64>,
+    max_bytes: usize,
+) -> Result<(Vec<LogRecord>, usize, bool), StoreError> {
+    let (mut records, mut bytes) = (Vec::new(), 0);
+    if range.is_empty() {
+        return Ok((records, 0, true));
+    }
+    let found = entries.range(key(range.start, 0)..key(range.end, 0));
+    for record in assemble(path, range.start, found) {
+        let record = record?;
+        if !records.is_empty() && bytes + record.payload.len() > max_bytes {
+            return Ok((records, bytes, false));
+        }
+        bytes += record.payload.len();
+        records.push(record);
+    }
+    let missing = range.start + records.len() as u64;
+    if missing < range.end {
+        return Err(StoreError::damaged(path, format!("entry {missing} is missing")));
+    }
+    Ok((records, bytes, true))
+}
+
+/// Reads and checks everything.
+fn scan(
+    path: &Path,
+    entries: &sled::Tree,
+    meta: &sled::Tree,
+    alone: bool,
+    marked: &Marked,
+) -> Result<Index, StoreError> {
+    let get = |key| meta.get(key).map_err(StoreError::sled(path, "cannot be read"));
+    let position = |key| {
+        let bytes = get(key)?;
+        let decoded = bytes.map(|bytes| codec::decode_position(&bytes));
+        decoded.transpose().map_err(StoreError::codec(path))
+    };
+    let vote = get(VOTE)?.map(|bytes| codec::decode_ballot(&bytes));
+    let vote = vote.transpose().map_err(StoreError::codec(path))?;
+    let (committed, purged) = (position(COMMITTED)?, position(PURGED)?);
+
+    let mut begins = purged.map_or(0, |at| at.index + 1);
+    // What a later write or purge would come across is found now.
+    for pair in meta.iter().chain(entries.range(..key(begins, 0))) {
+        pair.map_err(StoreError::sled(path, "cannot be read"))?;
+    }
+    if alone && purged.is_none() {
+        let first = entries.first().map_err(StoreError::sled(path, "cannot be read"))?;
+        begins = first.and_then(|(key, _)| parse_key(&key)).map_or(0, |(index, _)| index);
+    }
+    let mut last = purged;
+    let mut appended_bytes = 0;
+    for record in assemble(path, begins, entries.range(key(begins, 0)..)) {
+        let LogRecord { at, payload } = record?;
+        appended_bytes += payload.len() as u64;
+        if let Some(before) = last
+            && (at.term, at.node) < (before.term, before.node)
+        {
+            let what = format!("entry {at} follows entry {before}");
+            return Err(StoreError::damaged(path, what));
+        }
+        marked.check_entry(path, at)?;
+        last = Some(at);
+    }
+    marked.check_end(path, last)?;
+    let tail = Tail::default();
+    Ok(Index { epoch: 0, purged, begins, last, vote, committed, appended_bytes, tail })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fixture_of_a_chunk() {
+        let at = Position { term: 3, node: 2, index: 258 };
+        let record = LogRecord { at, payload: b"payload"[..].into() };
+        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let all = chunks(&record);
+        let [(key, value)] = all.as_slice() else { panic!("one chunk: {all:?}") };
+        assert_eq!(hex(key), "00000000000001020000");
+        assert_eq!(
+            hex(value),
+            "01000100000007a114f65500000000000000030000000000000002\
+             7061796c6f6164"
+        );
+        let assembly = Assembly::begin(Path::new("log"), 258, value).unwrap();
+        assert_eq!(assembly.complete(Path::new("log")).unwrap(), Some(record));
+    }
+
+    #[test]
+    fn no_chunk_is_larger_than_sled_should_get() {
+        for bytes in [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, ENTRY_MAX_BYTES] {
+            let at = Position { term: 1, node: 1, index: 0 };
+            let all = chunks(&LogRecord { at, payload: vec![1; bytes].into() });
+            assert!(all.iter().all(|(_, value)| value.len() <= CHUNK_BYTES));
+            let sum: usize = all.iter().map(|(_, value)| value.len()).sum();
+            assert_eq!(sum, bytes + HEADER_BYTES);
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! What durable means here: `fdatasync`, and the end of the process when it fails.
+//!
+//! sled 0.34 makes its writes durable with `sync_file_range`, which commits no metadata and does
+//! not empty the disk's cache (sled issues 1351 and 1452). The symbol is defined here anew, so that
+//! sled and everything else in the binary calls `fdatasync` in its place. `tests/storage.rs` counts
+//! the system calls of a running process, and [`verify`] checks the linkage at every start.
+//!
+//! After a failed sync nobody knows which pages are on the disk, and the kernel forgets the error
+//! once it was told (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020). So
+//! no sync is ever tried again: see [`fatal`].
+
+use std::io::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libc::{c_int, c_uint};
+
+use super::StoreError;
+
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+/// In place of the C library's: syncs the data of the whole file and what is needed to find it.
+#[unsafe(no_mangle)]
+pub extern "C" fn sync_file_range(fd: c_int, _offset: i64, _nbytes: i64, _flags: c_uint) -> c_int {
+    CALLS.fetch_add(1, Ordering::Relaxed);
+    // SAFETY: takes a number and touches no memory; a bad descriptor is answered with EBADF.
+    unsafe { libc::fdatasync(fd) }
+}
+
+/// Calls `sync_file_range` by the name that sled calls it by, and looks where the call arrived.
+pub(super) fn verify() -> Result<(), StoreError> {
+    let before = CALLS.load(Ordering::Relaxed);
+    // SAFETY: as above; -1 is no descriptor.
+    unsafe { libc::sync_file_range(-1, 0, 0, 0) };
+    if CALLS.load(Ordering::Relaxed) == before {
+        return Err(StoreError::NotDurable);
+    }
+    Ok(())
+}
+
+/// Exit status of a node whose disk failed (`EX_IOERR` of sysexits.h).
+pub const FATAL_EXIT: c_int = 74;
+
+/// Ends the process at once, without another answer to anybody: what was asked is of unknown
+/// outcome. No destructor runs, nothing more is written.
+pub fn fatal(what: &str, error: &dyn std::fmt::Display) -> ! {
+    tracing::error!(what, %error, "the disk failed; the process ends without another answer");
+    // The subscriber may be buffered.
+    let _ = writeln!(std::io::stderr(), "portwarden: {what}: {error}; the process ends");
+    exit_at_once(FATAL_EXIT)
+}
+
+/// Ends the process without running anything more of it.
+pub fn exit_at_once(code: c_int) -> ! {
+    // SAFETY: does not return.
+    unsafe { libc::_exit(code) }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_symbol_is_ours() {
+        super::verify().unwrap();
+    }
+}
