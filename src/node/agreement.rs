@@ -1,0 +1,383 @@
+//! Replicas prove that they agree.
+//!
+//! Now and then the leader puts a `Checkpoint::Take` in the log. Every replica that applies it takes
+//! the digest of its table as it is there: of a clone, on a thread for blocking work, so that
+//! `apply` does not wait. The leader then asks the voters for theirs, and puts the one that most
+//! have in the log as `Checkpoint::Compare`; a replica that took another one at that place ends at
+//! once, by name, and says what it had. So the odd one ends, be it the leader itself. Where there is
+//! no majority for any digest in time, the leader's own counts, as it does for what it replicates.
+//!
+//! - Places are log positions, not revisions: a replica whose revision went astray is found too.
+//! - A replica hashes one table at a time. A `Take` that comes meanwhile waits, and a later one
+//!   takes its place: so a long replay costs no more digests than it has time for.
+//! - A `Compare` waits for its digest. One of a table that this replica never had there, or skipped,
+//!   says nothing and is counted as `unknown`.
+//! - Nothing is taken while nothing changed, or while the table may not grow for want of space; and
+//!   the leader rests ten times as long as its own digest took.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::future::join_all;
+use metrics::{counter, gauge, histogram};
+use openraft::ServerState;
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::Node;
+use super::telemetry::ApplyMetrics;
+use crate::core::{Applied, Checkpoint, Command, Digest, Event, Revision, State, digest};
+use crate::proto::peer;
+use crate::raft::{ApplyObserver, CommandAt, NodeId};
+use crate::store::exit_at_once;
+
+/// Exit status of a replica that does not agree (`EX_SOFTWARE` of sysexits.h).
+pub const DISAGREES_EXIT: i32 = 70;
+
+/// Without enough entries for a checkpoint, one comes after this, if anything changed.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
+const ASK_TIMEOUT: Duration = Duration::from_millis(700);
+/// Longest wait for the digests of the others; ten times as long as the leader's own took, if that
+/// is more.
+const GATHER_MAX: Duration = Duration::from_secs(30);
+/// Longest wait for the leader's own digest.
+const DIGEST_MAX: Duration = Duration::from_secs(600);
+const REST_FACTOR: u32 = 10;
+/// Digests that are remembered for comparisons to come.
+const TAKEN_KEPT: usize = 16;
+
+/// A digest, and where in the log it was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Taken {
+    pub at: CommandAt,
+    pub revision: Revision,
+    pub digest: Digest,
+}
+
+/// What a comparison came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Agrees(Revision),
+    Differs {
+        own: Taken,
+        theirs: Taken,
+    },
+    /// This replica has no digest of that place.
+    Unknown,
+    /// Its digest is still being taken.
+    Later,
+}
+
+/// What a replica has taken and has to take; hashing itself is done elsewhere.
+#[derive(Default)]
+struct Books {
+    hashing: Option<CommandAt>,
+    next: Option<(CommandAt, State)>,
+    /// Newest last.
+    taken: VecDeque<Taken>,
+    /// Comparisons with what is being taken.
+    waiting: Vec<Taken>,
+}
+
+impl Books {
+    /// Returns what to hash now.
+    fn take(&mut self, at: CommandAt, state: &State) -> Option<(CommandAt, State)> {
+        if self.hashing.is_none() {
+            self.hashing = Some(at);
+            return Some((at, state.clone()));
+        }
+        self.next = Some((at, state.clone()));
+        None
+    }
+
+    fn hashed(&mut self, taken: Taken) -> (Vec<Verdict>, Option<(CommandAt, State)>) {
+        self.taken.push_back(taken);
+        if self.taken.len() > TAKEN_KEPT {
+            self.taken.pop_front();
+        }
+        let next = self.next.take();
+        self.hashing = next.as_ref().map(|(at, _)| *at);
+        let waiting = std::mem::take(&mut self.waiting);
+        let verdicts = waiting.into_iter().map(|theirs| self.compare(theirs)).collect();
+        (verdicts, next)
+    }
+
+    fn compare(&mut self, theirs: Taken) -> Verdict {
+        let next = self.next.as_ref().map(|(at, _)| *at);
+        match self.taken.iter().rfind(|own| own.at == theirs.at) {
+            Some(own) if *own == theirs => Verdict::Agrees(own.revision),
+            Some(own) => Verdict::Differs { own: *own, theirs },
+            None if self.hashing == Some(theirs.at) || next == Some(theirs.at) => {
+                self.waiting.push(theirs);
+                Verdict::Later
+            }
+            None => Verdict::Unknown,
+        }
+    }
+}
+
+/// One replica's part; an observer of `apply`.
+#[derive(Clone)]
+pub(super) struct Agreement(Arc<Shared>);
+
+struct Shared {
+    node: NodeId,
+    books: Mutex<Books>,
+    latest: watch::Sender<Option<Taken>>,
+}
+
+impl Agreement {
+    pub fn new(node: NodeId) -> Agreement {
+        let (latest, _) = watch::channel(None);
+        Agreement(Arc::new(Shared { node, books: Mutex::default(), latest }))
+    }
+
+    /// The last digest that this node took.
+    pub fn latest(&self) -> Option<Taken> {
+        *self.0.latest.borrow()
+    }
+
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hash(&self, at: CommandAt, state: State) {
+        let agreement = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            let taken = Taken { at, revision: state.revision, digest: digest(&state) };
+            histogram!("portwarden_digest_seconds").record(began.elapsed().as_secs_f64());
+            drop(state);
+            let (verdicts, next) = agreement.books().hashed(taken);
+            agreement.0.latest.send_replace(Some(taken));
+            verdicts.into_iter().for_each(|verdict| agreement.heed(verdict));
+            if let Some((at, state)) = next {
+                agreement.hash(at, state);
+            }
+        });
+    }
+
+    fn heed(&self, verdict: Verdict) {
+        let count = |result| {
+            counter!("portwarden_checkpoints_total", "result" => result).increment(1);
+        };
+        match verdict {
+            Verdict::Agrees(revision) => {
+                count("agrees");
+                let node = self.0.node.to_string();
+                gauge!("portwarden_checkpoint_revision", "node" => node).set(revision.0 as f64);
+            }
+            Verdict::Unknown => count("unknown"),
+            Verdict::Later => {}
+            Verdict::Differs { own, theirs } => {
+                count("differs");
+                disagree(self.0.node, &own, &theirs)
+            }
+        }
+    }
+}
+
+/// What is wrong with this table nobody knows: nothing more may be said from it.
+fn disagree(node: NodeId, own: &Taken, theirs: &Taken) -> ! {
+    let text = format!(
+        "node {node} does not agree with the cluster: at log entry {} its table has revision {} and \
+         digest {}, the cluster's has revision {} and digest {}; the process ends. If it ends again \
+         after a restart, remove this node and let it join on an empty data directory under a new \
+         id; and report this: it is a bug, or broken memory",
+        own.at.0, own.revision, own.digest, theirs.revision, theirs.digest
+    );
+    tracing::error!("{text}");
+    eprintln!("portwarden: {text}");
+    exit_at_once(DISAGREES_EXIT)
+}
+
+impl ApplyObserver for Agreement {
+    fn applied(&self, command: &Command, applied: &Applied, events: &[Event]) {
+        ApplyMetrics.applied(command, applied, events);
+    }
+
+    fn checkpoint(&self, at: CommandAt, checkpoint: &Checkpoint, state: &State) {
+        match *checkpoint {
+            Checkpoint::Take => {
+                let now = self.books().take(at, state);
+                if let Some((at, state)) = now {
+                    self.hash(at, state);
+                }
+            }
+            Checkpoint::Compare { entry, command, revision, digest } => {
+                let verdict =
+                    self.books().compare(Taken { at: (entry, command), revision, digest });
+                self.heed(verdict);
+            }
+        }
+    }
+
+    fn installed(&self) {
+        ApplyMetrics.installed();
+    }
+}
+
+/// On the leader: checkpoints, every so many entries, or after a while.
+pub(super) async fn lead(node: Node, every_entries: u64) {
+    let mut last = Instant::now();
+    let mut rest = Duration::ZERO;
+    while node.runs() {
+        sleep(LOOK_EVERY).await;
+        let leads = node.inner.raft.metrics().borrow_watched().state == ServerState::Leader;
+        if !leads || last.elapsed() < rest || node.refuses_growth().is_some() {
+            continue;
+        }
+        let table = node.table();
+        let latest = node.inner.agreement.latest();
+        if latest.map_or(0, |taken| taken.revision.0) == table.state.revision.0 {
+            continue;
+        }
+        let applied = table.applied.map_or(0, |at| at.index);
+        let entries = applied.saturating_sub(latest.map_or(0, |taken| taken.at.0));
+        if entries < every_entries && last.elapsed() < CHECKPOINT_EVERY {
+            continue;
+        }
+        drop(table);
+        match round(&node, latest.map(|taken| taken.at)).await {
+            Ok(hashing) => rest = hashing * REST_FACTOR,
+            Err(why) => tracing::info!(why, "a checkpoint was not made"),
+        }
+        last = Instant::now();
+    }
+}
+
+/// One checkpoint, from its digests to the comparison; says how long this node's own digest took. A
+/// leader that is deposed meanwhile fails.
+async fn round(node: &Node, before: Option<CommandAt>) -> Result<Duration, String> {
+    let propose = async |checkpoint| {
+        let deadline = Instant::now() + PROPOSE_TIMEOUT;
+        let done = node.propose(Command::Checkpoint(checkpoint), deadline).await;
+        done.map_err(|error| error.to_string())
+    };
+    propose(Checkpoint::Take).await?;
+    let began = Instant::now();
+    let mut latest = node.inner.agreement.0.latest.subscribe();
+    let newer = |taken: &Option<Taken>| taken.map(|taken| taken.at) > before;
+    let own = match timeout(DIGEST_MAX, latest.wait_for(newer)).await {
+        Ok(Ok(taken)) => taken.ok_or("no digest")?,
+        _ => return Err("this node's own digest was not taken in time".into()),
+    };
+    let hashing = began.elapsed();
+    let wait = GATHER_MAX.max(hashing * REST_FACTOR);
+    let Taken { at: (entry, command), revision, digest } = gather(node, own, wait).await;
+    propose(Checkpoint::Compare { entry, command, revision, digest }).await?;
+    Ok(hashing)
+}
+
+/// What most voters took at the place of `own`; `own` itself where nothing has a majority in time.
+async fn gather(node: &Node, own: Taken, wait: Duration) -> Taken {
+    let deadline = Instant::now() + wait;
+    loop {
+        let membership = node.inner.raft.metrics().borrow_watched().membership_config.clone();
+        let voters: Vec<_> = membership.membership().voter_ids().collect();
+        let others = membership.nodes().filter(|(id, _)| **id != node.id() && voters.contains(id));
+        let asked = others.map(|(id, member)| {
+            let request = peer::ProbeRequest::default();
+            let answer = node.inner.network.probe(*id, &member.peer, request, ASK_TIMEOUT);
+            async move { (*id, answer.await.ok().and_then(|answer| taken_of(&answer))) }
+        });
+        let mut votes = BTreeMap::from([(node.id(), own)]);
+        for (id, taken) in join_all(asked).await {
+            votes.extend(taken.filter(|taken| taken.at == own.at).map(|taken| (id, taken)));
+        }
+        let votes: Vec<_> = votes.into_iter().collect();
+        let late = Instant::now() >= deadline;
+        if let Some(most) = majority(&votes, voters.len()).or(late.then_some(own)) {
+            for (id, odd) in votes.iter().filter(|(_, taken)| *taken != most) {
+                counter!("portwarden_replicas_differ_total").increment(1);
+                tracing::error!(
+                    node = id, revision = %odd.revision, digest = %odd.digest,
+                    cluster_revision = %most.revision, cluster_digest = %most.digest,
+                    "a replica does not agree with the others"
+                );
+            }
+            return most;
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+fn majority(votes: &[(NodeId, Taken)], voters: usize) -> Option<Taken> {
+    let count = |taken: &Taken| votes.iter().filter(|(_, other)| other == taken).count();
+    votes.iter().map(|(_, taken)| *taken).find(|taken| count(taken) > voters / 2)
+}
+
+fn taken_of(answer: &peer::ProbeResponse) -> Option<Taken> {
+    let peer::TakenDigest { entry, command, revision, digest } = answer.digest.as_ref()?;
+    let digest = Digest(digest.as_ref().try_into().ok()?);
+    Some(Taken { at: (*entry, *command), revision: Revision(*revision), digest })
+}
+
+/// As a probe tells it.
+pub(super) fn wire_taken(taken: Taken) -> peer::TakenDigest {
+    let Taken { at: (entry, command), revision, digest } = taken;
+    peer::TakenDigest { entry, command, revision: revision.0, digest: digest.0.to_vec().into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(revision: u64) -> State {
+        crate::core::Restore::new(1, Revision(revision)).finish().unwrap()
+    }
+
+    fn taken(entry: u64, revision: u64) -> Taken {
+        Taken { at: (entry, 0), revision: Revision(revision), digest: digest(&state(revision)) }
+    }
+
+    #[test]
+    fn a_replica_compares_what_it_took_at_the_same_place() {
+        let mut books = Books::default();
+        assert!(books.take((10, 0), &state(5)).is_some());
+        assert_eq!(books.compare(taken(10, 5)), Verdict::Later, "it is still being taken");
+        assert_eq!(books.compare(taken(9, 5)), Verdict::Unknown, "never taken here");
+        let (verdicts, next) = books.hashed(taken(10, 5));
+        assert_eq!((verdicts, next), (vec![Verdict::Agrees(Revision(5))], None));
+        // Another revision at the same place is found as surely as another digest.
+        let theirs = taken(10, 6);
+        assert_eq!(books.compare(theirs), Verdict::Differs { own: taken(10, 5), theirs });
+        let theirs = Taken { digest: Digest([1; 32]), ..taken(10, 5) };
+        assert_eq!(books.compare(theirs), Verdict::Differs { own: taken(10, 5), theirs });
+    }
+
+    #[test]
+    fn takes_that_come_too_fast_are_skipped_and_their_comparisons_say_nothing() {
+        let mut books = Books::default();
+        assert!(books.take((10, 0), &state(5)).is_some());
+        assert!(books.take((20, 0), &state(6)).is_none());
+        assert_eq!(books.compare(taken(20, 6)), Verdict::Later);
+        assert!(books.take((30, 0), &state(7)).is_none(), "takes the place of 20");
+        assert_eq!(books.compare(taken(30, 8)), Verdict::Later);
+        let (verdicts, next) = books.hashed(taken(10, 5));
+        assert_eq!(verdicts, [Verdict::Unknown, Verdict::Later]);
+        assert_eq!(next.map(|(at, _)| at), Some((30, 0)));
+        let (verdicts, next) = books.hashed(taken(30, 7));
+        let (own, theirs) = (taken(30, 7), taken(30, 8));
+        assert_eq!((verdicts, next), (vec![Verdict::Differs { own, theirs }], None));
+        assert!(books.take((40, 0), &state(9)).is_some(), "idle again");
+    }
+
+    #[test]
+    fn most_voters_decide_and_no_two_of_four_do() {
+        let (a, b) = (taken(10, 5), taken(10, 6));
+        assert_eq!(
+            majority(&[(1, b), (2, a), (3, a)], 3),
+            Some(a),
+            "the leader may be the odd one"
+        );
+        assert_eq!(majority(&[(1, a), (2, b)], 3), None);
+        assert_eq!(majority(&[(1, a), (2, a)], 3), Some(a), "without waiting for the third");
+        assert_eq!(majority(&[(1, a), (2, a)], 4), None);
+        assert_eq!(majority(&[(1, a)], 1), Some(a));
+    }
+}

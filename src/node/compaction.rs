@@ -1,0 +1,43 @@
+//! Bounds the log in bytes. openraft bounds it in entries alone, and an entry may be large.
+//!
+//! When so many bytes were appended since the last snapshot, the next one is written; and when it
+//! is there, the log before the one before it goes, however few entries that is. So the log holds
+//! at most two such spans and what comes while a snapshot is being written.
+
+use std::time::Duration;
+
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::Node;
+use crate::store::LogStore;
+
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+pub(super) async fn bound_bytes(node: Node, log: LogStore, every_bytes: u64) {
+    let mut every = interval(LOOK_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let snapshot_index = || node.inner.raft.metrics().borrow_watched().snapshot.map(|at| at.index);
+    let mut newest = snapshot_index();
+    let mut since = 0;
+    let mut asked = false;
+    while node.runs() {
+        every.tick().await;
+        let now = snapshot_index();
+        if now != newest {
+            if let (true, Some(older)) = (asked, newest) {
+                let _ = node.inner.raft.trigger().purge_log(older).await; // fails when Raft ends
+            }
+            // What was appended while it was written counts towards the next one.
+            if !asked {
+                since = log.appended_bytes();
+            }
+            (newest, asked) = (now, false);
+        }
+        let appended = log.appended_bytes();
+        if appended - since >= every_bytes {
+            (since, asked) = (appended, true);
+            let _ = node.inner.raft.trigger().snapshot().await; // as above
+        }
+    }
+}

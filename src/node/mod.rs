@@ -1,0 +1,618 @@
+//! The running server, below its API: one member of the Raft group.
+//!
+//! A write goes through the [`proposer`] into the log, and is answered when this
+//! node has applied it. A linearizable read goes through a shared [round](self::reads). Both work
+//! on the leader alone: [`Node::route`] tells where it is, and [`Node::forward`] carries a call
+//! there over the one connection between two peers. What can be said when no answer comes is one
+//! table: [`outcome`].
+//!
+//! Time, tasks and timers are tokio's; the network and the disk lie behind `raft` and `store`.
+
+mod agreement;
+mod bootstrap;
+mod compaction;
+mod outcome;
+mod proposer;
+mod reads;
+mod space;
+mod status;
+pub mod telemetry;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use fail::fail_point;
+use openraft::ServerState;
+use openraft::async_runtime::Instant as _;
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout, timeout_at};
+use tonic::transport::server::TcpIncoming;
+use tracing::{error, info, warn};
+
+use crate::core::{Applied, Command, Revision, State};
+use crate::proto::peer;
+pub use crate::raft::NodeId;
+use crate::raft::{
+    self, ClusterCell, ClusterMismatch, LocalIdentity, PeerHooks, PeerNetwork, Raft, RaftCell,
+    RaftOptions, StateMachine, TableView, peer_service, raft_config,
+};
+use crate::store::{DataDir, StoreError};
+pub use agreement::DISAGREES_EXIT;
+pub use bootstrap::BootstrapError;
+pub use outcome::{CallError, ForwardError};
+pub use status::{MemberReport, StatusReport};
+
+/// By when the caller wants its answer, on tokio's clock.
+pub type Deadline = Instant;
+
+/// What a node needs to know to start.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    pub id: NodeId,
+    pub data_dir: PathBuf,
+    /// Peer addresses of the nodes that begin the cluster, this one among them.
+    pub initial_cluster: BTreeMap<NodeId, String>,
+    /// Where clients reach this node.
+    pub advertise: String,
+    /// Log entries after which a snapshot is written.
+    pub snapshot_every: u64,
+    pub upkeep: Upkeep,
+}
+
+/// What a node does by itself, beside serving calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upkeep {
+    /// Bytes of log entries after which a snapshot is written, if there were fewer entries.
+    pub snapshot_every_bytes: u64,
+    /// Applied entries after which the leader lets the replicas compare their tables; 0: never.
+    pub checkpoint_every: u64,
+    /// The node is low on space when less is free on the file system of its data directory; 0:
+    /// never.
+    pub low_space_bytes: u64,
+}
+
+impl Default for Upkeep {
+    fn default() -> Self {
+        Upkeep {
+            snapshot_every_bytes: 64 << 20,
+            checkpoint_every: 10_000,
+            low_space_bytes: 256 << 20,
+        }
+    }
+}
+
+/// Why a node does not start; each text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("cannot listen for peers on {addr}: {source}")]
+    Listen { addr: SocketAddr, source: std::io::Error },
+    #[error("Raft does not start: {0}")]
+    Raft(String),
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    #[error(transparent)]
+    OtherCluster(#[from] ClusterMismatch),
+    #[error("node {id} is refused by its peers: {why}")]
+    Refused { id: NodeId, why: String },
+    #[error(
+        "{} was node {id} of cluster {cluster}, and its log and snapshots are gone: a node that \
+         lost its data is a new node; remove member {id} from the cluster (portwarden member remove \
+         {id}), and start over an empty data directory with --join and a new id", .path.display()
+    )]
+    LogLost { id: NodeId, cluster: String, path: PathBuf },
+}
+
+/// Runs a call that a peer forwarded, on this node and no further.
+#[tonic::async_trait]
+pub trait LocalCalls: Send + Sync + 'static {
+    async fn call(
+        &self,
+        method: &str,
+        request: &[u8],
+        deadline: Deadline,
+    ) -> Result<Vec<u8>, tonic::Status>;
+}
+
+/// A handle on a running node.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: NodeConfig,
+    data: DataDir,
+    cluster: ClusterCell,
+    raft: Raft,
+    view: TableView,
+    network: PeerNetwork,
+    proposer: proposer::Proposer,
+    reads: reads::Reads,
+    space: space::Space,
+    agreement: agreement::Agreement,
+    calls: Arc<OnceLock<Arc<dyn LocalCalls>>>,
+    /// Was the data directory empty at the start?
+    pristine: bool,
+    /// Everything that was applied before a restart is applied again.
+    recovered: AtomicBool,
+    /// Where the log ended at the start: nothing after it can have been applied before.
+    ended_at: Option<u64>,
+    stop_peers: watch::Sender<bool>,
+    peer_server: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Inner {
+    fn begun(&self) -> bool {
+        self.raft.metrics().borrow_watched().membership_config.nodes().next().is_some()
+    }
+}
+
+/// How long the leader waits, when it stops, for another node to take over.
+const HAND_OVER_MAX: Duration = Duration::from_secs(3);
+/// Longest that a peer's call may run, whatever it says.
+const FORWARDED_MAX: Duration = Duration::from_secs(120);
+/// A follower that answered the leader this recently counts as live.
+const LIVE_WITHIN: Duration = Duration::from_millis(1500);
+
+impl Node {
+    /// Opens the data directory, serves peers on `listener`, and begins or joins the cluster in
+    /// the background. The node answers calls as soon as a leader is known.
+    pub async fn start(config: NodeConfig, listener: TcpListener) -> Result<Node, StartError> {
+        let data = DataDir::open(&config.data_dir, config.id)?;
+        let log = data.log()?;
+        let snapshots = data.snapshots()?;
+        let cluster = ClusterCell::default();
+        if let Some(id) = data.cluster_id() {
+            cluster.set(&id)?;
+        }
+        let pristine = data.is_pristine()?;
+        let ended_at = log.bounds().1.map(|at| at.index);
+        if let (true, Some(cluster)) = (pristine, data.cluster_id()) {
+            let path = config.data_dir.clone();
+            return Err(StartError::LogLost { id: config.id, cluster, path });
+        }
+
+        let local = LocalIdentity {
+            node_id: config.id,
+            incarnation: data.incarnation().to_string(),
+            session: data.session().to_string(),
+            client_endpoint: config.advertise.clone(),
+        };
+        let network = PeerNetwork::new(local, cluster.clone());
+        let agreement = agreement::Agreement::new(config.id);
+        let (machine, view) = StateMachine::open(snapshots.clone(), Arc::new(agreement.clone()))?;
+        let space = space::Space::new(&config.data_dir, config.upkeep.low_space_bytes);
+
+        let calls = Arc::new(OnceLock::new());
+        let cell = RaftCell::default();
+        let hooks = Arc::new(Hooks { calls: calls.clone(), node: OnceLock::new() });
+        let addr = listener.local_addr().map_err(|e| StartError::Raft(e.to_string()))?;
+        let (stop_peers, mut stop) = watch::channel(false);
+        let service = peer_service(cell.clone(), network.clone(), hooks.clone(), snapshots);
+        // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let peer_server = tokio::spawn(async move {
+            let stopped = async move {
+                let _ = stop.wait_for(|stop| *stop).await;
+            };
+            let served = tonic::transport::Server::builder()
+                .http2_keepalive_interval(Some(Duration::from_secs(5)))
+                .add_service(service)
+                .serve_with_incoming_shutdown(incoming, stopped)
+                .await;
+            if let Err(e) = served {
+                error!(%addr, "the peer listener failed: {e}");
+            }
+        });
+
+        let options =
+            RaftOptions { snapshot_every_entries: config.snapshot_every, ..RaftOptions::default() };
+        let raft_settings = raft_config(&options).map_err(StartError::Raft)?;
+        let raft = Raft::new(config.id, raft_settings, network.clone(), log.clone(), machine)
+            .await
+            .map_err(|e| StartError::Raft(e.to_string()))?;
+        // Once it answers, its log is read: from then on calls are checked against the members in it.
+        raft.is_initialized().await.map_err(|e| StartError::Raft(e.to_string()))?;
+        network.follow(raft.metrics(), view.clone());
+        let (proposer, packing) = proposer::Proposer::new(raft.clone());
+        let (reads, rounds) = reads::Reads::new(raft.clone(), view.clone());
+        tokio::spawn(packing);
+        tokio::spawn(rounds);
+
+        let upkeep = config.upkeep.clone();
+        let node = Node {
+            inner: Arc::new(Inner {
+                config,
+                data,
+                cluster,
+                raft: raft.clone(),
+                view,
+                network,
+                proposer,
+                reads,
+                space,
+                agreement,
+                calls,
+                pristine,
+                recovered: AtomicBool::new(pristine),
+                ended_at,
+                stop_peers,
+                peer_server: std::sync::Mutex::new(Some(peer_server)),
+            }),
+        };
+        let _ = hooks.node.set(Arc::downgrade(&node.inner));
+        cell.set(raft);
+        tokio::spawn(watch_recovery(node.clone()));
+        tokio::spawn(telemetry::report(node.clone()));
+        tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
+        if upkeep.low_space_bytes > 0 {
+            tokio::spawn(space::look_after(node.clone()));
+            tokio::spawn(space::ask_others(node.clone()));
+        }
+        if upkeep.checkpoint_every > 0 {
+            tokio::spawn(agreement::lead(node.clone(), upkeep.checkpoint_every));
+        }
+        Ok(node)
+    }
+
+    /// Begins the cluster where that falls to this node, and learns the cluster's identity in any
+    /// case. Returns once the node belongs to a cluster; an error must end the process.
+    pub async fn enter_cluster(&self) -> Result<(), StartError> {
+        tokio::select! {
+            entered = self.begin_or_wait() => entered,
+            why = self.refused() => Err(StartError::Refused { id: self.id(), why }),
+        }
+    }
+
+    /// Resolves when a peer knows this node's id as somebody else.
+    async fn refused(&self) -> String {
+        let mut refusals = self.inner.network.refusals();
+        match refusals.wait_for(Option::is_some).await {
+            Ok(why) => why.clone().unwrap_or_default(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    async fn begin_or_wait(&self) -> Result<(), StartError> {
+        let Inner { config, data, cluster, raft, network, .. } = &*self.inner;
+        let begun = raft.is_initialized().await.map_err(|e| StartError::Raft(e.to_string()))?;
+        let lowest = config.initial_cluster.keys().next() == Some(&config.id);
+        if !begun && lowest {
+            // A crash in the middle of an earlier attempt left the id that was chosen then.
+            let id = data.cluster_id().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+            bootstrap::initialise(config, raft, network, &id, data.incarnation()).await?;
+        }
+        let mut watching = std::pin::pin!(bootstrap::watch_for_begin(config, network));
+        let mut metrics = raft.metrics();
+        loop {
+            let membership = metrics.borrow_watched().membership_config.clone();
+            if let Some((_, member)) = membership.nodes().next() {
+                data.set_cluster_id(&member.cluster_id)?;
+                cluster.set(&member.cluster_id)?;
+                if begun {
+                    let members = membership.nodes().map(|(id, m)| (*id, m.peer.clone()));
+                    bootstrap::warn_if_list_differs(config, members);
+                }
+                return Ok(());
+            }
+            tokio::select! {
+                changed = metrics.changed() => {
+                    changed.map_err(|_| StartError::Raft("it stopped".into()))?;
+                }
+                // Who lost its disk shall hear of it, even where nobody leads and calls it.
+                () = &mut watching => {}
+            }
+        }
+    }
+
+    pub fn id(&self) -> NodeId {
+        self.inner.config.id
+    }
+
+    /// Where calls that peers forward are run. Until it is set they are refused.
+    pub fn serve_calls(&self, calls: Arc<dyn LocalCalls>) {
+        let _ = self.inner.calls.set(calls);
+    }
+
+    /// On the leader: proposes, and answers once applied.
+    pub async fn propose(
+        &self,
+        command: Command,
+        deadline: Deadline,
+    ) -> Result<Applied, CallError> {
+        self.admit(&command)?;
+        let applied = self.inner.proposer.propose(command, deadline).await?;
+        // A leader has applied all that came before its own entries.
+        self.inner.recovered.store(true, Ordering::Release);
+        Ok(applied)
+    }
+
+    /// On the leader: a view with everything that was acknowledged before the call.
+    pub async fn read(&self, deadline: Deadline) -> Result<State, CallError> {
+        self.inner.reads.read(deadline).await
+    }
+
+    /// This node's own copy, once it has reached `min_revision`. It may lag behind the leader, but
+    /// not behind what this node knew before a restart.
+    pub async fn read_stale(
+        &self,
+        min_revision: Revision,
+        deadline: Deadline,
+    ) -> Result<State, CallError> {
+        if !self.inner.recovered.load(Ordering::Acquire) {
+            return Err(CallError::NotReady("this node is still recovering its table".into()));
+        }
+        let reached = self.inner.view.wait_for(|t| t.state.revision >= min_revision);
+        match timeout_at(deadline, reached).await {
+            Ok(table) => Ok(table.state.clone()),
+            Err(_) => {
+                let have = self.inner.view.table().state.revision;
+                let why = format!("this node is at revision {have}, {min_revision} is asked for");
+                Err(CallError::NotReady(why))
+            }
+        }
+    }
+
+    /// Where a call should run: `None` here, else at that peer. Waits for a leader to be known.
+    pub async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError> {
+        let mut metrics = self.inner.raft.metrics();
+        loop {
+            let leader = {
+                let now = metrics.borrow_watched();
+                if let Err(fatal) = &now.running_state {
+                    return Err(CallError::NotReady(format!("the node has stopped: {fatal}")));
+                }
+                match now.current_leader {
+                    // It has won, but is not in charge yet.
+                    Some(id) if id == now.id && now.state != ServerState::Leader => None,
+                    leader => leader,
+                }
+            };
+            match leader {
+                Some(id) if id == self.id() => return Ok(None),
+                Some(id) => return Ok(Some(id)),
+                None => match timeout_at(deadline, metrics.changed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => return Err(CallError::NotReady("the node is stopping".into())),
+                    Err(_) => return Err(CallError::NotReady(self.why_no_leader())),
+                },
+            }
+        }
+    }
+
+    fn why_no_leader(&self) -> String {
+        match self.inner.begun() {
+            true => "no leader is known: is a majority of the nodes up?".into(),
+            false => "the cluster has not begun: waiting for all nodes of --initial-cluster".into(),
+        }
+    }
+
+    /// Carries a call to a peer, which runs it there and no further.
+    pub async fn forward(
+        &self,
+        to: NodeId,
+        method: &str,
+        request: Vec<u8>,
+        deadline: Deadline,
+    ) -> Result<Result<Vec<u8>, tonic::Status>, ForwardError> {
+        let membership = self.inner.raft.metrics().borrow_watched().membership_config.clone();
+        let Some(member) = membership.membership().get_node(&to) else {
+            return Err(ForwardError::NotSent(format!("node {to} is not a member")));
+        };
+        fail_point!("forward-before-send", |_| Err(ForwardError::NotSent("a failpoint".into())));
+        let request = forwarded(method, request, deadline);
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        let sent = self.inner.network.forward(to, &member.peer, request);
+        let answer = match timeout(remaining, sent).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(raft::ForwardError::NotSent(why))) => return Err(ForwardError::NotSent(why)),
+            Ok(Err(raft::ForwardError::Broken(why))) => return Err(ForwardError::Broken(why)),
+            Err(_) => return Err(ForwardError::Broken("the deadline passed".into())),
+        };
+        fail_point!("forward-answer-lost", |_| Err(ForwardError::Broken("a failpoint".into())));
+        match answer.result {
+            Some(peer::forward_response::Result::Response(bytes)) => Ok(Ok(bytes.into())),
+            Some(peer::forward_response::Result::Status(status)) => Ok(Err(
+                tonic::Status::with_details(status.code.into(), status.message, status.details),
+            )),
+            None => Err(ForwardError::Broken(format!("node {to} sent an empty answer"))),
+        }
+    }
+
+    /// The table as this node has it now; for telemetry.
+    pub fn table(&self) -> Arc<raft::Table> {
+        self.inner.view.table()
+    }
+
+    /// Resolves with the reason when this node must not go on: Raft has ended by itself (a storage
+    /// error, a panic), or the peers know its id as somebody else.
+    pub async fn failed(&self) -> String {
+        tokio::select! {
+            why = self.raft_ended() => why,
+            why = self.refused() => StartError::Refused { id: self.id(), why }.to_string(),
+        }
+    }
+
+    async fn raft_ended(&self) -> String {
+        let mut metrics = self.inner.raft.server_metrics();
+        loop {
+            if let Err(fatal) = &self.inner.raft.metrics().borrow_watched().running_state {
+                return fatal.to_string();
+            }
+            if metrics.changed().await.is_err() {
+                return "Raft ended".into();
+            }
+        }
+    }
+
+    fn runs(&self) -> bool {
+        self.inner.raft.metrics().borrow_watched().running_state.is_ok()
+    }
+
+    /// Is this node able to answer: a member, recovered, and with a leader known?
+    pub fn is_ready(&self) -> bool {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        self.inner.recovered.load(Ordering::Acquire)
+            && metrics.running_state.is_ok()
+            && metrics.current_leader.is_some()
+    }
+
+    /// A leader first hands over to a live follower that has all of its log, so that clients do
+    /// not wait for an election; called while calls are still being served.
+    pub async fn hand_over(&self) {
+        let Some(successor) = self.successor() else { return };
+        info!(successor, "handing over the lead");
+        if let Err(e) = self.inner.raft.trigger().transfer_leader(successor).await {
+            warn!("handing over failed: {e}");
+            return;
+        }
+        let mut metrics = self.inner.raft.metrics();
+        let handed_over = async {
+            while metrics.borrow_watched().state == ServerState::Leader {
+                if metrics.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        if timeout(HAND_OVER_MAX, handed_over).await.is_err() {
+            warn!(successor, "did not take over in time; the others will elect");
+        }
+    }
+
+    /// The live voter with the most of this leader's log; `None` where this node does not lead or
+    /// has nobody to lead after it. (openraft alpha.37 never clears a transfer: a dead target would
+    /// stall the group.)
+    fn successor(&self) -> Option<NodeId> {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let replication = metrics.replication.as_ref()?;
+        let heartbeat = metrics.heartbeat.as_ref()?;
+        let live = |id: &NodeId| {
+            heartbeat
+                .get(id)
+                .and_then(|at| at.as_ref())
+                .is_some_and(|at| at.into_inner().elapsed() < LIVE_WITHIN)
+        };
+        metrics
+            .membership_config
+            .membership()
+            .voter_ids()
+            .filter(|id| *id != self.id() && live(id))
+            .filter_map(|id| {
+                let matched = replication.get(&id)?.as_ref()?.index();
+                (matched + 1 >= metrics.last_log_index?).then_some((matched, id))
+            })
+            .max_by_key(|(matched, id)| (*matched, std::cmp::Reverse(*id)))
+            .map(|(_, id)| id)
+    }
+
+    /// Stops serving peers and ends Raft. What was acknowledged is on disk.
+    pub async fn stop(&self) {
+        if let Err(e) = self.inner.raft.shutdown().await {
+            warn!("Raft did not end cleanly: {e}");
+        }
+        self.inner.network.close();
+        let _ = self.inner.stop_peers.send(true);
+        let server = self.inner.peer_server.lock().ok().and_then(|mut server| server.take());
+        if let Some(mut server) = server
+            && timeout(Duration::from_secs(1), &mut server).await.is_err()
+        {
+            server.abort(); // peers keep their connections open
+        }
+    }
+}
+
+/// Marks the node recovered once it has applied all that it may have applied before its restart:
+/// the table has passed the end that the log had then, or, where a new leader cut that end off, the
+/// log as it is now is committed and applied. (openraft's `wait_for_recovery` knows the second
+/// alone, which need not come while others write without a pause.)
+async fn watch_recovery(node: Node) {
+    let Inner { raft, view, ended_at, recovered, .. } = &*node.inner;
+    let passed = view.wait_for(|table| table.applied.map(|at| at.index()) >= *ended_at);
+    let settled = async {
+        let mut metrics = raft.metrics();
+        loop {
+            let (committed, last, applied) = {
+                let now = metrics.borrow_watched();
+                if now.running_state.is_err() {
+                    return false;
+                }
+                let index = |id: &Option<raft::LogId>| id.as_ref().map(|id| id.index());
+                (index(&now.cluster_committed), now.last_log_index, index(&now.last_applied))
+            };
+            if committed.is_some() && committed >= last && applied >= committed {
+                return true;
+            }
+            if metrics.changed().await.is_err() {
+                return false;
+            }
+        }
+    };
+    let done = tokio::select! {
+        _ = passed => true,
+        done = settled => done,
+    };
+    if done {
+        recovered.store(true, Ordering::Release);
+    }
+}
+
+/// A call for a peer. What travels is the time that is left: the clocks of two nodes differ.
+fn forwarded(method: &str, request: Vec<u8>, deadline: Deadline) -> peer::ForwardRequest {
+    let remaining = deadline.saturating_duration_since(Instant::now());
+    peer::ForwardRequest {
+        header: None,
+        method: method.into(),
+        request: request.into(),
+        remaining_ms: remaining.as_millis() as u64,
+    }
+}
+
+/// What peers ask of this node beside Raft.
+struct Hooks {
+    calls: Arc<OnceLock<Arc<dyn LocalCalls>>>,
+    node: OnceLock<std::sync::Weak<Inner>>,
+}
+
+#[tonic::async_trait]
+impl PeerHooks for Hooks {
+    async fn forward(&self, request: peer::ForwardRequest) -> peer::ForwardResponse {
+        let remaining = Duration::from_millis(request.remaining_ms).min(FORWARDED_MAX);
+        let deadline = Instant::now() + remaining;
+        let result = match self.calls.get() {
+            Some(calls) => calls.call(&request.method, &request.request, deadline).await,
+            None => Err(tonic::Status::unavailable("this node is starting")),
+        };
+        use peer::forward_response::Result as Answer;
+        let result = match result {
+            Ok(response) => Answer::Response(response.into()),
+            Err(status) => Answer::Status(peer::Status {
+                code: status.code().into(),
+                message: status.message().into(),
+                details: status.details().to_vec().into(),
+            }),
+        };
+        peer::ForwardResponse { result: Some(result) }
+    }
+
+    async fn probe(&self, _: peer::ProbeRequest) -> peer::ProbeResponse {
+        let node = self.node.get().and_then(std::sync::Weak::upgrade);
+        match node {
+            Some(inner) => Node { inner }.own_state(),
+            // Without an incarnation: who asks shall ask again.
+            None => peer::ProbeResponse::default(),
+        }
+    }
+}

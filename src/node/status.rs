@@ -1,0 +1,190 @@
+//! What a node can tell of its cluster, leader or not, quorum or not.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use openraft::ServerState;
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::time::Instant;
+
+use super::{Deadline, Node};
+use crate::proto::peer;
+use crate::raft::{Member, NodeId};
+
+/// How long a member may take to say how it is.
+const ASK_TIMEOUT: Duration = Duration::from_millis(700);
+/// Entries behind the leader from which on a member counts as lagging.
+const LAG_PROBLEM_ENTRIES: u64 = 1000;
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StatusReport {
+    pub cluster_id: String,
+    pub leader: Option<NodeId>,
+    pub revision: u64,
+    pub members: Vec<MemberReport>,
+    /// What is wrong, in words.
+    pub problems: Vec<String>,
+    /// The node that answers.
+    pub node: NodeId,
+    pub term: u64,
+    pub workers: u64,
+    pub allocations: u64,
+    pub feature_level: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberReport {
+    pub id: NodeId,
+    /// `voter` or `learner`.
+    pub role: &'static str,
+    /// `leader`, `follower`, `candidate` or `unreachable`.
+    pub state: &'static str,
+    /// Where clients reach it.
+    pub endpoint: String,
+    pub peer_endpoint: String,
+    /// Index of the last applied log entry; 0 where it could not be asked.
+    pub applied: u64,
+    /// Entries behind the furthest log of the cluster.
+    pub lag: u64,
+}
+
+impl Node {
+    /// Asks every member how it is, itself included, and says what it heard by the deadline.
+    pub async fn status(&self, deadline: Deadline) -> StatusReport {
+        let patience = ASK_TIMEOUT.min(deadline.saturating_duration_since(Instant::now()) / 2);
+        let table = self.inner.view.table();
+        let membership = self.inner.raft.metrics().borrow_watched().membership_config.clone();
+        let voters: Vec<NodeId> = membership.membership().voter_ids().collect();
+        let asked = membership.nodes().map(|(id, member)| async move {
+            let answer = match *id == self.id() {
+                true => Some(self.own_state()),
+                false => {
+                    let request = peer::ProbeRequest::default();
+                    self.inner.network.probe(*id, &member.peer, request, patience).await.ok()
+                }
+            };
+            (*id, member, answer)
+        });
+        let answers = join_all(asked).await;
+        let furthest = answers.iter().flat_map(|a| &a.2).map(|a| a.last_log).max().unwrap_or(0);
+        let term = answers.iter().flat_map(|a| &a.2).map(|a| a.term).max().unwrap_or(0);
+        // A deposed leader may not know it yet: the one of the highest term counts.
+        let leader = answers
+            .iter()
+            .filter_map(|(id, _, answer)| answer.as_ref().map(|a| (a, *id)))
+            .filter(|(answer, _)| answer.state == "leader")
+            .max_by_key(|(answer, _)| answer.term)
+            .map(|(_, id)| id);
+        let space = space_problems(leader, &answers);
+        let members: Vec<_> = answers
+            .into_iter()
+            .map(|(id, member, answer)| {
+                let applied = answer.as_ref().map_or(0, |a| a.applied);
+                MemberReport {
+                    id,
+                    role: if voters.contains(&id) { "voter" } else { "learner" },
+                    state: match answer.as_ref().map(|a| a.state.as_str()) {
+                        None => "unreachable",
+                        Some("leader") if leader == Some(id) => "leader",
+                        Some("candidate") => "candidate",
+                        Some(_) => "follower",
+                    },
+                    endpoint: member.client.clone(),
+                    peer_endpoint: member.peer.clone(),
+                    applied,
+                    lag: furthest.saturating_sub(applied),
+                }
+            })
+            .collect();
+        StatusReport {
+            cluster_id: self.inner.cluster.get().unwrap_or_default().to_string(),
+            leader,
+            revision: table.state.revision.0,
+            problems: [problems(leader, &members), space].concat(),
+            members,
+            node: self.id(),
+            term,
+            workers: table.state.worker_count() as u64,
+            allocations: table.state.allocation_count() as u64,
+            feature_level: table.state.feature_level,
+        }
+    }
+
+    /// What this node answers when a peer asks how it is.
+    pub(super) fn own_state(&self) -> peer::ProbeResponse {
+        let room = self.inner.space.own();
+        let refused = self.refuses_growth();
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        peer::ProbeResponse {
+            pristine: self.inner.pristine && !self.inner.begun(),
+            members: super::bootstrap::listed(&self.inner.config.initial_cluster),
+            cluster: self.inner.cluster.get().unwrap_or_default().to_string(),
+            incarnation: self.inner.data.incarnation().to_string(),
+            client_endpoint: self.inner.config.advertise.clone(),
+            state: match metrics.state {
+                ServerState::Leader => "leader",
+                ServerState::Candidate => "candidate",
+                ServerState::Learner | ServerState::Follower | ServerState::Shutdown => "follower",
+            }
+            .into(),
+            term: metrics.current_term,
+            applied: metrics.last_applied.as_ref().map_or(0, |id| id.index()),
+            last_log: metrics.last_log_index.unwrap_or(0),
+            session: self.inner.data.session().to_string(),
+            low_space: room.is_some_and(|room| room.low),
+            free_bytes: room.map_or(0, |room| room.free_bytes),
+            growth_refused: match metrics.state {
+                ServerState::Leader => refused.unwrap_or_default(),
+                _ => String::new(),
+            },
+            digest: self.inner.agreement.latest().map(super::agreement::wire_taken),
+        }
+    }
+}
+
+fn space_problems(
+    leader: Option<NodeId>,
+    answers: &[(NodeId, &Member, Option<peer::ProbeResponse>)],
+) -> Vec<String> {
+    let answered = || answers.iter().filter_map(|(id, m, answer)| Some((*id, m, answer.as_ref()?)));
+    let mut problems: Vec<_> = answered()
+        .filter(|(.., answer)| answer.low_space)
+        .map(|(id, member, answer)| {
+            let (peer, free) = (&member.peer, answer.free_bytes);
+            format!(
+                "member {id} at {peer} is low on space: {free} bytes free for its data directory"
+            )
+        })
+        .collect();
+    let refused = answered().find(|(id, ..)| leader == Some(*id));
+    if let Some((.., answer)) = refused.filter(|(.., answer)| !answer.growth_refused.is_empty()) {
+        let why = &answer.growth_refused;
+        problems
+            .push(format!("low on space: only what frees, confirms or keeps is admitted ({why})"));
+    }
+    problems
+}
+
+fn problems(leader: Option<NodeId>, members: &[MemberReport]) -> Vec<String> {
+    let mut problems = Vec::new();
+    let voters = members.iter().filter(|m| m.role == "voter").count();
+    let live = members.iter().filter(|m| m.role == "voter" && m.state != "unreachable").count();
+    if members.is_empty() {
+        problems
+            .push("the cluster has not begun: waiting for all nodes of --initial-cluster".into());
+    } else if live * 2 <= voters {
+        problems.push(format!("no quorum: {live} of {voters} voters can be reached"));
+    } else if leader.is_none() {
+        problems.push("no leader: an election is under way".into());
+    }
+    for member in members {
+        let (id, endpoint) = (member.id, &member.peer_endpoint);
+        if member.state == "unreachable" {
+            problems.push(format!("member {id} at {endpoint} cannot be reached"));
+        } else if member.lag > LAG_PROBLEM_ENTRIES {
+            problems.push(format!("member {id} is {} entries behind", member.lag));
+        }
+    }
+    problems
+}

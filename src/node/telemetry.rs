@@ -1,0 +1,164 @@
+//! What a node shows of itself: metrics. Every family is registered at start, so that an alert on a
+//! counter that never moved still finds it; label sets are bounded (never a worker or an instance).
+
+use std::time::Duration;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
+use openraft::ServerState;
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::Node;
+use crate::core::{Applied, Command, Event, Refusal, ReleaseReason};
+use crate::raft::ApplyObserver;
+
+/// How often gauges are brought up to date.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// Names, units and meanings of every family. Called once a process, after the recorder is set.
+pub fn describe() {
+    for (name, text) in [
+        ("portwarden_proposals_total", "Commands admitted, by command"),
+        ("portwarden_proposals_refused_total", "Commands not admitted, by reason"),
+        ("portwarden_commands_applied_total", "Commands applied, by command and outcome"),
+        ("portwarden_conflicts_total", "Conflicts reported, by what became of the allocation"),
+        ("portwarden_releases_total", "Allocations ended, by reason"),
+        ("portwarden_quarantines_total", "Commands that quarantined ports"),
+        ("portwarden_snapshots_installed_total", "Snapshots taken over from a peer"),
+        (
+            "portwarden_checkpoints_total",
+            "Comparisons of this node's table with the cluster's, by result",
+        ),
+        (
+            "portwarden_replicas_differ_total",
+            "Replicas that this leader found to differ from the others",
+        ),
+    ] {
+        describe_counter!(name, text);
+    }
+    for (name, text) in [
+        ("portwarden_entry_commands", "Commands in one log entry"),
+        ("portwarden_read_round_readers", "Readers served by one read round"),
+    ] {
+        describe_histogram!(name, Unit::Count, text);
+    }
+    for (name, text) in [
+        ("portwarden_proposal_seconds", "From proposal of an entry to its answer"),
+        ("portwarden_read_round_seconds", "One read round"),
+        ("portwarden_digest_seconds", "Digest of the table for a checkpoint"),
+        ("portwarden_rpc_seconds", "One call of a client, by method and code"),
+    ] {
+        describe_histogram!(name, Unit::Seconds, text);
+    }
+    for (name, text) in [
+        ("portwarden_is_leader", "1 on the leader"),
+        ("portwarden_has_leader", "1 where a leader is known"),
+        ("portwarden_term", "Raft term"),
+        ("portwarden_log_last_index", "Last entry of the log"),
+        ("portwarden_log_applied_index", "Last entry applied"),
+        ("portwarden_revision", "Revision of the table"),
+        ("portwarden_workers", "Workers in the table"),
+        ("portwarden_allocations", "Allocations in the table"),
+        ("portwarden_log_purged_index", "Last entry that the log no longer has"),
+        ("portwarden_snapshot_index", "Last entry in the newest snapshot"),
+        ("portwarden_checkpoint_revision", "Last revision at which the table was the cluster's"),
+        ("portwarden_low_space", "1 where less space is free than --low-space"),
+        ("portwarden_disk_free_bytes", "Free on the file system of the data directory"),
+    ] {
+        describe_gauge!(name, text);
+    }
+    for reason in ["overloaded", "low_space"] {
+        counter!("portwarden_proposals_refused_total", "reason" => reason).absolute(0);
+    }
+    counter!("portwarden_replicas_differ_total").absolute(0);
+    for result in ["agrees", "differs", "unknown"] {
+        counter!("portwarden_checkpoints_total", "result" => result).absolute(0);
+    }
+    counter!("portwarden_snapshots_installed_total").absolute(0);
+    counter!("portwarden_quarantines_total").absolute(0);
+    for outcome in ["swapped", "reclaimed"] {
+        counter!("portwarden_conflicts_total", "outcome" => outcome).absolute(0);
+    }
+    for reason in ["holder", "forced", "reclaimed"] {
+        counter!("portwarden_releases_total", "reason" => reason).absolute(0);
+    }
+}
+
+/// Counts what is applied, on every replica alike.
+pub(super) struct ApplyMetrics;
+
+impl ApplyObserver for ApplyMetrics {
+    fn applied(&self, command: &Command, applied: &Applied, events: &[Event]) {
+        let outcome = match &applied.outcome {
+            Ok(_) => "ok",
+            Err(Refusal::Invalid(_)) => "invalid",
+            Err(Refusal::NothingFits { .. } | Refusal::TableFull { .. }) => "full",
+            Err(Refusal::NoWorker(_) | Refusal::NoAllocation(_)) => "not_found",
+            Err(_) => "conflict",
+        };
+        let kind = command.kind();
+        counter!("portwarden_commands_applied_total", "command" => kind, "outcome" => outcome)
+            .increment(1);
+        if matches!(command, Command::Quarantine { .. }) && !events.is_empty() {
+            counter!("portwarden_quarantines_total").increment(1);
+        }
+        for event in events {
+            if let Event::Released { why, .. } = event {
+                let reason = match why {
+                    ReleaseReason::ByHolder => "holder",
+                    ReleaseReason::Forced { .. } => "forced",
+                    ReleaseReason::Reclaimed { .. } => "reclaimed",
+                };
+                counter!("portwarden_releases_total", "reason" => reason).increment(1);
+            }
+        }
+        match &applied.outcome {
+            Ok(crate::core::Outcome::Swapped(_)) => {
+                counter!("portwarden_conflicts_total", "outcome" => "swapped").increment(1);
+            }
+            Ok(crate::core::Outcome::Reclaimed { .. }) => {
+                counter!("portwarden_conflicts_total", "outcome" => "reclaimed").increment(1);
+            }
+            _ => {}
+        }
+    }
+
+    fn installed(&self) {
+        counter!("portwarden_snapshots_installed_total").increment(1);
+    }
+}
+
+/// Brings the gauges up to date for as long as Raft runs.
+pub(super) async fn report(node: Node) {
+    let id = node.id().to_string();
+    for name in
+        ["portwarden_checkpoint_revision", "portwarden_low_space", "portwarden_disk_free_bytes"]
+    {
+        gauge!(name, "node" => id.clone()).set(0.0);
+    }
+    let mut every = interval(REPORT_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        let raft = node.inner.raft.metrics().borrow_watched().clone();
+        if raft.running_state.is_err() {
+            return;
+        }
+        let table = node.table();
+        let applied = raft.last_applied.map_or(0, |id| id.index());
+        for (name, value) in [
+            ("portwarden_is_leader", u64::from(raft.state == ServerState::Leader)),
+            ("portwarden_has_leader", u64::from(raft.current_leader.is_some())),
+            ("portwarden_term", raft.current_term),
+            ("portwarden_log_last_index", raft.last_log_index.unwrap_or(0)),
+            ("portwarden_log_applied_index", applied),
+            ("portwarden_revision", table.state.revision.0),
+            ("portwarden_workers", table.state.worker_count() as u64),
+            ("portwarden_allocations", table.state.allocation_count() as u64),
+            ("portwarden_log_purged_index", raft.purged.map_or(0, |id| id.index())),
+            ("portwarden_snapshot_index", raft.snapshot.map_or(0, |id| id.index())),
+        ] {
+            gauge!(name, "node" => id.clone()).set(value as f64);
+        }
+    }
+}
