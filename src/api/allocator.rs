@@ -1,0 +1,279 @@
+//! `portwarden.v1.Allocator`: ports and GPUs of instances.
+
+use std::pin::Pin;
+
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::dispatch::{Api, Freshness, Read, Reading, Write, Writing};
+use super::pages::{PageToken, fill, page_size};
+use super::{convert, errors};
+use crate::core::{
+    self, Authority, Command, InstanceName, Invalid, Outcome, Refusal, Revision, Selector, State,
+    Token, WorkerName, limits,
+};
+use crate::proto::v1;
+
+pub(super) struct Allocate;
+
+impl Write for Allocate {
+    type Request = v1::AllocateRequest;
+    type Response = v1::AllocateResponse;
+    const PATH: &'static str = "/portwarden.v1.Allocator/Allocate";
+
+    fn command(request: &v1::AllocateRequest) -> Result<Command, Status> {
+        if request.dry_run {
+            return Err(errors::unimplemented("dry_run is"));
+        }
+        Ok(Command::Allocate { claims: convert::claims(&request.claims)? })
+    }
+
+    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::AllocateResponse> {
+        let Outcome::Allocated { allocations, repeated } = outcome else { return None };
+        Some(v1::AllocateResponse {
+            allocations: allocations.iter().map(|a| convert::allocation(a, view)).collect(),
+            repeated_request: repeated,
+            revision,
+        })
+    }
+}
+
+pub(super) struct Confirm;
+
+impl Write for Confirm {
+    type Request = v1::ConfirmRequest;
+    type Response = v1::ConfirmResponse;
+    const PATH: &'static str = "/portwarden.v1.Allocator/Confirm";
+
+    fn command(request: &v1::ConfirmRequest) -> Result<Command, Status> {
+        Ok(Command::Confirm {
+            name: convert::instance(&request.name)?,
+            token: Token(request.token),
+            version: Revision(request.version),
+        })
+    }
+
+    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::ConfirmResponse> {
+        let Outcome::Confirmed(allocation) = outcome else { return None };
+        let allocation = Some(convert::allocation(&allocation, view));
+        Some(v1::ConfirmResponse { allocation, revision })
+    }
+}
+
+pub(super) struct Release;
+
+impl Write for Release {
+    type Request = v1::ReleaseRequest;
+    type Response = v1::ReleaseResponse;
+    const PATH: &'static str = "/portwarden.v1.Allocator/Release";
+
+    fn command(request: &v1::ReleaseRequest) -> Result<Command, Status> {
+        let authority = match &request.authority {
+            Some(v1::release_request::Authority::Token(token)) => Authority::Holder(Token(*token)),
+            Some(v1::release_request::Authority::Force(force)) => {
+                Authority::Operator { reason: force.reason.clone() }
+            }
+            None => return Err(errors::invalid(Invalid::new("authority", "", "token or force"))),
+        };
+        Ok(Command::Release { name: convert::instance(&request.name)?, authority })
+    }
+
+    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::ReleaseResponse> {
+        let Outcome::Released(allocation) = outcome else { return None };
+        Some(v1::ReleaseResponse {
+            released: allocation.is_some(),
+            allocation: allocation.map(|a| convert::allocation(&a, view)),
+            revision,
+        })
+    }
+}
+
+pub(super) struct ReportConflict;
+
+impl Write for ReportConflict {
+    type Request = v1::ReportConflictRequest;
+    type Response = v1::ReportConflictResponse;
+    const PATH: &'static str = "/portwarden.v1.Allocator/ReportConflict";
+
+    fn command(request: &v1::ReportConflictRequest) -> Result<Command, Status> {
+        Ok(Command::ReportConflict {
+            name: convert::instance(&request.name)?,
+            token: Token(request.token),
+            version: Revision(request.version),
+            port: convert::port("port", request.port)?,
+        })
+    }
+
+    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::ReportConflictResponse> {
+        let (allocation, reclaimed, reason) = match outcome {
+            Outcome::Swapped(allocation) => (allocation, false, String::new()),
+            Outcome::Reclaimed { allocation, reason } => (allocation, true, reason),
+            _ => return None,
+        };
+        let allocation = Some(convert::allocation(&allocation, view));
+        Some(v1::ReportConflictResponse { allocation, reclaimed, reason, revision })
+    }
+}
+
+pub(super) struct Get;
+
+impl Read for Get {
+    type Request = v1::GetRequest;
+    type Response = v1::GetResponse;
+    type Query = InstanceName;
+    const PATH: &'static str = "/portwarden.v1.Allocator/Get";
+
+    fn query(request: &v1::GetRequest) -> Result<(Freshness, InstanceName), Status> {
+        Ok((Freshness::parse(request.read.as_ref())?, convert::instance(&request.name)?))
+    }
+
+    fn answer(_: &Api, view: &State, name: &InstanceName) -> Result<v1::GetResponse, Status> {
+        let found = view.allocation(name);
+        let found = found.ok_or_else(|| errors::refusal(Refusal::NoAllocation(name.clone())))?;
+        let allocation = Some(convert::allocation(found, view));
+        Ok(v1::GetResponse { allocation, revision: view.revision.0 })
+    }
+}
+
+pub(super) struct List;
+
+pub(super) struct ListQuery {
+    worker: Option<WorkerName>,
+    selector: Selector,
+    phase: v1::Phase,
+    prefix: String,
+    size: usize,
+    token: Option<PageToken>,
+}
+
+impl ListQuery {
+    fn matches(&self, allocation: &core::Allocation) -> bool {
+        let phase_fits =
+            self.phase == v1::Phase::Unspecified || self.phase == convert::phase(allocation.phase);
+        phase_fits
+            && allocation.name().as_str().starts_with(&self.prefix)
+            && self.selector.matches(&allocation.claim.labels)
+    }
+}
+
+impl Read for List {
+    type Request = v1::ListRequest;
+    type Response = v1::ListResponse;
+    type Query = ListQuery;
+    const PATH: &'static str = "/portwarden.v1.Allocator/List";
+
+    fn query(request: &v1::ListRequest) -> Result<(Freshness, ListQuery), Status> {
+        core::check_text("name_prefix", &request.name_prefix, limits::NAME_MAX_BYTES)
+            .map_err(errors::invalid)?;
+        let worker = Some(request.worker.as_str()).filter(|name| !name.is_empty());
+        let query = ListQuery {
+            worker: worker.map(|name| convert::worker_name("worker", name)).transpose()?,
+            selector: convert::selector(&request.selector)?,
+            phase: convert::phase_filter(request.phase)?,
+            prefix: request.name_prefix.clone(),
+            size: page_size(request.page_size)?,
+            token: PageToken::parse(&request.page_token)?,
+        };
+        Ok((Freshness::parse(request.read.as_ref())?, query))
+    }
+
+    fn resumes(query: &ListQuery) -> Option<&PageToken> {
+        query.token.as_ref()
+    }
+
+    fn answer(api: &Api, view: &State, query: &ListQuery) -> Result<v1::ListResponse, Status> {
+        let after = query.token.as_ref().map(|token| InstanceName::parse(&token.after));
+        let after = after.transpose().map_err(errors::invalid)?;
+        let shown = |allocation: &core::Allocation| {
+            query.matches(allocation).then(|| convert::allocation(allocation, view))
+        };
+        let page = match &query.worker {
+            Some(name) => {
+                let worker = view.worker(name);
+                let on = worker.into_iter().flat_map(|w| view.allocations_on(w, after.as_ref()));
+                fill(on.map(|a| (a.name().as_str(), shown(a))), query.size)
+            }
+            None => {
+                let named = view.allocations_named(&query.prefix, after.as_ref());
+                fill(named.map(|a| (a.name().as_str(), shown(a))), query.size)
+            }
+        };
+        Ok(v1::ListResponse {
+            allocations: page.items,
+            next_page_token: api.more(view, page.after),
+            revision: view.revision.0,
+        })
+    }
+}
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl v1::allocator_server::Allocator for Api {
+    async fn allocate(
+        &self,
+        request: Request<v1::AllocateRequest>,
+    ) -> Result<Response<v1::AllocateResponse>, Status> {
+        self.serve_unary::<Writing<Allocate>>(request).await
+    }
+
+    async fn confirm(
+        &self,
+        request: Request<v1::ConfirmRequest>,
+    ) -> Result<Response<v1::ConfirmResponse>, Status> {
+        self.serve_unary::<Writing<Confirm>>(request).await
+    }
+
+    async fn attach(
+        &self,
+        _: Request<v1::AttachRequest>,
+    ) -> Result<Response<v1::AttachResponse>, Status> {
+        Err(errors::unimplemented("Attach: leases are"))
+    }
+
+    async fn release(
+        &self,
+        request: Request<v1::ReleaseRequest>,
+    ) -> Result<Response<v1::ReleaseResponse>, Status> {
+        self.serve_unary::<Writing<Release>>(request).await
+    }
+
+    async fn report_conflict(
+        &self,
+        request: Request<v1::ReportConflictRequest>,
+    ) -> Result<Response<v1::ReportConflictResponse>, Status> {
+        self.serve_unary::<Writing<ReportConflict>>(request).await
+    }
+
+    async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
+        self.serve_unary::<Reading<Get>>(request).await
+    }
+
+    async fn list(
+        &self,
+        request: Request<v1::ListRequest>,
+    ) -> Result<Response<v1::ListResponse>, Status> {
+        self.serve_unary::<Reading<List>>(request).await
+    }
+
+    type WatchStream = Responses<v1::WatchResponse>;
+
+    async fn watch(
+        &self,
+        _: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Err(errors::unimplemented("Watch: streams of changes are"))
+    }
+
+    type SessionStream = Responses<v1::SessionResponse>;
+
+    async fn session(
+        &self,
+        _: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        Err(errors::unimplemented("Session: many requests on one stream are"))
+    }
+}

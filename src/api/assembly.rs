@@ -1,0 +1,190 @@
+//! One whole server: a node, its listener for clients and its listener for HTTP.
+//!
+//! `serve` runs one, `dev` and `demo` run three in one process, tests as many as they like.
+
+use std::net::SocketAddr;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use axum::routing::get;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{interval, timeout};
+use tracing::{error, info};
+
+use super::connections::make_room;
+use super::{Api, Readiness, describe_metrics, serve, tcp_incoming};
+use crate::node::{Node, NodeConfig, StartError, telemetry};
+
+/// How long open calls may take to end when a server stops.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How often readiness is looked at.
+const READINESS_EVERY: Duration = Duration::from_millis(200);
+
+/// Sockets that are bound already: a port of 0 is known by then.
+pub struct Listeners {
+    pub clients: TcpListener,
+    pub peers: TcpListener,
+    pub http: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// Binds all of them; the error names the address that failed.
+    pub async fn bind(
+        clients: SocketAddr,
+        peers: SocketAddr,
+        http: Option<SocketAddr>,
+    ) -> Result<Listeners, std::io::Error> {
+        let bind = |what: &'static str, addr: SocketAddr| async move {
+            TcpListener::bind(addr).await.map_err(|e| {
+                std::io::Error::new(e.kind(), format!("cannot listen for {what} on {addr}: {e}"))
+            })
+        };
+        Ok(Listeners {
+            clients: bind("clients", clients).await?,
+            peers: bind("peers", peers).await?,
+            http: match http {
+                Some(addr) => Some(bind("HTTP", addr).await?),
+                None => None,
+            },
+        })
+    }
+}
+
+/// A running server.
+pub struct Server {
+    pub node: Node,
+    pub client_addr: SocketAddr,
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Returns once the listeners are served; the node may still be waiting for its cluster, which
+    /// [`Server::enter_cluster`] waits for.
+    pub async fn start(config: NodeConfig, listeners: Listeners) -> Result<Server, StartError> {
+        let metrics = recorder();
+        let client_addr =
+            listeners.clients.local_addr().map_err(|e| StartError::Raft(e.to_string()))?;
+        let node = Node::start(config, listeners.peers).await?;
+        let api = Api::new(node.clone());
+        node.serve_calls(api.local_calls());
+
+        let (stop, stopping) = watch::channel(false);
+        let stopped = |mut stopping: watch::Receiver<bool>| async move {
+            let _ = stopping.wait_for(|stop| *stop).await;
+        };
+        let readiness = Readiness::new().await;
+        let incoming = tcp_incoming(listeners.clients, make_room());
+        let clients = serve(api, readiness.clone(), incoming, stopped(stopping.clone()));
+        let mut tasks = vec![tokio::spawn(async move {
+            if let Err(e) = clients.await {
+                error!("the client listener failed: {e}");
+            }
+        })];
+        tasks.push(tokio::spawn(tell_readiness(
+            node.clone(),
+            readiness,
+            stopped(stopping.clone()),
+        )));
+        if let Some(listener) = listeners.http {
+            let app = http(node.clone(), metrics);
+            let served = axum::serve(listener, app).with_graceful_shutdown(stopped(stopping));
+            tasks.push(tokio::spawn(async move {
+                if let Err(e) = served.await {
+                    error!("the HTTP listener failed: {e}");
+                }
+            }));
+        }
+        Ok(Server { node, client_addr, stop, tasks })
+    }
+
+    /// See [`Node::enter_cluster`]; an error must end the process.
+    pub async fn enter_cluster(&self) -> Result<(), StartError> {
+        self.node.enter_cluster().await
+    }
+
+    /// Stops in order: hand over the lead, let open calls end, close the log.
+    pub async fn stop(self) {
+        self.node.hand_over().await;
+        let _ = self.stop.send(true);
+        for mut task in self.tasks {
+            if timeout(DRAIN_MAX, &mut task).await.is_err() {
+                task.abort();
+            }
+        }
+        self.node.stop().await;
+        info!("stopped");
+    }
+
+    /// Ends at once, as a killed process would, but for what the operating system closes: no
+    /// handing over, no draining.
+    pub async fn abort(self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+        self.node.stop().await;
+    }
+}
+
+/// Keeps `grpc.health.v1` true until the server stops; then it says "not serving" first.
+async fn tell_readiness(node: Node, readiness: Readiness, stopped: impl Future<Output = ()>) {
+    let follow = async {
+        let mut every = interval(READINESS_EVERY);
+        loop {
+            every.tick().await;
+            readiness.set(node.is_ready()).await;
+        }
+    };
+    tokio::select! {
+        () = follow => {}
+        () = stopped => readiness.set(false).await,
+    }
+}
+
+fn http(node: Node, metrics: PrometheusHandle) -> axum::Router {
+    let ready = move || {
+        let ready = node.is_ready();
+        async move {
+            match ready {
+                true => (StatusCode::OK, "ready\n"),
+                false => (StatusCode::SERVICE_UNAVAILABLE, "not ready: no leader is known\n"),
+            }
+        }
+    };
+    let shown = move || {
+        metrics.run_upkeep();
+        let text = metrics.render();
+        async move { text }
+    };
+    axum::Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(shown))
+}
+
+/// The process's one recorder of metrics; nodes in one process share it.
+fn recorder() -> PrometheusHandle {
+    const SECONDS: &[f64] =
+        &[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
+    const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE
+        .get_or_init(|| {
+            let builder = PrometheusBuilder::new()
+                .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
+                .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("_commands".into()), COUNTS))
+                .and_then(|b| b.set_buckets_for_metric(Matcher::Suffix("_readers".into()), COUNTS))
+                .unwrap_or_else(|_| PrometheusBuilder::new());
+            let recorder = builder.build_recorder();
+            let handle = recorder.handle();
+            if metrics::set_global_recorder(recorder).is_err() {
+                error!("another metrics recorder is installed; /metrics stays empty");
+            }
+            telemetry::describe();
+            describe_metrics();
+            handle
+        })
+        .clone()
+}

@@ -1,0 +1,402 @@
+//! Between the messages of `portwarden.v1` and the types of `core`.
+//!
+//! Inward, everything is parsed once and checked against its limit; an error names the field by its
+//! path in the message, the value and the limit. Outward nothing can fail.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tonic::Status;
+
+use super::errors;
+use crate::core::{
+    Allocation, Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, HeldGpu, HeldPort, Identity,
+    InstanceName, Invalid, LabelKey, LabelValue, Labels, Phase, Placement, Policy, Pool, Port,
+    PortName, PortRequest, Ports, RangeName, RangeSpec, Selector, State, Uid, Worker, WorkerName,
+    WorkerPatch, WorkerPhase, WorkerSpec, limits,
+};
+use crate::proto::v1;
+
+/// Quarantined ports shown of one worker.
+pub const QUARANTINED_SHOWN_MAX: usize = 2048;
+/// Holders shown of one GPU.
+pub const HOLDERS_SHOWN_MAX: usize = 64;
+
+// Inward.
+
+pub fn instance(name: &str) -> Result<InstanceName, Status> {
+    InstanceName::parse(name).map_err(errors::invalid)
+}
+
+/// `field` is how the message calls the worker's name.
+pub fn worker_name(field: &str, name: &str) -> Result<WorkerName, Status> {
+    WorkerName::parse(name).map_err(|e| errors::invalid(named(field, e)))
+}
+
+pub fn port(field: &str, number: u32) -> Result<Port, Status> {
+    Port::new(field, number.into()).map_err(errors::invalid)
+}
+
+pub fn ports(field: &str, numbers: &[u32]) -> Result<Vec<Port>, Status> {
+    numbers.iter().enumerate().map(|(i, n)| port(&format!("{field}[{i}]"), *n)).collect()
+}
+
+pub fn selector(text: &str) -> Result<Selector, Status> {
+    Selector::parse(text).map_err(errors::invalid)
+}
+
+pub fn claims(claims: &[v1::Claim]) -> Result<Vec<Claim>, Status> {
+    if claims.len() > limits::CLAIMS_MAX {
+        let limit = format!("1 to {} claims", limits::CLAIMS_MAX);
+        return Err(errors::invalid(Invalid::new("claims", claims.len(), limit)));
+    }
+    for claim in claims {
+        if claim.lease != 0 {
+            return Err(errors::unimplemented("claim.lease: leases are"));
+        }
+        if claim.confirm_within_ms != 0 {
+            return Err(errors::unimplemented("claim.confirm_within_ms: confirm deadlines are"));
+        }
+    }
+    let parsed = claims.iter().enumerate().map(|(i, claim)| {
+        parse_claim(claim).map_err(|e| errors::invalid(e.within(format!("claims[{i}]"))))
+    });
+    parsed.collect()
+}
+
+fn parse_claim(claim: &v1::Claim) -> Result<Claim, Invalid> {
+    Ok(Claim {
+        name: InstanceName::parse(&claim.name)?,
+        uid: Uid::parse(&claim.uid)?,
+        placement: parse_placement(claim.placement.as_ref())?,
+        ports: each("ports", &claim.ports, parse_port_request)?,
+        gpus: claim
+            .gpus
+            .as_ref()
+            .map(|gpus| parse_gpus(gpus).map_err(|e| e.within("gpus")))
+            .transpose()?,
+        bound: claim.bound,
+        labels: parse_labels(&claim.labels)?,
+    })
+}
+
+fn parse_placement(placement: Option<&v1::claim::Placement>) -> Result<Placement, Invalid> {
+    match placement {
+        Some(v1::claim::Placement::Worker(name)) => Ok(Placement::Worker(WorkerName::parse(name)?)),
+        Some(v1::claim::Placement::Select(select)) => {
+            let policy = match v1::Policy::try_from(select.policy) {
+                Ok(v1::Policy::Binpack) => Policy::Binpack,
+                Ok(v1::Policy::Spread) => Policy::Spread,
+                Err(_) => {
+                    let limit = "BINPACK (0) or SPREAD (1)";
+                    return Err(Invalid::new("select.policy", select.policy, limit));
+                }
+            };
+            let selector = Selector::parse(&select.selector).map_err(|e| e.within("select"))?;
+            Ok(Placement::Select { selector, policy })
+        }
+        None => Err(Invalid::new("placement", "", "a worker or a selection of workers")),
+    }
+}
+
+fn parse_port_request(request: &v1::PortRequest) -> Result<PortRequest, Invalid> {
+    let ports = match request.ports {
+        Some(v1::port_request::Ports::Count(n)) => Ports::Count(n),
+        Some(v1::port_request::Ports::Specific(n)) => {
+            Ports::Specific(Port::new("specific", n.into())?)
+        }
+        Some(v1::port_request::Ports::Contiguous(n)) => Ports::Contiguous(n),
+        None => return Err(Invalid::new("ports", "", "one of count, specific, contiguous")),
+    };
+    let name = given(&request.name);
+    let range = given(&request.range);
+    Ok(PortRequest {
+        name: name.map(PortName::parse).transpose().map_err(|e| named("name", e))?,
+        range: range.map(RangeName::parse).transpose()?,
+        ports,
+    })
+}
+
+fn parse_gpus(gpus: &v1::GpuRequest) -> Result<GpuRequest, Invalid> {
+    let which = match (gpus.count, gpus.indexes.as_slice()) {
+        (count, []) => GpuChoice::Count(count),
+        (0, indexes) => {
+            let mut chosen = BTreeSet::new();
+            for index in indexes {
+                if !chosen.insert(*index) {
+                    return Err(Invalid::new("indexes", index, "named once"));
+                }
+            }
+            GpuChoice::Indexes(chosen)
+        }
+        (count, _) => return Err(Invalid::new("count", count, "0 where indexes are given")),
+    };
+    let share = match gpus.share {
+        Some(v1::gpu_request::Share::MemoryBytes(bytes)) => GpuShare::MemoryBytes(bytes),
+        Some(v1::gpu_request::Share::Exclusive(true)) => GpuShare::Exclusive,
+        Some(v1::gpu_request::Share::Exclusive(false)) => {
+            return Err(Invalid::new("exclusive", false, "true, or memory_bytes be given"));
+        }
+        None => return Err(Invalid::new("share", "", "memory_bytes or exclusive")),
+    };
+    Ok(GpuRequest { which, share })
+}
+
+fn parse_labels(labels: &BTreeMap<String, String>) -> Result<Labels, Invalid> {
+    let parsed = labels.iter().map(|(key, value)| {
+        let key = LabelKey::parse(key).map_err(|e| named("labels", e))?;
+        let value = LabelValue::parse(value).map_err(|e| named(&format!("labels[{key}]"), e))?;
+        Ok((key, value))
+    });
+    parsed.collect()
+}
+
+pub fn worker_spec(spec: Option<&v1::WorkerSpec>) -> Result<WorkerSpec, Status> {
+    let spec = required_spec(spec)?;
+    parse_spec(spec).map_err(|e| errors::invalid(e.within("spec")))
+}
+
+fn required_spec(spec: Option<&v1::WorkerSpec>) -> Result<&v1::WorkerSpec, Status> {
+    spec.ok_or_else(|| errors::invalid(Invalid::new("spec", "", "given")))
+}
+
+fn parse_spec(spec: &v1::WorkerSpec) -> Result<WorkerSpec, Invalid> {
+    let parsed = WorkerSpec {
+        address: spec.address.clone(),
+        labels: parse_labels(&spec.labels)?,
+        ranges: each("ranges", &spec.ranges, parse_range)?,
+        reserved: parse_reserved(&spec.reserved)?,
+        gpus: spec.gpus.iter().map(parse_gpu_spec).collect(),
+        identity: spec.identity.as_ref().map(|identity| Identity {
+            machine_id: identity.machine_id.clone(),
+            boot_id: identity.boot_id.clone(),
+            namespace: identity.namespace,
+        }),
+    };
+    parsed.validate()?;
+    Ok(parsed)
+}
+
+fn parse_range(range: &v1::PortRange) -> Result<RangeSpec, Invalid> {
+    Ok(RangeSpec {
+        name: RangeName::parse(&range.name).map_err(|e| named("name", e))?,
+        first: Port::new("first", range.first.into())?,
+        last: Port::new("last", range.last.into())?,
+    })
+}
+
+fn parse_reserved(reserved: &[u32]) -> Result<BTreeSet<Port>, Invalid> {
+    let parse = |(i, n): (usize, &u32)| Port::new(&format!("reserved[{i}]"), (*n).into());
+    reserved.iter().enumerate().map(parse).collect()
+}
+
+fn parse_gpu_spec(gpu: &v1::GpuSpec) -> GpuSpec {
+    GpuSpec {
+        index: gpu.index,
+        uuid: gpu.uuid.clone(),
+        model: gpu.model.clone(),
+        memory_bytes: gpu.memory_bytes,
+    }
+}
+
+/// The named fields of a spec.
+pub fn worker_patch(
+    spec: Option<&v1::WorkerSpec>,
+    fields: &[String],
+) -> Result<WorkerPatch, Status> {
+    const FIELDS: &str = "some of address, labels, ranges, reserved, gpus";
+    let spec = required_spec(spec)?;
+    if fields.is_empty() {
+        return Err(errors::invalid(Invalid::new("fields", "", FIELDS)));
+    }
+    let mut patch = WorkerPatch::default();
+    let within = |e: Invalid| errors::invalid(e.within("spec"));
+    for (i, field) in fields.iter().enumerate() {
+        match field.as_str() {
+            "address" => patch.address = Some(spec.address.clone()),
+            "labels" => patch.labels = Some(parse_labels(&spec.labels).map_err(within)?),
+            "ranges" => {
+                patch.ranges = Some(each("ranges", &spec.ranges, parse_range).map_err(within)?);
+            }
+            "reserved" => patch.reserved = Some(parse_reserved(&spec.reserved).map_err(within)?),
+            "gpus" => patch.gpus = Some(spec.gpus.iter().map(parse_gpu_spec).collect()),
+            other => {
+                let error = Invalid::new(format!("fields[{i}]"), other, FIELDS);
+                return Err(errors::invalid(error));
+            }
+        }
+    }
+    Ok(patch)
+}
+
+/// The phases that an operator may set.
+pub fn settable_phase(phase: i32) -> Result<WorkerPhase, Status> {
+    match v1::WorkerPhase::try_from(phase) {
+        Ok(v1::WorkerPhase::Ready) => Ok(WorkerPhase::Ready),
+        Ok(v1::WorkerPhase::Cordoned) => Ok(WorkerPhase::Cordoned),
+        Ok(v1::WorkerPhase::Draining) => Ok(WorkerPhase::Draining),
+        other => {
+            let shown = other.map_or_else(|_| phase.to_string(), |p| p.as_str_name().to_string());
+            Err(errors::invalid(Invalid::new("phase", shown, "READY, CORDONED or DRAINING")))
+        }
+    }
+}
+
+/// A filter on the phase; the unspecified one lets everything through.
+pub fn phase_filter(phase: i32) -> Result<v1::Phase, Status> {
+    v1::Phase::try_from(phase)
+        .map_err(|_| errors::invalid(Invalid::new("phase", phase, "RESERVED, BOUND or LINGERING")))
+}
+
+fn each<T, U>(
+    field: &str,
+    items: &[T],
+    parse: impl Fn(&T) -> Result<U, Invalid>,
+) -> Result<Vec<U>, Invalid> {
+    let parse = |(i, item)| parse(item).map_err(|e: Invalid| e.within(format!("{field}[{i}]")));
+    items.iter().enumerate().map(parse).collect()
+}
+
+/// The same error under the name that the message has for the field.
+fn named(field: &str, error: Invalid) -> Invalid {
+    Invalid { field: field.into(), ..error }
+}
+
+fn given(text: &str) -> Option<&str> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
+// Outward.
+
+/// `view` knows the worker's address.
+pub fn allocation(allocation: &Allocation, view: &State) -> v1::Allocation {
+    let worker = view.worker(&allocation.worker);
+    v1::Allocation {
+        name: allocation.name().to_string(),
+        uid: allocation.claim.uid.to_string(),
+        worker: allocation.worker.to_string(),
+        address: worker.map(|w| w.spec.address.clone()).unwrap_or_default(),
+        ports: allocation.ports.iter().map(held_port).collect(),
+        gpus: allocation.gpus.iter().map(held_gpu).collect(),
+        token: allocation.token.0,
+        version: allocation.version.0,
+        phase: phase(allocation.phase).into(),
+        lease: 0,
+        labels: labels(&allocation.claim.labels),
+        swaps: allocation.swaps,
+    }
+}
+
+pub fn phase(phase: Phase) -> v1::Phase {
+    match phase {
+        Phase::Reserved => v1::Phase::Reserved,
+        Phase::Bound => v1::Phase::Bound,
+    }
+}
+
+fn held_port(port: &HeldPort) -> v1::Port {
+    v1::Port {
+        name: port.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        range: port.range.to_string(),
+        number: port.number.into(),
+    }
+}
+
+fn held_gpu(gpu: &HeldGpu) -> v1::Gpu {
+    v1::Gpu {
+        index: gpu.index,
+        uuid: gpu.uuid.clone(),
+        memory_bytes: gpu.memory_bytes,
+        exclusive: gpu.exclusive,
+    }
+}
+
+fn labels(labels: &Labels) -> BTreeMap<String, String> {
+    labels.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+}
+
+pub fn worker(worker: &Worker) -> v1::Worker {
+    let mut shown = QUARANTINED_SHOWN_MAX;
+    v1::Worker {
+        name: worker.name.to_string(),
+        spec: Some(spec(&worker.spec)),
+        phase: worker_phase(worker.phase).into(),
+        ranges: worker.pools.iter().map(|pool| range_use(pool, &mut shown)).collect(),
+        gpus: worker.gpus.iter().map(gpu_use).collect(),
+        allocations: worker.allocations.len() as u64,
+        created: worker.created.0,
+        version: worker.version.0,
+    }
+}
+
+fn worker_phase(phase: WorkerPhase) -> v1::WorkerPhase {
+    match phase {
+        WorkerPhase::Ready => v1::WorkerPhase::Ready,
+        WorkerPhase::Cordoned => v1::WorkerPhase::Cordoned,
+        WorkerPhase::Draining => v1::WorkerPhase::Draining,
+        WorkerPhase::Lost => v1::WorkerPhase::Lost,
+        WorkerPhase::Unverified => v1::WorkerPhase::Unverified,
+    }
+}
+
+fn spec(spec: &WorkerSpec) -> v1::WorkerSpec {
+    let range = |range: &RangeSpec| v1::PortRange {
+        name: range.name.to_string(),
+        first: range.first.get().into(),
+        last: range.last.get().into(),
+    };
+    let gpu = |gpu: &GpuSpec| v1::GpuSpec {
+        index: gpu.index,
+        uuid: gpu.uuid.clone(),
+        model: gpu.model.clone(),
+        memory_bytes: gpu.memory_bytes,
+    };
+    v1::WorkerSpec {
+        address: spec.address.clone(),
+        labels: labels(&spec.labels),
+        ranges: spec.ranges.iter().map(range).collect(),
+        reserved: spec.reserved.iter().map(|port| port.get().into()).collect(),
+        gpus: spec.gpus.iter().map(gpu).collect(),
+        identity: spec.identity.as_ref().map(|identity| v1::Identity {
+            machine_id: identity.machine_id.clone(),
+            boot_id: identity.boot_id.clone(),
+            namespace: identity.namespace,
+        }),
+    }
+}
+
+/// Takes what it shows of the quarantine off `shown`.
+fn range_use(pool: &Pool, shown: &mut usize) -> v1::RangeUse {
+    let quarantined: Vec<_> = pool
+        .quarantines()
+        .take(*shown)
+        .map(|(number, quarantine)| v1::QuarantinedPort {
+            number: number.into(),
+            reason: quarantine.reason.clone(),
+            since: quarantine.since.0,
+        })
+        .collect();
+    *shown -= quarantined.len();
+    v1::RangeUse {
+        name: pool.name.to_string(),
+        first: pool.first().into(),
+        last: pool.last().into(),
+        managed: pool.managed_count(),
+        free: pool.free_count(),
+        held: pool.held_count(),
+        reserved: pool.reserved_count(),
+        quarantined,
+        quarantined_count: pool.quarantined_count(),
+    }
+}
+
+fn gpu_use(gpu: &crate::core::Gpu) -> v1::GpuUse {
+    let exclusive = gpu.holders().any(|(_, share)| share == GpuShare::Exclusive);
+    v1::GpuUse {
+        index: gpu.index,
+        memory_bytes: gpu.memory_bytes,
+        held_bytes: gpu.memory_bytes - gpu.free_bytes(),
+        holders: gpu.holders().take(HOLDERS_SHOWN_MAX).map(|(name, _)| name.to_string()).collect(),
+        exclusive,
+        holder_count: gpu.holders().count() as u32,
+    }
+}

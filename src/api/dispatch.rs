@@ -1,0 +1,455 @@
+//! The one way of a unary call through a node.
+//!
+//! A call is parsed and checked where it arrives, then runs where the leader is: here, or over one
+//! hop at a peer, which runs it through [`LocalCalls`] and never forwards it again. The caller's
+//! deadline, less a little so that the answer is back in time, bounds everything.
+//!
+//! What becomes of an attempt that brought no answer:
+//!
+//! | attempt | write | read |
+//! |---|---|---|
+//! | not the leader (here or at the peer), not sent | again, within the deadline | again |
+//! | connection broke, outcome unknown at the leader | answered OUTCOME_UNKNOWN, never repeated here | again |
+//! | not ready, overloaded, expired | answered as such: nothing was changed | the same |
+//! | any answer of the table, refusals included | passed on | passed on |
+//!
+//! A method is a [`Write`], which proposes one command, or a [`Read`], which answers from a view;
+//! those of both kinds are listed once, in `Api::run_local`.
+
+use std::marker::PhantomData;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use prost::Message;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep};
+use tonic::{Request, Response, Status};
+
+use super::pages::{PageToken, Views};
+use super::{allocator, errors, workers};
+use crate::core::{Applied, Command, Invalid, Outcome, Revision, State};
+use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
+use crate::proto::v1;
+
+/// Calls that one node serves at a time; the next one is answered OVERLOADED.
+pub const CALLS_IN_FLIGHT_MAX: usize = 16_384;
+/// What OVERLOADED asks the caller to wait, where this module says it.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// Waiting between attempts while the leader changes: this at first, twice as long each time.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_millis(200);
+
+/// What a call needs of a node. A trait, so that the rules above can be tested against failures
+/// that a real node shows seldom.
+#[tonic::async_trait]
+pub trait Backend: Send + Sync + 'static {
+    fn id(&self) -> NodeId;
+    async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError>;
+    async fn read(&self, deadline: Deadline) -> Result<State, CallError>;
+    async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError>;
+    async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError>;
+    async fn forward(
+        &self,
+        to: NodeId,
+        method: &str,
+        request: Vec<u8>,
+        deadline: Deadline,
+    ) -> Result<Result<Vec<u8>, Status>, ForwardError>;
+    async fn status(&self, deadline: Deadline) -> StatusReport;
+}
+
+#[tonic::async_trait]
+impl Backend for Node {
+    fn id(&self) -> NodeId {
+        Node::id(self)
+    }
+    async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError> {
+        Node::propose(self, command, deadline).await
+    }
+    async fn read(&self, deadline: Deadline) -> Result<State, CallError> {
+        Node::read(self, deadline).await
+    }
+    async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError> {
+        Node::read_stale(self, min, deadline).await
+    }
+    async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError> {
+        Node::route(self, deadline).await
+    }
+    async fn forward(
+        &self,
+        to: NodeId,
+        method: &str,
+        request: Vec<u8>,
+        deadline: Deadline,
+    ) -> Result<Result<Vec<u8>, Status>, ForwardError> {
+        Node::forward(self, to, method, request, deadline).await
+    }
+    async fn status(&self, deadline: Deadline) -> StatusReport {
+        Node::status(self, deadline).await
+    }
+}
+
+/// The API of one node. Clones share their state, and must: a listing that began over a peer goes
+/// on here.
+#[derive(Clone)]
+pub struct Api {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub node: Arc<dyn Backend>,
+    pub in_flight: Semaphore,
+    pub next_request: AtomicU64,
+    views: Mutex<Views>,
+}
+
+/// A unary method, whatever it does.
+pub(super) trait Method: Send + Sync + 'static {
+    type Request: Message + Default + 'static;
+    type Response: Message + Default + 'static;
+    /// The request, parsed.
+    type Parsed: Send + Sync;
+    /// As gRPC names it: `/package.Service/Method`.
+    const PATH: &'static str;
+    /// Whether an attempt may leave something behind.
+    const WRITES: bool;
+
+    fn parse(request: &Self::Request) -> Result<Self::Parsed, Status>;
+
+    /// Whether any node may answer.
+    fn runs_anywhere(_: &Self::Parsed) -> bool {
+        false
+    }
+
+    /// Runs on this node.
+    fn run(
+        api: &Api,
+        parsed: &Self::Parsed,
+        deadline: Deadline,
+    ) -> impl Future<Output = Result<Self::Response, Failure>> + Send;
+}
+
+pub(super) enum Failure {
+    /// An answer that is an error.
+    Answer(Status),
+    /// No answer.
+    Call(CallError),
+}
+
+/// A method that proposes one command.
+pub(super) trait Write: Send + Sync + 'static {
+    type Request: Message + Default + 'static;
+    type Response: Message + Default + 'static;
+    const PATH: &'static str;
+
+    fn command(request: &Self::Request) -> Result<Command, Status>;
+
+    /// `view` is at the revision of the outcome or later. `None`: not an outcome of this command.
+    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<Self::Response>;
+}
+
+pub(super) struct Writing<W>(PhantomData<fn() -> W>);
+
+impl<W: Write> Method for Writing<W> {
+    type Request = W::Request;
+    type Response = W::Response;
+    type Parsed = Command;
+    const PATH: &'static str = W::PATH;
+    const WRITES: bool = true;
+
+    fn parse(request: &W::Request) -> Result<Command, Status> {
+        let command = W::command(request)?;
+        command.validate().map_err(errors::invalid)?;
+        Ok(command)
+    }
+
+    async fn run(api: &Api, command: &Command, deadline: Deadline) -> Result<W::Response, Failure> {
+        let node = &api.inner.node;
+        let applied = node.propose(command.clone(), deadline).await.map_err(Failure::Call)?;
+        let outcome = applied.outcome.map_err(|r| Failure::Answer(errors::refusal(r)))?;
+        // It is done: whatever goes wrong from here on must not read as if it were not.
+        let done = |what: String| Failure::Call(CallError::Unknown(what));
+        let view = node.read_stale(applied.revision, deadline).await.map_err(|e| {
+            done(format!("it was applied, but the answer could not be made ({e:?})"))
+        })?;
+        W::answer(applied.revision.0, outcome, &view)
+            .ok_or_else(|| done(format!("{} was answered with another's outcome", W::PATH)))
+    }
+}
+
+/// How fresh an answer must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Freshness {
+    /// As of now, by the leader.
+    Linearizable,
+    /// By any node that has reached this revision.
+    Stale { min: Revision },
+}
+
+impl Freshness {
+    pub fn parse(options: Option<&v1::ReadOptions>) -> Result<Self, Status> {
+        match options {
+            Some(v1::ReadOptions { stale: true, min_revision }) => {
+                Ok(Freshness::Stale { min: Revision(*min_revision) })
+            }
+            Some(v1::ReadOptions { stale: false, min_revision: min @ 1.. }) => {
+                let limit = "0 unless read.stale is set";
+                Err(errors::invalid(Invalid::new("read.min_revision", min, limit)))
+            }
+            _ => Ok(Freshness::Linearizable),
+        }
+    }
+}
+
+/// A method that answers from a view of the table.
+pub(super) trait Read: Send + Sync + 'static {
+    type Request: Message + Default + 'static;
+    type Response: Message + Default + 'static;
+    type Query: Send + Sync;
+    const PATH: &'static str;
+
+    fn query(request: &Self::Request) -> Result<(Freshness, Self::Query), Status>;
+
+    /// The listing that this goes on with.
+    fn resumes(_: &Self::Query) -> Option<&PageToken> {
+        None
+    }
+
+    fn answer(api: &Api, view: &State, query: &Self::Query) -> Result<Self::Response, Status>;
+}
+
+pub(super) struct Reading<R>(PhantomData<fn() -> R>);
+
+impl<R: Read> Method for Reading<R> {
+    type Request = R::Request;
+    type Response = R::Response;
+    type Parsed = (Freshness, R::Query);
+    const PATH: &'static str = R::PATH;
+    const WRITES: bool = false;
+
+    fn parse(request: &R::Request) -> Result<Self::Parsed, Status> {
+        R::query(request)
+    }
+
+    fn runs_anywhere((freshness, _): &Self::Parsed) -> bool {
+        *freshness != Freshness::Linearizable
+    }
+
+    async fn run(
+        api: &Api,
+        (freshness, query): &Self::Parsed,
+        deadline: Deadline,
+    ) -> Result<R::Response, Failure> {
+        let node = &api.inner.node;
+        let view = match (R::resumes(query), freshness) {
+            (Some(token), _) => api.resume(token).map_err(Failure::Answer)?,
+            (None, Freshness::Linearizable) => node.read(deadline).await.map_err(Failure::Call)?,
+            (None, Freshness::Stale { min }) => {
+                node.read_stale(*min, deadline).await.map_err(Failure::Call)?
+            }
+        };
+        R::answer(api, &view, query).map_err(Failure::Answer)
+    }
+}
+
+impl Api {
+    pub fn new(node: Node) -> Self {
+        Self::over(Arc::new(node))
+    }
+
+    pub fn over(node: Arc<dyn Backend>) -> Self {
+        Api {
+            inner: Arc::new(Inner {
+                node,
+                in_flight: Semaphore::new(CALLS_IN_FLIGHT_MAX),
+                next_request: AtomicU64::new(1),
+                views: Mutex::new(Views::default()),
+            }),
+        }
+    }
+
+    /// What a node runs for its peers.
+    pub fn local_calls(&self) -> Arc<dyn LocalCalls> {
+        Arc::new(self.clone())
+    }
+
+    /// A client's call, from its arrival to its answer.
+    pub(super) async fn serve_unary<M: Method>(
+        &self,
+        request: Request<M::Request>,
+    ) -> Result<Response<M::Response>, Status> {
+        let (metadata, _, message) = request.into_parts();
+        self.observed(M::PATH, &metadata, |deadline| self.dispatch::<M>(message, deadline)).await
+    }
+
+    async fn dispatch<M: Method>(
+        &self,
+        request: M::Request,
+        deadline: Deadline,
+    ) -> Result<M::Response, Status> {
+        let parsed = M::parse(&request)?;
+        if M::runs_anywhere(&parsed) {
+            return M::run(self, &parsed, deadline).await.map_err(Failure::into_status);
+        }
+        let mut pause = PAUSE_MIN;
+        loop {
+            let why = match self.attempt::<M>(&request, &parsed, deadline).await {
+                Attempt::Answered(answer) => return answer,
+                Attempt::Again(why) => why,
+            };
+            if Instant::now() + pause >= deadline {
+                return Err(errors::not_ready(&format!(
+                    "no leader took the call before its deadline ({why})"
+                )));
+            }
+            tracing::debug!(method = M::PATH, why, "waiting for a leader");
+            sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// One attempt, where the leader is thought to be: the table at the head of this module.
+    async fn attempt<M: Method>(
+        &self,
+        request: &M::Request,
+        parsed: &M::Parsed,
+        deadline: Deadline,
+    ) -> Attempt<M::Response> {
+        let node = &self.inner.node;
+        let peer = match node.route(deadline).await {
+            Ok(None) => {
+                return match M::run(self, parsed, deadline).await {
+                    Ok(response) => Attempt::Answered(Ok(response)),
+                    Err(Failure::Answer(status)) => Attempt::Answered(Err(status)),
+                    Err(Failure::Call(CallError::NotLeader { .. })) => {
+                        Attempt::Again("this node is no longer the leader".into())
+                    }
+                    Err(Failure::Call(CallError::Unknown(why))) if !M::WRITES => {
+                        Attempt::Again(why)
+                    }
+                    Err(Failure::Call(error)) => Attempt::Answered(Err(errors::call(error))),
+                };
+            }
+            Ok(Some(peer)) => peer,
+            Err(error) => return Attempt::Answered(Err(errors::call(error))),
+        };
+        match node.forward(peer, M::PATH, request.encode_to_vec(), deadline).await {
+            Ok(Ok(bytes)) => match M::Response::decode(bytes.as_slice()) {
+                Ok(response) => Attempt::Answered(Ok(response)),
+                Err(error) => Attempt::Answered(Err(errors::outcome_unknown(&format!(
+                    "the answer of node {peer} cannot be read: {error}"
+                )))),
+            },
+            Ok(Err(status)) if errors::is_not_leader(&status) => {
+                Attempt::Again(format!("node {peer} is not the leader"))
+            }
+            Ok(Err(status)) if !M::WRITES && errors::is_outcome_unknown(&status) => {
+                Attempt::Again(status.message().to_string())
+            }
+            Ok(Err(status)) => Attempt::Answered(Err(status)),
+            Err(ForwardError::NotSent(why)) => {
+                Attempt::Again(format!("node {peer} was not reached: {why}"))
+            }
+            Err(ForwardError::Broken(why)) => {
+                let why = format!("the connection to node {peer} broke: {why}");
+                match M::WRITES {
+                    true => Attempt::Answered(Err(errors::outcome_unknown(&why))),
+                    false => Attempt::Again(why),
+                }
+            }
+        }
+    }
+
+    /// A forwarded call: everything but the routing.
+    async fn run_forwarded<M: Method>(
+        &self,
+        request: &[u8],
+        deadline: Deadline,
+    ) -> Result<Vec<u8>, Status> {
+        let request = M::Request::decode(request)
+            .map_err(|e| Status::invalid_argument(format!("{} cannot be read: {e}", M::PATH)))?;
+        let parsed = M::parse(&request)?;
+        let response = M::run(self, &parsed, deadline).await.map_err(Failure::into_status)?;
+        Ok(response.encode_to_vec())
+    }
+
+    /// The table of methods that travel between nodes.
+    async fn run_local(
+        &self,
+        path: &str,
+        request: &[u8],
+        deadline: Deadline,
+    ) -> Result<Vec<u8>, Status> {
+        macro_rules! methods {
+            ($($method:ty),* $(,)?) => {
+                $(if path == <$method as Method>::PATH {
+                    return self.run_forwarded::<$method>(request, deadline).await;
+                })*
+            };
+        }
+        methods![
+            Writing<allocator::Allocate>,
+            Writing<allocator::Confirm>,
+            Writing<allocator::Release>,
+            Writing<allocator::ReportConflict>,
+            Reading<allocator::Get>,
+            Reading<allocator::List>,
+            Writing<workers::Register>,
+            Writing<workers::Update>,
+            Writing<workers::SetPhase>,
+            Writing<workers::Remove>,
+            Writing<workers::Quarantine>,
+            Writing<workers::LiftQuarantine>,
+            Reading<workers::Get>,
+            Reading<workers::List>,
+        ];
+        Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
+    }
+
+    /// Keeps a view while a listing goes on, and says where.
+    pub(super) fn more(&self, view: &State, after: Option<String>) -> String {
+        let Some(after) = after else { return String::new() };
+        self.views().keep(view);
+        PageToken { revision: view.revision, after }.text()
+    }
+
+    fn resume(&self, token: &PageToken) -> Result<State, Status> {
+        self.views().find(token.revision).ok_or_else(errors::page_expired)
+    }
+
+    fn views(&self) -> MutexGuard<'_, Views> {
+        self.inner.views.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn overloaded() -> Status {
+        errors::overloaded(RETRY_AFTER)
+    }
+}
+
+enum Attempt<T> {
+    Answered(Result<T, Status>),
+    /// Surely not executed, or nothing but a read.
+    Again(String),
+}
+
+impl Failure {
+    fn into_status(self) -> Status {
+        match self {
+            Failure::Answer(status) => status,
+            Failure::Call(error) => errors::call(error),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl LocalCalls for Api {
+    async fn call(
+        &self,
+        method: &str,
+        request: &[u8],
+        deadline: Deadline,
+    ) -> Result<Vec<u8>, Status> {
+        self.run_local(method, request, deadline).await
+    }
+}

@@ -1,0 +1,223 @@
+//! Refusals and failures as gRPC statuses with `google.rpc` details.
+//!
+//! The code says what kind of error it is, the message what happened, the details what a program
+//! can act on. What may have been done and what surely was not is told by `ErrorInfo.reason`
+//! ([`crate::proto::reason`]); the client library decides by that alone whether to try again.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::core::{Allocation, Invalid, Lack, Refusal, Shortage};
+use crate::node::CallError;
+use crate::proto::{DOMAIN, reason};
+
+pub fn invalid(error: Invalid) -> Status {
+    let Invalid { field, value, limit } = &error;
+    let details =
+        ErrorDetails::with_bad_request_violation(field, format!("{value:?} must be {limit}"));
+    Status::with_error_details(Code::InvalidArgument, error.to_string(), details)
+}
+
+/// What the proto has and the server has not, yet.
+pub fn unimplemented(what: &str) -> Status {
+    Status::unimplemented(format!("{what} not served by this version"))
+}
+
+pub fn refusal(refusal: Refusal) -> Status {
+    let text = refusal.to_string();
+    let precondition = |kind: &str, subject: &str| {
+        let details =
+            ErrorDetails::with_precondition_failure_violation(kind, subject, text.as_str());
+        Status::with_error_details(Code::FailedPrecondition, text.as_str(), details)
+    };
+    let not_found = |kind: &str, name: &str| {
+        let details = ErrorDetails::with_resource_info(kind, name, "", text.as_str());
+        Status::with_error_details(Code::NotFound, text.as_str(), details)
+    };
+    match &refusal {
+        Refusal::Invalid(error) => invalid(error.clone()),
+        Refusal::NoWorker(name) => not_found("worker", name.as_str()),
+        Refusal::NoAllocation(name) => not_found("allocation", name.as_str()),
+        Refusal::NameTaken { holder, difference, .. } => name_taken(&text, holder, difference),
+        Refusal::IdentityTaken { what, value, owner } => {
+            let mut details = ErrorDetails::with_resource_info(*what, value, owner.as_str(), &text);
+            details.set_error_info(
+                reason::IDENTITY_TAKEN,
+                DOMAIN,
+                metadata([("owner", owner.to_string())]),
+            );
+            Status::with_error_details(Code::AlreadyExists, text, details)
+        }
+        Refusal::WrongToken { name, .. } => precondition("TOKEN", name.as_str()),
+        Refusal::WrongVersion { name, .. } => precondition("VERSION", name.as_str()),
+        Refusal::PortNotHeld { name, .. } => precondition("PORT_NOT_HELD", name.as_str()),
+        Refusal::WorkerNotReady { worker, .. } => precondition("WORKER_NOT_READY", worker.as_str()),
+        Refusal::WorkerInUse { worker, .. } => precondition("WORKER_IN_USE", worker.as_str()),
+        Refusal::WouldLose { worker, .. } => precondition("WOULD_LOSE", worker.as_str()),
+        Refusal::PortNotFree { worker, .. } => precondition("PORT_NOT_FREE", worker.as_str()),
+        Refusal::NothingFits { name, shortage } => {
+            let mut facts = shortage_facts(shortage);
+            facts.insert("claim".into(), name.to_string());
+            capacity(text, facts)
+        }
+        Refusal::TableFull { what, limit } => {
+            capacity(text, metadata([("what", what.to_string()), ("limit", limit.to_string())]))
+        }
+    }
+}
+
+fn name_taken(text: &str, holder: &Allocation, difference: &str) -> Status {
+    let mut details = ErrorDetails::with_resource_info(
+        "allocation",
+        holder.name().as_str(),
+        holder.worker.as_str(),
+        text,
+    );
+    let facts = metadata([
+        ("worker", holder.worker.to_string()),
+        ("uid", holder.claim.uid.to_string()),
+        ("token", holder.token.to_string()),
+        ("version", holder.version.to_string()),
+        ("phase", holder.phase.name().to_string()),
+        ("difference", difference.to_string()),
+    ]);
+    details.set_error_info(reason::NAME_TAKEN, DOMAIN, facts);
+    Status::with_error_details(Code::AlreadyExists, text, details)
+}
+
+fn capacity(text: String, facts: HashMap<String, String>) -> Status {
+    let details = ErrorDetails::with_error_info(reason::CAPACITY, DOMAIN, facts);
+    Status::with_error_details(Code::ResourceExhausted, text, details)
+}
+
+/// What was full and by how much, for programs.
+fn shortage_facts(shortage: &Shortage) -> HashMap<String, String> {
+    let (worker, lack) = match shortage {
+        Shortage::OnWorker { worker, lack } => (worker, lack),
+        Shortage::OnSelection { looked_at, candidates, not_ready, .. } => {
+            return metadata([
+                ("looked_at", looked_at.to_string()),
+                ("candidates", candidates.to_string()),
+                ("not_ready", not_ready.to_string()),
+            ]);
+        }
+    };
+    let mut facts = metadata([("worker", worker.to_string())]);
+    let mut add = |key: &str, value: String| facts.insert(key.into(), value);
+    match lack {
+        Lack::NoRanges => {}
+        Lack::NoRange(range) => {
+            add("range", range.to_string());
+        }
+        Lack::Port { port, .. } => {
+            add("port", port.to_string());
+        }
+        Lack::Ports { range, wanted, free, .. } => {
+            add("range", range.to_string());
+            add("wanted", wanted.to_string());
+            add("free", free.to_string());
+        }
+        Lack::Band { range, wanted, longest, free } => {
+            add("range", range.to_string());
+            add("wanted", wanted.to_string());
+            add("free", free.to_string());
+            add("longest", longest.to_string());
+        }
+        Lack::NoGpu(index) | Lack::GpuBusy { index, .. } => {
+            add("gpu", index.to_string());
+        }
+        Lack::GpuMemory { index, wanted_bytes, free_bytes, .. } => {
+            add("gpu", index.to_string());
+            add("wanted_bytes", wanted_bytes.to_string());
+            add("free_bytes", free_bytes.to_string());
+        }
+        Lack::Gpus { wanted, fitting, most_free_bytes, .. } => {
+            add("wanted", wanted.to_string());
+            add("fitting", fitting.to_string());
+            add("most_free_bytes", most_free_bytes.to_string());
+        }
+    }
+    facts
+}
+
+/// A call that got no answer from the table.
+pub fn call(error: CallError) -> Status {
+    match error {
+        CallError::NotReady(why) => not_ready(&why),
+        CallError::Overloaded { retry_after } => overloaded(retry_after),
+        CallError::LowSpace { why, retry_after } => low_space(&why, retry_after),
+        CallError::Expired => {
+            let text = "the deadline passed before the call was proposed; nothing was changed";
+            reasoned(Code::DeadlineExceeded, text, reason::NOT_EXECUTED)
+        }
+        CallError::Unknown(why) => outcome_unknown(&why),
+        CallError::NotLeader { leader } => {
+            let leader = leader.map_or("none is known".into(), |id| format!("it is node {id}"));
+            let text = format!("this node is not the leader; {leader}");
+            reasoned(Code::Unavailable, text, reason::NOT_LEADER)
+        }
+    }
+}
+
+pub fn not_ready(why: &str) -> Status {
+    reasoned(Code::Unavailable, format!("{why}; nothing was changed"), reason::NOT_READY)
+}
+
+pub fn outcome_unknown(why: &str) -> Status {
+    let text = format!(
+        "outcome unknown: {why}; it may or may not be done, a repeat with the same uid or token tells"
+    );
+    reasoned(Code::Unknown, text, reason::OUTCOME_UNKNOWN)
+}
+
+pub fn overloaded(retry_after: Duration) -> Status {
+    let mut details = ErrorDetails::with_error_info(reason::OVERLOADED, DOMAIN, HashMap::new());
+    details.set_retry_info(Some(retry_after));
+    let text = format!(
+        "too many calls at once; try again in {} ms, nothing was changed",
+        retry_after.as_millis()
+    );
+    Status::with_error_details(Code::ResourceExhausted, text, details)
+}
+
+pub fn low_space(why: &str, retry_after: Duration) -> Status {
+    let mut details = ErrorDetails::with_error_info(reason::LOW_SPACE, DOMAIN, HashMap::new());
+    details.set_retry_info(Some(retry_after));
+    let text = format!(
+        "the cluster is low on space and admits only what frees, confirms or keeps: {why}; nothing \
+         was changed"
+    );
+    Status::with_error_details(Code::ResourceExhausted, text, details)
+}
+
+pub fn page_expired() -> Status {
+    let text = "the revision of this listing is no longer kept on this node; start over";
+    reasoned(Code::Aborted, text, reason::PAGE_EXPIRED)
+}
+
+/// Did a peer refuse a forwarded call because it does not lead?
+pub fn is_not_leader(status: &Status) -> bool {
+    has_reason(status, reason::NOT_LEADER)
+}
+
+pub fn is_outcome_unknown(status: &Status) -> bool {
+    has_reason(status, reason::OUTCOME_UNKNOWN)
+}
+
+fn has_reason(status: &Status, reason: &str) -> bool {
+    status
+        .get_details_error_info()
+        .is_some_and(|info| info.domain == DOMAIN && info.reason == reason)
+}
+
+fn reasoned(code: Code, text: impl Into<String>, reason: &str) -> Status {
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    Status::with_error_details(code, text, details)
+}
+
+fn metadata<const N: usize>(pairs: [(&str, String); N]) -> HashMap<String, String> {
+    pairs.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+}

@@ -1,0 +1,101 @@
+//! For tests: a node in memory that fails as told.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use tonic::Status;
+
+use super::convert;
+use super::dispatch::{Api, Backend};
+use crate::core::{Applied, Command, Revision, State, apply};
+use crate::node::{CallError, Deadline, ForwardError, NodeId, StatusReport};
+use crate::proto::v1;
+
+pub(crate) fn claim(name: &str) -> v1::Claim {
+    v1::Claim {
+        name: name.into(),
+        uid: format!("{name}-uid"),
+        placement: Some(v1::claim::Placement::Worker("w".into())),
+        ports: vec![count(1)],
+        ..Default::default()
+    }
+}
+
+pub(crate) fn count(n: u32) -> v1::PortRequest {
+    request(v1::port_request::Ports::Count(n))
+}
+
+pub(crate) fn request(ports: v1::port_request::Ports) -> v1::PortRequest {
+    v1::PortRequest { ports: Some(ports), ..Default::default() }
+}
+
+pub(crate) fn spec() -> v1::WorkerSpec {
+    v1::WorkerSpec {
+        address: "10.0.0.1".into(),
+        ranges: vec![v1::PortRange { name: "service".into(), first: 40000, last: 40063 }],
+        ..Default::default()
+    }
+}
+
+/// A table with worker `w` and, on it, allocation `a`.
+pub(crate) fn table() -> State {
+    let mut state = State::default();
+    let register = Command::RegisterWorker {
+        name: "w".parse().unwrap(),
+        spec: convert::worker_spec(Some(&spec())).unwrap(),
+    };
+    assert!(apply(&mut state, &register).0.outcome.is_ok());
+    let allocate = Command::Allocate { claims: convert::claims(&[claim("a")]).unwrap() };
+    assert!(apply(&mut state, &allocate).0.outcome.is_ok());
+    state
+}
+
+pub(crate) type Forwarded = Result<Result<Vec<u8>, Status>, ForwardError>;
+
+/// A node with a table of its own. What is queued happens first; then it leads.
+#[derive(Default)]
+pub(crate) struct Fake {
+    pub state: Mutex<State>,
+    /// Answers of `propose` and `read` before the table's own.
+    pub failures: Mutex<VecDeque<CallError>>,
+    /// Answers of `forward`; while there are any, node 2 leads.
+    pub forwards: Mutex<VecDeque<Forwarded>>,
+    pub proposed: Mutex<usize>,
+}
+
+#[tonic::async_trait]
+impl Backend for Fake {
+    fn id(&self) -> NodeId {
+        1
+    }
+    async fn propose(&self, command: Command, _: Deadline) -> Result<Applied, CallError> {
+        *self.proposed.lock().unwrap() += 1;
+        match self.failures.lock().unwrap().pop_front() {
+            Some(error) => Err(error),
+            None => Ok(apply(&mut self.state.lock().unwrap(), &command).0),
+        }
+    }
+    async fn read(&self, _: Deadline) -> Result<State, CallError> {
+        match self.failures.lock().unwrap().pop_front() {
+            Some(error) => Err(error),
+            None => Ok(self.state.lock().unwrap().clone()),
+        }
+    }
+    async fn read_stale(&self, _: Revision, _: Deadline) -> Result<State, CallError> {
+        Ok(self.state.lock().unwrap().clone())
+    }
+    async fn route(&self, _: Deadline) -> Result<Option<NodeId>, CallError> {
+        Ok((!self.forwards.lock().unwrap().is_empty()).then_some(2))
+    }
+    async fn forward(&self, _: NodeId, _: &str, _: Vec<u8>, _: Deadline) -> Forwarded {
+        self.forwards.lock().unwrap().pop_front().expect("route saw one")
+    }
+    async fn status(&self, _: Deadline) -> StatusReport {
+        StatusReport::default()
+    }
+}
+
+pub(crate) fn fake() -> (Arc<Fake>, Api) {
+    let fake = Arc::new(Fake { state: Mutex::new(table()), ..Fake::default() });
+    (fake.clone(), Api::over(fake))
+}

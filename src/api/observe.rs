@@ -1,0 +1,159 @@
+//! What surrounds every call: its deadline, its span, its metrics, the bound on calls in flight.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
+use tonic::{Code, Response, Status};
+use tracing::Instrument as _;
+
+use super::dispatch::Api;
+use crate::node::Deadline;
+
+/// Where the caller names no deadline.
+pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
+pub const TIMEOUT_MAX: Duration = Duration::from_secs(60);
+/// Taken off the caller's time, so that the answer is there before it stops waiting: a tenth, at
+/// most this.
+const MARGIN_MAX: Duration = Duration::from_millis(100);
+/// Longest request id that is taken over from a caller.
+const REQUEST_ID_MAX_BYTES: usize = 128;
+
+const RPC_SECONDS: &str = "portwarden_rpc_seconds";
+
+/// Registers the metrics of this layer; to be called once the recorder is installed.
+pub fn describe_metrics() {
+    metrics::describe_histogram!(
+        RPC_SECONDS,
+        metrics::Unit::Seconds,
+        "Time from a call's arrival to its answer, by method and gRPC code"
+    );
+}
+
+impl Api {
+    pub(super) async fn observed<T, F>(
+        &self,
+        method: &'static str,
+        metadata: &MetadataMap,
+        call: impl FnOnce(Deadline) -> F,
+    ) -> Result<Response<T>, Status>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let mut timer = Timer { method, code: "CANCELLED", started: Instant::now() };
+        let Ok(_permit) = self.inner.in_flight.try_acquire() else {
+            timer.code = code_name(Code::ResourceExhausted);
+            return Err(Api::overloaded());
+        };
+        let request_id = self.request_id(metadata);
+        let span = tracing::info_span!("rpc", method, request_id);
+        let deadline = timer.started + time_given(metadata);
+        let result = call(deadline).instrument(span.clone()).await;
+        let code = result.as_ref().err().map_or(Code::Ok, Status::code);
+        timer.code = code_name(code);
+        if let Err(status) = &result {
+            let why = status.message();
+            span.in_scope(|| tracing::debug!(code = timer.code, why, "refused"));
+        }
+        result.map(Response::new)
+    }
+
+    /// The caller's `x-request-id`, or one that is unique to this process.
+    fn request_id(&self, metadata: &MetadataMap) -> String {
+        let given = metadata.get("x-request-id").and_then(|value| value.to_str().ok());
+        match given.filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_MAX_BYTES) {
+            Some(id) => id.to_string(),
+            None => {
+                let number = self.inner.next_request.fetch_add(1, Ordering::Relaxed);
+                format!("{}-{number}", self.inner.node.id())
+            }
+        }
+    }
+}
+
+/// Records the call when it ends, however it ends: a caller that hangs up drops the future.
+struct Timer {
+    method: &'static str,
+    code: &'static str,
+    started: Instant,
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        let seconds = self.started.elapsed().as_secs_f64();
+        metrics::histogram!(RPC_SECONDS, "method" => self.method, "code" => self.code)
+            .record(seconds);
+    }
+}
+
+/// How long this call may take on this node.
+fn time_given(metadata: &MetadataMap) -> Duration {
+    let header = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
+    let timeout = header.and_then(parse_timeout).unwrap_or(TIMEOUT_DEFAULT).min(TIMEOUT_MAX);
+    timeout - (timeout / 10).min(MARGIN_MAX)
+}
+
+/// `TimeoutValue TimeoutUnit` of
+/// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>: at most 8 digits, one unit.
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(value * 3600)),
+        "M" => Some(Duration::from_secs(value * 60)),
+        "S" => Some(Duration::from_secs(value)),
+        "m" => Some(Duration::from_millis(value)),
+        "u" => Some(Duration::from_micros(value)),
+        "n" => Some(Duration::from_nanos(value)),
+        _ => None,
+    }
+}
+
+/// As the gRPC specification spells it.
+pub fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_bounded_and_shrunk() {
+        let given = |text: Option<&str>| {
+            let mut metadata = MetadataMap::new();
+            if let Some(text) = text {
+                metadata.insert("grpc-timeout", text.parse().unwrap());
+            }
+            time_given(&metadata)
+        };
+        assert_eq!(given(None), TIMEOUT_DEFAULT - MARGIN_MAX);
+        assert_eq!(given(Some("500m")), Duration::from_millis(450));
+        assert_eq!(given(Some("99999999H")), TIMEOUT_MAX - MARGIN_MAX);
+        for bad in ["", "S", "1", "1x", "-1S", "123456789S", "ä"] {
+            assert_eq!(parse_timeout(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Listings over several calls at one revision.
+//!
+//! The first page is taken from a fresh view; while there is more, the view is kept here under its
+//! revision and later pages come from it. At most [`VIEWS_MAX`] views are kept, each until
+//! [`VIEW_IDLE_MAX`] after its last use; one that is gone answers ABORTED, and the caller starts
+//! over. A page ends at its size, at [`PAGE_SOFT_BYTES`] or after [`SCAN_MAX`] items looked at,
+//! whichever is first, so that a call costs O(page) whatever its filters let through.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use prost::Message;
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::errors;
+use crate::core::{Invalid, Revision, State};
+
+pub const PAGE_SIZE_DEFAULT: u32 = 1000;
+pub const PAGE_SIZE_MAX: u32 = 10_000;
+/// A page is closed once it is this large; one item is at most ~1.6 MiB, an answer 4 MiB.
+pub const PAGE_SOFT_BYTES: usize = 2 << 20;
+pub const SCAN_MAX: usize = 20_000;
+pub const VIEWS_MAX: usize = 64;
+pub const VIEW_IDLE_MAX: Duration = Duration::from_secs(120);
+
+/// Views of listings that go on, most recently used last.
+#[derive(Default)]
+pub struct Views(VecDeque<Kept>);
+
+struct Kept {
+    view: State,
+    used: Instant,
+}
+
+impl Views {
+    pub fn keep(&mut self, view: &State) {
+        self.expire();
+        if self.position(view.revision).is_none() {
+            if self.0.len() == VIEWS_MAX {
+                self.0.pop_front();
+            }
+            self.0.push_back(Kept { view: view.clone(), used: Instant::now() });
+        }
+    }
+
+    pub fn find(&mut self, revision: Revision) -> Option<State> {
+        self.expire();
+        let mut kept = self.0.remove(self.position(revision)?)?;
+        kept.used = Instant::now();
+        let view = kept.view.clone();
+        self.0.push_back(kept);
+        Some(view)
+    }
+
+    fn position(&self, revision: Revision) -> Option<usize> {
+        self.0.iter().position(|kept| kept.view.revision == revision)
+    }
+
+    fn expire(&mut self) {
+        while self.0.front().is_some_and(|kept| kept.used.elapsed() > VIEW_IDLE_MAX) {
+            self.0.pop_front();
+        }
+    }
+}
+
+/// Where a listing goes on. Opaque to callers: `revision.name`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageToken {
+    pub revision: Revision,
+    /// The last name that was looked at.
+    pub after: String,
+}
+
+impl PageToken {
+    /// `None` for the empty text: a first page.
+    pub fn parse(text: &str) -> Result<Option<Self>, Status> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let parsed = text.split_once('.').and_then(|(revision, after)| {
+            Some(PageToken { revision: Revision(revision.parse().ok()?), after: after.into() })
+        });
+        let token = parsed.ok_or_else(|| {
+            errors::invalid(Invalid::new("page_token", text, "the one of the last answer"))
+        })?;
+        Ok(Some(token))
+    }
+
+    pub fn text(&self) -> String {
+        format!("{}.{}", self.revision, self.after)
+    }
+}
+
+pub fn page_size(asked: u32) -> Result<usize, Status> {
+    match asked {
+        0 => Ok(PAGE_SIZE_DEFAULT as usize),
+        1..=PAGE_SIZE_MAX => Ok(asked as usize),
+        _ => {
+            let limit = format!("1 to {PAGE_SIZE_MAX}, or 0 for {PAGE_SIZE_DEFAULT}");
+            Err(errors::invalid(Invalid::new("page_size", asked, limit)))
+        }
+    }
+}
+
+pub struct Page<T> {
+    pub items: Vec<T>,
+    /// The last name looked at, where there is more.
+    pub after: Option<String>,
+}
+
+/// Fills one page from `source`, whose items have a name and pass the filters if they have a value.
+pub fn fill<'a, T: Message>(
+    source: impl Iterator<Item = (&'a str, Option<T>)>,
+    size: usize,
+) -> Page<T> {
+    let mut page = Page { items: Vec::new(), after: None };
+    let (mut bytes, mut scanned) = (0, 0);
+    let mut last = None;
+    for (name, item) in source {
+        if page.items.len() == size || bytes >= PAGE_SOFT_BYTES || scanned == SCAN_MAX {
+            page.after = last.map(str::to_string);
+            return page;
+        }
+        scanned += 1;
+        last = Some(name);
+        if let Some(item) = item {
+            bytes += item.encoded_len();
+            page.items.push(item);
+        }
+    }
+    page
+}
