@@ -1,0 +1,206 @@
+//! One call over as many attempts as it takes.
+
+use std::marker::PhantomData;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rand::Rng as _;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::{Code, Request};
+use tonic_prost::ProstCodec;
+
+use super::Client;
+use super::error::{ClientError, Verdict, judge};
+
+/// The pause after the first round over all endpoints; twice as long after each further one.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Largest answer taken: more than a node sends.
+const ANSWER_MAX_BYTES: usize = 16 << 20;
+
+/// What a method leaves behind, and so what may be done when an attempt is in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    Read,
+    /// A change under a token: a repeat is safe, and its refusal is the last word.
+    Fenced,
+    /// A change that is safe to repeat; a refused repeat says nothing of the attempt before.
+    Repeatable,
+    /// A change that is not safe to repeat.
+    Once,
+}
+
+/// A method of the API with the types that it takes and gives.
+pub struct Method<Req, Res> {
+    path: &'static str,
+    effect: Effect,
+    types: PhantomData<fn(Req) -> Res>,
+}
+
+impl<Req, Res> Method<Req, Res> {
+    const fn new(path: &'static str, effect: Effect) -> Self {
+        Method { path, effect, types: PhantomData }
+    }
+}
+
+pub mod methods {
+    use super::{Effect::*, Method};
+    use crate::proto::v1::*;
+
+    macro_rules! methods {
+        ($($name:ident: $path:literal, $request:ty => $response:ty, $effect:expr;)*) => {
+            $(pub const $name: Method<$request, $response> =
+                Method::new(concat!("/portwarden.v1.", $path), $effect);)*
+        };
+    }
+
+    methods! {
+        ALLOCATE: "Allocator/Allocate", AllocateRequest => AllocateResponse, Repeatable;
+        CONFIRM: "Allocator/Confirm", ConfirmRequest => ConfirmResponse, Fenced;
+        RELEASE: "Allocator/Release", ReleaseRequest => ReleaseResponse, Fenced;
+        FORCE_RELEASE: "Allocator/Release", ReleaseRequest => ReleaseResponse, Once;
+        REPORT_CONFLICT: "Allocator/ReportConflict",
+            ReportConflictRequest => ReportConflictResponse, Fenced;
+        GET: "Allocator/Get", GetRequest => GetResponse, Read;
+        LIST: "Allocator/List", ListRequest => ListResponse, Read;
+        WORKER_REGISTER: "Workers/Register", RegisterRequest => WorkerResponse, Repeatable;
+        WORKER_UPDATE: "Workers/Update", UpdateRequest => WorkerResponse, Repeatable;
+        WORKER_SET_PHASE: "Workers/SetPhase", SetPhaseRequest => WorkerResponse, Repeatable;
+        WORKER_REMOVE: "Workers/Remove", RemoveRequest => RemoveResponse, Repeatable;
+        WORKER_GET: "Workers/Get", GetWorkerRequest => WorkerResponse, Read;
+        WORKER_LIST: "Workers/List", ListWorkersRequest => ListWorkersResponse, Read;
+        WORKER_QUARANTINE: "Workers/Quarantine", QuarantineRequest => WorkerResponse, Repeatable;
+        WORKER_LIFT_QUARANTINE: "Workers/LiftQuarantine",
+            LiftQuarantineRequest => WorkerResponse, Repeatable;
+        STATUS: "Cluster/Status", StatusRequest => StatusResponse, Read;
+        MEMBERS: "Cluster/ListMembers", ListMembersRequest => ListMembersResponse, Read;
+    }
+}
+
+impl Client {
+    pub(super) async fn call<Req, Res>(
+        &self,
+        method: Method<Req, Res>,
+        request: Req,
+    ) -> Result<Res, ClientError>
+    where
+        Req: prost::Message + Clone + 'static,
+        Res: prost::Message + Default + 'static,
+    {
+        let endpoints = self.shared.endpoints.len();
+        let deadline = Instant::now() + self.timeout;
+        let request_id = AsciiMetadataValue::try_from(self.fresh_uid()).ok();
+        let mut at = self.shared.preferred.load(Ordering::Relaxed) % endpoints;
+        let mut doubt = None;
+        let mut last = String::from("the timeout is too short for one attempt");
+        for attempt in 1.. {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let mut message = Request::new(request.clone());
+            if let Some(id) = &request_id {
+                message.metadata_mut().insert("x-request-id", id.clone());
+            }
+            let asked_pause = match self.attempt(method.path, at, message, left).await {
+                Ok(response) => {
+                    self.shared.preferred.store(at, Ordering::Relaxed);
+                    return Ok(response);
+                }
+                Err(Verdict::Refused(refused)) => {
+                    self.shared.preferred.store(at, Ordering::Relaxed);
+                    return Err(after_doubt(method.effect, doubt, refused));
+                }
+                Err(Verdict::NotDone { why, pause }) => {
+                    last = self.by(at, why);
+                    pause
+                }
+                Err(Verdict::Doubtful { why }) => {
+                    last = self.by(at, why);
+                    match method.effect {
+                        Effect::Read => {}
+                        Effect::Once => return Err(ClientError::OutcomeUnknown { why: last }),
+                        Effect::Fenced | Effect::Repeatable => doubt = Some(last.clone()),
+                    }
+                    None
+                }
+            };
+            tracing::debug!(method = method.path, attempt, last, "no answer");
+            // Overload is the cluster's, not the node's: another node would not help.
+            if asked_pause.is_none() {
+                at = (at + 1) % endpoints;
+            }
+            let round_over = attempt % endpoints == 0;
+            if asked_pause.is_some() || round_over {
+                let rounds = (attempt / endpoints).min(10) as u32;
+                let grown = PAUSE_MIN.saturating_mul(1 << rounds.saturating_sub(1)).min(PAUSE_MAX);
+                let pause = self.jitter(grown.max(asked_pause.unwrap_or_default()));
+                let left = deadline.saturating_duration_since(Instant::now());
+                sleep(pause.min(left)).await;
+            }
+        }
+        Err(match doubt {
+            Some(doubt) => ClientError::OutcomeUnknown { why: doubt },
+            None => ClientError::Unavailable { why: last },
+        })
+    }
+
+    async fn attempt<Req, Res>(
+        &self,
+        path: &'static str,
+        at: usize,
+        mut request: Request<Req>,
+        left: Duration,
+    ) -> Result<Res, Verdict>
+    where
+        Req: prost::Message + 'static,
+        Res: prost::Message + Default + 'static,
+    {
+        let given = left.min(self.shared.attempt_timeout);
+        request.set_timeout(given);
+        let channel = self.shared.endpoints[at].1.clone();
+        let mut grpc =
+            tonic::client::Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
+        let path = PathAndQuery::from_static(path);
+        let call = async {
+            grpc.ready().await.map_err(|e| Verdict::NotDone { why: e.to_string(), pause: None })?;
+            let response = grpc.unary(request, path, ProstCodec::default()).await;
+            response.map(tonic::Response::into_inner).map_err(judge)
+        };
+        timeout(given, call).await.unwrap_or_else(|_| {
+            Err(Verdict::Doubtful { why: format!("no answer within {} ms", given.as_millis()) })
+        })
+    }
+
+    fn by(&self, at: usize, why: String) -> String {
+        format!("{}: {why}", self.shared.endpoints[at].0)
+    }
+
+    /// Half to one and a half times the pause, so that clients do not come back all at once.
+    fn jitter(&self, pause: Duration) -> Duration {
+        let mut rng = self.shared.rng.lock().unwrap_or_else(PoisonError::into_inner);
+        pause * rng.random_range(50..150) / 100
+    }
+}
+
+/// A refusal, when an earlier attempt of the same call is in doubt.
+fn after_doubt(effect: Effect, doubt: Option<String>, refused: Box<super::Refused>) -> ClientError {
+    // These do not depend on the table: the earlier attempt met the same.
+    let settled = matches!(
+        refused.status.code(),
+        Code::InvalidArgument
+            | Code::Unimplemented
+            | Code::PermissionDenied
+            | Code::Unauthenticated
+    );
+    match doubt {
+        Some(doubt) if effect == Effect::Repeatable && !settled => ClientError::OutcomeUnknown {
+            why: format!("{doubt}; a repeat was refused: {}", refused.status.message()),
+        },
+        _ => ClientError::Refused(refused),
+    }
+}

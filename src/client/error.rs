@@ -1,0 +1,139 @@
+//! What a call can end with, by what the caller can do about it.
+
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::proto::{DOMAIN, reason};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("endpoint {endpoint:?} {why}")]
+    Endpoint { endpoint: String, why: String },
+    /// The cluster's answer. Nothing was changed.
+    #[error("{}", .0.status.message())]
+    Refused(Box<Refused>),
+    /// No node served the call in time. Nothing was changed.
+    #[error("no node served the call in time: {why}")]
+    Unavailable { why: String },
+    /// The call may or may not be done. Repeat it with the same uid or token to learn which.
+    #[error("outcome unknown: {why}")]
+    OutcomeUnknown { why: String },
+}
+
+#[derive(Debug)]
+pub struct Refused {
+    pub status: Status,
+    pub details: ErrorDetails,
+}
+
+impl ClientError {
+    /// Of the cluster's answer: one of [`crate::proto::reason`], if it has one.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            ClientError::Refused(refused) => own_reason(&refused.details),
+            _ => None,
+        }
+    }
+
+    /// Of the cluster's answer.
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            ClientError::Refused(refused) => Some(refused.status.code()),
+            _ => None,
+        }
+    }
+}
+
+fn own_reason(details: &ErrorDetails) -> Option<&str> {
+    let info = details.error_info()?;
+    (info.domain == DOMAIN).then_some(info.reason.as_str())
+}
+
+/// What a failed attempt leaves behind.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// The cluster's answer.
+    Refused(Box<Refused>),
+    /// Surely not done; after a pause, if one is asked for.
+    NotDone { why: String, pause: Option<Duration> },
+    /// May or may not be done.
+    Doubtful { why: String },
+}
+
+/// A status that came from a node, or that this side made of a failed connection. Only words of
+/// our own make an attempt "surely not done": what a proxy says is a doubt.
+pub(super) fn judge(status: Status) -> Verdict {
+    let why = status.message().to_string();
+    if let Some(source) = std::error::Error::source(&status) {
+        return match is_connect_error(source) {
+            true => Verdict::NotDone { why: innermost(source), pause: None },
+            false => Verdict::Doubtful { why: innermost(source) },
+        };
+    }
+    let details = status.get_error_details();
+    match own_reason(&details) {
+        Some(reason::NOT_READY | reason::NOT_EXECUTED | reason::NOT_LEADER) => {
+            return Verdict::NotDone { why, pause: None };
+        }
+        Some(reason::OVERLOADED) => {
+            let pause = details.retry_info().and_then(|info| info.retry_delay);
+            return Verdict::NotDone { why, pause };
+        }
+        Some(reason::OUTCOME_UNKNOWN) => return Verdict::Doubtful { why },
+        _ => {}
+    }
+    match status.code() {
+        Code::Unknown
+        | Code::Internal
+        | Code::Cancelled
+        | Code::DeadlineExceeded
+        | Code::Unavailable
+        | Code::DataLoss => Verdict::Doubtful { why: format!("{:?}: {why}", status.code()) },
+        _ => Verdict::Refused(Box::new(Refused { status, details })),
+    }
+}
+
+fn is_connect_error(error: &(dyn std::error::Error + 'static)) -> bool {
+    chain(error).any(|e| e.is::<tonic::ConnectError>())
+}
+
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    chain(error).last().map_or_else(String::new, ToString::to_string)
+}
+
+fn chain<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |e| e.source())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn sent(code: Code, reason: &str, domain: &str) -> Status {
+        let details = ErrorDetails::with_error_info(reason, domain, HashMap::new());
+        Status::with_error_details(code, "text", details)
+    }
+
+    #[test]
+    fn only_our_own_words_make_an_attempt_surely_not_done() {
+        let not_done = |status| matches!(judge(status), Verdict::NotDone { .. });
+        let doubtful = |status| matches!(judge(status), Verdict::Doubtful { .. });
+        let refused = |status| matches!(judge(status), Verdict::Refused(_));
+        assert!(not_done(sent(Code::Unavailable, reason::NOT_READY, DOMAIN)));
+        assert!(not_done(sent(Code::DeadlineExceeded, reason::NOT_EXECUTED, DOMAIN)));
+        assert!(not_done(sent(Code::ResourceExhausted, reason::OVERLOADED, DOMAIN)));
+        assert!(doubtful(sent(Code::Unavailable, reason::NOT_READY, "a proxy")));
+        assert!(doubtful(Status::unavailable("a proxy's")));
+        assert!(doubtful(Status::deadline_exceeded("")));
+        assert!(doubtful(Status::cancelled("Timeout expired")));
+        assert!(doubtful(Status::internal("Missing response message.")));
+        assert!(doubtful(sent(Code::Unknown, reason::OUTCOME_UNKNOWN, DOMAIN)));
+        assert!(refused(sent(Code::ResourceExhausted, reason::CAPACITY, DOMAIN)));
+        assert!(refused(Status::not_found("")));
+    }
+}

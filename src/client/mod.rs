@@ -1,0 +1,348 @@
+//! The client library: typed calls that find a node which serves, and say exactly what is known
+//! when none does.
+//!
+//! A client has a list of endpoints and needs only one of them alive: every node carries calls to
+//! the leader. It stays with the endpoint that last answered and goes through the others in turn
+//! when that one fails, with a growing, jittered pause after each round, until the call's timeout.
+//! One attempt gets a part of the timeout only, so that a node that accepts and never answers does
+//! not eat all of it.
+//!
+//! What an attempt without an answer leaves behind decides what comes next:
+//!
+//! - *surely not done* (no connection; a status whose `ErrorInfo` says so): the next endpoint;
+//! - *doubtful* (a broken stream, a timeout, OUTCOME_UNKNOWN): repeated if a uid or token makes the
+//!   repeat safe, else [`ClientError::OutcomeUnknown`] at once;
+//! - if the last word is a failure and any attempt was doubtful, the call is
+//!   [`ClientError::OutcomeUnknown`], never "not done": an attempt may still be on its way. That
+//!   also holds where a repeat of an `allocate` is refused. The refusal of a repeat settles the
+//!   matter only under a token, because a token that does not hold will never hold again.
+
+mod call;
+mod error;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngCore as _, SeedableRng as _};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::proto::{reason, v1};
+use call::methods;
+pub use error::{ClientError, Refused};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a listing is begun again because its revision was no longer kept.
+const LIST_RESTARTS_MAX: usize = 8;
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// For one call over all its attempts; for listings, for each page.
+    pub timeout: Duration,
+    /// For one attempt.
+    pub attempt_timeout: Duration,
+    /// Of the random numbers behind uids, request ids and jitter; `None`: from the system.
+    pub seed: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            timeout: Duration::from_secs(10),
+            attempt_timeout: Duration::from_secs(3),
+            seed: None,
+        }
+    }
+}
+
+/// Cheap to clone; clones share their connections.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+    timeout: Duration,
+}
+
+struct Shared {
+    endpoints: Vec<(String, Channel)>,
+    /// Index of the endpoint that last answered.
+    preferred: AtomicUsize,
+    attempt_timeout: Duration,
+    rng: Mutex<StdRng>,
+}
+
+/// All pages of a listing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listing<T> {
+    /// In order of name.
+    pub items: Vec<T>,
+    pub revision: u64,
+}
+
+impl Client {
+    /// The endpoint that last answered.
+    pub fn last_endpoint(&self) -> &str {
+        &self.shared.endpoints[self.shared.preferred.load(Ordering::Relaxed)].0
+    }
+
+    /// Endpoints are `host:port` or `http://host:port`. Connections are made when first used.
+    pub fn connect(endpoints: Vec<String>, options: Options) -> Result<Self, ClientError> {
+        let mut channels = Vec::with_capacity(endpoints.len());
+        for endpoint in endpoints {
+            let channel = Self::endpoint(&endpoint)?.connect_lazy();
+            channels.push((endpoint, channel));
+        }
+        Self::over(channels, options)
+    }
+
+    /// As [`Client::connect`], over channels made elsewhere (in simulation, with its own sockets).
+    pub fn over(endpoints: Vec<(String, Channel)>, options: Options) -> Result<Self, ClientError> {
+        if endpoints.is_empty() {
+            let why = "at least one endpoint is needed".into();
+            return Err(ClientError::Endpoint { endpoint: String::new(), why });
+        }
+        let rng = options.seed.map_or_else(StdRng::from_os_rng, StdRng::seed_from_u64);
+        let shared = Shared {
+            endpoints,
+            preferred: AtomicUsize::new(0),
+            attempt_timeout: options.attempt_timeout,
+            rng: Mutex::new(rng),
+        };
+        Ok(Client { shared: Arc::new(shared), timeout: options.timeout })
+    }
+
+    /// How the library connects to an endpoint.
+    pub fn endpoint(endpoint: &str) -> Result<Endpoint, ClientError> {
+        let bad = |why: &str| ClientError::Endpoint { endpoint: endpoint.into(), why: why.into() };
+        let (scheme, authority) = endpoint.split_once("://").unwrap_or(("http", endpoint));
+        if scheme != "http" {
+            return Err(bad("must be host:port or http://host:port"));
+        }
+        let port = authority.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+        if port.is_none_or(|port| port == 0) {
+            return Err(bad("must be host:port with a port of 1 to 65535"));
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{authority}"))
+            .map_err(|_| bad("must be host:port or http://host:port"))?;
+        Ok(endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT))
+    }
+
+    /// The same client with another timeout for each call.
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        Client { timeout, ..self.clone() }
+    }
+
+    /// A uid for one start attempt.
+    pub fn fresh_uid(&self) -> String {
+        let mut bytes = [0; 16];
+        self.shared.rng.lock().unwrap_or_else(PoisonError::into_inner).fill_bytes(&mut bytes);
+        uuid::Builder::from_random_bytes(bytes).into_uuid().to_string()
+    }
+
+    // Allocations.
+
+    /// Claims without a uid get one, which is kept over the attempts of this call.
+    pub async fn allocate(
+        &self,
+        mut claims: Vec<v1::Claim>,
+    ) -> Result<v1::AllocateResponse, ClientError> {
+        for claim in claims.iter_mut().filter(|claim| claim.uid.is_empty()) {
+            claim.uid = self.fresh_uid();
+        }
+        self.call(methods::ALLOCATE, v1::AllocateRequest { claims, dry_run: false }).await
+    }
+
+    /// `version` 0 is unguarded.
+    pub async fn confirm(
+        &self,
+        name: &str,
+        token: u64,
+        version: u64,
+    ) -> Result<v1::ConfirmResponse, ClientError> {
+        let request = v1::ConfirmRequest { name: name.into(), token, version };
+        self.call(methods::CONFIRM, request).await
+    }
+
+    /// Releases what this token holds. `released` is false where it was gone already, also because
+    /// an earlier attempt of this call did it.
+    pub async fn release(
+        &self,
+        name: &str,
+        token: u64,
+    ) -> Result<v1::ReleaseResponse, ClientError> {
+        let authority = Some(v1::release_request::Authority::Token(token));
+        let request = v1::ReleaseRequest { name: name.into(), authority };
+        self.call(methods::RELEASE, request).await
+    }
+
+    /// An operator's override, whoever holds the name. Not repeated when in doubt: the name may
+    /// have a new holder by then.
+    pub async fn force_release(
+        &self,
+        name: &str,
+        reason: &str,
+    ) -> Result<v1::ReleaseResponse, ClientError> {
+        let force = v1::Force { reason: reason.into() };
+        let authority = Some(v1::release_request::Authority::Force(force));
+        let request = v1::ReleaseRequest { name: name.into(), authority };
+        self.call(methods::FORCE_RELEASE, request).await
+    }
+
+    /// `version` 0 is unguarded.
+    pub async fn report_conflict(
+        &self,
+        name: &str,
+        token: u64,
+        version: u64,
+        port: u32,
+    ) -> Result<v1::ReportConflictResponse, ClientError> {
+        let request = v1::ReportConflictRequest { name: name.into(), token, version, port };
+        self.call(methods::REPORT_CONFLICT, request).await
+    }
+
+    pub async fn get(
+        &self,
+        name: &str,
+        read: Option<v1::ReadOptions>,
+    ) -> Result<v1::GetResponse, ClientError> {
+        self.call(methods::GET, v1::GetRequest { name: name.into(), read }).await
+    }
+
+    /// All pages, at one revision. Begins again where that revision is no longer kept.
+    pub async fn list(
+        &self,
+        request: v1::ListRequest,
+    ) -> Result<Listing<v1::Allocation>, ClientError> {
+        self.all_pages(async |page_token| {
+            let request = v1::ListRequest { page_token, ..request.clone() };
+            let page = self.call(methods::LIST, request).await?;
+            Ok((page.allocations, page.next_page_token, page.revision))
+        })
+        .await
+    }
+
+    // Workers.
+
+    pub async fn worker_register(
+        &self,
+        name: &str,
+        spec: v1::WorkerSpec,
+    ) -> Result<v1::WorkerResponse, ClientError> {
+        let request = v1::RegisterRequest { name: name.into(), spec: Some(spec) };
+        self.call(methods::WORKER_REGISTER, request).await
+    }
+
+    /// Changes the named fields: some of address, labels, ranges, reserved, gpus.
+    pub async fn worker_update(
+        &self,
+        name: &str,
+        spec: v1::WorkerSpec,
+        fields: Vec<String>,
+    ) -> Result<v1::WorkerResponse, ClientError> {
+        let request = v1::UpdateRequest { name: name.into(), spec: Some(spec), fields };
+        self.call(methods::WORKER_UPDATE, request).await
+    }
+
+    pub async fn worker_set_phase(
+        &self,
+        name: &str,
+        phase: v1::WorkerPhase,
+    ) -> Result<v1::WorkerResponse, ClientError> {
+        let request = v1::SetPhaseRequest { name: name.into(), phase: phase.into() };
+        self.call(methods::WORKER_SET_PHASE, request).await
+    }
+
+    /// `removed` is false where there was none.
+    pub async fn worker_remove(&self, name: &str) -> Result<v1::RemoveResponse, ClientError> {
+        self.call(methods::WORKER_REMOVE, v1::RemoveRequest { name: name.into() }).await
+    }
+
+    pub async fn worker_get(
+        &self,
+        name: &str,
+        read: Option<v1::ReadOptions>,
+    ) -> Result<v1::WorkerResponse, ClientError> {
+        self.call(methods::WORKER_GET, v1::GetWorkerRequest { name: name.into(), read }).await
+    }
+
+    /// All pages, as [`Client::list`].
+    pub async fn worker_list(
+        &self,
+        request: v1::ListWorkersRequest,
+    ) -> Result<Listing<v1::Worker>, ClientError> {
+        self.all_pages(async |page_token| {
+            let request = v1::ListWorkersRequest { page_token, ..request.clone() };
+            let page = self.call(methods::WORKER_LIST, request).await?;
+            Ok((page.workers, page.next_page_token, page.revision))
+        })
+        .await
+    }
+
+    pub async fn worker_quarantine(
+        &self,
+        worker: &str,
+        ports: Vec<u32>,
+        reason: &str,
+    ) -> Result<v1::WorkerResponse, ClientError> {
+        let request = v1::QuarantineRequest { worker: worker.into(), ports, reason: reason.into() };
+        self.call(methods::WORKER_QUARANTINE, request).await
+    }
+
+    pub async fn worker_lift_quarantine(
+        &self,
+        worker: &str,
+        ports: Vec<u32>,
+    ) -> Result<v1::WorkerResponse, ClientError> {
+        let request = v1::LiftQuarantineRequest { worker: worker.into(), ports };
+        self.call(methods::WORKER_LIFT_QUARANTINE, request).await
+    }
+
+    // The cluster.
+
+    /// As the first node that answers sees it.
+    pub async fn status(&self) -> Result<v1::StatusResponse, ClientError> {
+        self.call(methods::STATUS, v1::StatusRequest {}).await
+    }
+
+    pub async fn members(&self) -> Result<Vec<v1::Member>, ClientError> {
+        let response = self.call(methods::MEMBERS, v1::ListMembersRequest {}).await?;
+        Ok(response.members)
+    }
+
+    async fn all_pages<T>(
+        &self,
+        page: impl AsyncFn(String) -> Result<(Vec<T>, String, u64), ClientError>,
+    ) -> Result<Listing<T>, ClientError> {
+        let mut restarts = 0;
+        let mut items = Vec::new();
+        let mut token = String::new();
+        loop {
+            match page(token).await {
+                Ok((more, next, revision)) => {
+                    items.extend(more);
+                    if next.is_empty() {
+                        return Ok(Listing { items, revision });
+                    }
+                    token = next;
+                }
+                Err(error)
+                    if error.reason() == Some(reason::PAGE_EXPIRED)
+                        && restarts < LIST_RESTARTS_MAX =>
+                {
+                    restarts += 1;
+                    items.clear();
+                    token = String::new();
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The client against nodes that serve, that are gone, and that accept and never answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tonic::Code;
+
+use super::{Client, ClientError, Options};
+use crate::api::fake::{Fake, claim, fake};
+use crate::api::{Readiness, serve, tcp_incoming};
+use crate::node::CallError;
+use crate::proto::v1;
+
+/// A node that serves, and its address. It ends with the test's runtime.
+async fn node() -> (Arc<Fake>, String) {
+    let (fake, api) = fake();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let readiness = Readiness::new().await;
+    readiness.set(true).await;
+    tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), std::future::pending()));
+    (fake, address)
+}
+
+/// An address where nobody listens.
+async fn nobody() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+/// An address that accepts and never says a word.
+async fn silent() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((socket, _)) = listener.accept().await {
+            held.push(socket);
+        }
+    });
+    address
+}
+
+fn client(endpoints: &[&String]) -> Client {
+    let options = Options {
+        timeout: Duration::from_secs(2),
+        attempt_timeout: Duration::from_millis(200),
+        seed: Some(1),
+    };
+    Client::connect(endpoints.iter().map(ToString::to_string).collect(), options).unwrap()
+}
+
+#[tokio::test]
+async fn calls_go_over_the_wire_and_back() {
+    let (_, address) = node().await;
+    let client = client(&[&address]);
+    let mut unnamed = claim("b");
+    unnamed.uid.clear();
+    let granted = client.allocate(vec![unnamed]).await.unwrap();
+    let held = &granted.allocations[0];
+    assert!(!held.uid.is_empty(), "the library gives a uid");
+    assert_eq!(client.get("b", None).await.unwrap().allocation.as_ref(), Some(held));
+    client.confirm("b", held.token, held.version).await.unwrap();
+    let request = v1::ListRequest { page_size: 1, ..Default::default() };
+    let names: Vec<_> =
+        client.list(request).await.unwrap().items.into_iter().map(|a| a.name).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert!(client.release("b", held.token).await.unwrap().released);
+    assert!(!client.release("b", held.token).await.unwrap().released);
+    assert_eq!(client.worker_list(Default::default()).await.unwrap().items.len(), 1);
+    assert_eq!(client.status().await.unwrap().leader, 0);
+
+    let error = client.get("nope", None).await.unwrap_err();
+    assert_eq!(error.code(), Some(Code::NotFound));
+    let ClientError::Refused(refused) = error else { panic!("a refusal") };
+    assert_eq!(refused.details.resource_info().unwrap().resource_name, "nope");
+}
+
+#[tokio::test]
+async fn a_dead_endpoint_is_passed_over_and_then_left_alone() {
+    let (_, address) = node().await;
+    let client = client(&[&nobody().await, &address]);
+    client.get("a", None).await.unwrap();
+    assert_eq!(client.shared.preferred.load(std::sync::atomic::Ordering::Relaxed), 1);
+    client.get("a", None).await.unwrap();
+}
+
+#[tokio::test]
+async fn without_any_node_nothing_is_done_and_that_is_known() {
+    let client = client(&[&nobody().await, &nobody().await]);
+    let started = Instant::now();
+    let error = client.allocate(vec![claim("b")]).await.unwrap_err();
+    assert!(matches!(error, ClientError::Unavailable { .. }), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn a_silent_node_costs_one_attempt_where_a_repeat_is_safe() {
+    let (_, address) = node().await;
+    let client = client(&[&silent().await, &address]);
+    let started = Instant::now();
+    client.allocate(vec![claim("b")]).await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn what_is_not_safe_to_repeat_is_left_unknown_at_once() {
+    let (fake, address) = node().await;
+    let client = client(&[&silent().await, &address]);
+    let error = client.force_release("a", "").await.unwrap_err();
+    assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
+    assert_eq!(*fake.proposed.lock().unwrap(), 0);
+}
+
+#[tokio::test]
+async fn silence_to_the_end_is_an_unknown_outcome_of_a_write_only() {
+    let address = silent().await;
+    let client = client(&[&address]);
+    let error = client.allocate(vec![claim("b")]).await.unwrap_err();
+    assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
+    let error = client.get("a", None).await.unwrap_err();
+    assert!(matches!(error, ClientError::Unavailable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_refused_repeat_settles_a_doubt_only_under_a_token() {
+    let (_, address) = node().await;
+    let silent = silent().await;
+    let mut elsewhere = claim("b");
+    elsewhere.placement = Some(v1::claim::Placement::Worker("nope".into()));
+    let error = client(&[&silent, &address]).allocate(vec![elsewhere]).await.unwrap_err();
+    assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
+    let error = client(&[&silent, &address]).confirm("a", 99, 0).await.unwrap_err();
+    assert_eq!(error.code(), Some(Code::FailedPrecondition), "{error}");
+}
+
+#[tokio::test]
+async fn overload_and_unreadiness_are_waited_out() {
+    let (fake, address) = node().await;
+    *fake.failures.lock().unwrap() = [
+        CallError::Overloaded { retry_after: Duration::from_millis(20) },
+        CallError::NotReady("starting".into()),
+        CallError::Expired,
+    ]
+    .into();
+    client(&[&address]).allocate(vec![claim("b")]).await.unwrap();
+}
+
+#[test]
+fn endpoints_are_checked() {
+    for bad in ["", "a", "a:0", "a:65536", "https://a:1", "a b:1", "a:x"] {
+        assert!(Client::endpoint(bad).is_err(), "{bad}");
+    }
+    for good in ["127.0.0.1:7601", "http://node-1:7601", "[::1]:7601"] {
+        assert!(Client::endpoint(good).is_ok(), "{good}");
+    }
+    assert!(Client::connect(vec![], Options::default()).is_err());
+}
