@@ -2,6 +2,7 @@
 //! is ever given twice. The house and the way of one request through it: `docs/architecture.md`.
 
 pub mod api;
+pub mod cli;
 pub mod client;
 pub mod core;
 pub mod node;

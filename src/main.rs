@@ -1,1 +1,12 @@
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = portwarden::cli::parse();
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(portwarden::cli::run(cli)),
+        Err(error) => {
+            eprintln!("error: the runtime cannot start: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

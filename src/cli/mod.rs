@@ -1,0 +1,194 @@
+//! The command line: one file a subcommand.
+//!
+//! Results go to stdout, as a table or as JSON; logs and errors to stderr. Every command ends with
+//! an exit code that says what a script can do about it:
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | another failure |
+//! | 2 | usage: a flag or a value is wrong |
+//! | 3 | not found |
+//! | 4 | conflict or failed precondition |
+//! | 5 | nothing fits |
+//! | 6 | unavailable or timed out; says "outcome unknown" where it is |
+
+mod allocate;
+pub mod bench;
+mod completion;
+mod confirm;
+pub mod demo;
+pub mod dev;
+mod embedded;
+mod error;
+mod get;
+mod list;
+mod member;
+mod output;
+mod parse;
+mod release;
+mod report_conflict;
+pub mod serve;
+mod status;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::client::{Client, ClientError, Options};
+pub use error::{CliError, client_exit_code, report};
+
+/// A replicated allocator of ports and GPUs: no port of a worker and no byte of GPU memory is ever
+/// given twice.
+#[derive(Debug, Parser)]
+#[command(name = "portwarden", version, max_term_width = 100, after_help = AFTER_HELP)]
+pub struct Cli {
+    #[command(flatten)]
+    pub globals: Globals,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Exit codes: 0 done, 1 other failure, 2 usage, 3 not found, 4 conflict or failed precondition,
+5 nothing fits, 6 unavailable or timed out (says \"outcome unknown\" where it is).
+
+Examples:
+  portwarden worker register w1 --address 10.0.0.1 --range service=40000-40063
+  portwarden allocate qwen-0 --worker w1 --ports 2
+  portwarden confirm qwen-0 --token 7
+  portwarden release qwen-0 --token 7";
+
+/// Accepted before and after the subcommand.
+#[derive(Debug, Clone, Args)]
+pub struct Globals {
+    /// Nodes to speak to; any one of them will do
+    #[arg(
+        long,
+        global = true,
+        env = "PORTWARDEN_ENDPOINTS",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:7601",
+        help_heading = "Global options"
+    )]
+    pub endpoints: Vec<String>,
+    /// Form of the results on stdout
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_enum,
+        default_value_t = Format::Table,
+        help_heading = "Global options"
+    )]
+    pub output: Format,
+    /// Time for one call, over all endpoints and attempts (1ms to 24h)
+    #[arg(
+        long,
+        global = true,
+        value_name = "DURATION",
+        value_parser = parse::timeout,
+        default_value = "10s",
+        help_heading = "Global options"
+    )]
+    pub timeout: Duration,
+}
+
+impl Globals {
+    pub fn client(&self) -> Result<Client, ClientError> {
+        let options = Options { timeout: self.timeout, ..Options::default() };
+        Client::connect(self.endpoints.clone(), options)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Reserve ports and GPUs for an instance, or for a gang of them
+    Allocate(allocate::Args),
+    /// Say that an instance listens: RESERVED becomes BOUND
+    Confirm(confirm::Args),
+    /// Give back what an instance holds
+    Release(release::Args),
+    /// Say that something else uses a port: it is quarantined and swapped
+    ReportConflict(report_conflict::Args),
+    /// Show one allocation
+    Get(get::Args),
+    /// List allocations
+    List(list::Args),
+    /// Manage workers: the machines that instances run on
+    Worker(worker::Args),
+    /// Show the nodes of the cluster
+    Member(member::Args),
+    /// Show how the cluster is
+    Status(status::Args),
+    /// Run one node
+    Serve(serve::Args),
+    /// Run an embedded cluster that stays up
+    Dev(dev::Args),
+    /// Show many schedulers allocating at once on an embedded cluster
+    Demo(demo::Args),
+    /// Measure the throughput and latency of a cluster
+    Bench(bench::Args),
+    /// Print the completion script of a shell
+    Completion(completion::Args),
+}
+
+/// Reads the arguments of the process; ends it with code 2 where they are wrong.
+pub fn parse() -> Cli {
+    Cli::parse()
+}
+
+/// Logs to stderr from this level or filter on. Commands that only call a cluster log nothing.
+fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
+    let filter: EnvFilter = filter
+        .parse()
+        .map_err(|e| usage(format!("--log-level: {filter:?} must be a level or a filter: {e}")))?;
+    // Fails only where a subscriber is set already, and that one is as good.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        // It would report a log that cannot be written on the same stderr, and panic.
+        .log_internal_errors(false)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .try_init();
+    Ok(())
+}
+
+/// Wrong input that clap could not see; exit code 2.
+fn usage(text: impl Into<String>) -> anyhow::Error {
+    CliError::Usage(text.into()).into()
+}
+
+/// Runs a subcommand to its exit code, errors reported on stderr.
+pub async fn run(cli: Cli) -> ExitCode {
+    let Cli { globals, command } = cli;
+    let result = match command {
+        Command::Allocate(args) => allocate::run(args, globals).await,
+        Command::Confirm(args) => confirm::run(args, globals).await,
+        Command::Release(args) => release::run(args, globals).await,
+        Command::ReportConflict(args) => report_conflict::run(args, globals).await,
+        Command::Get(args) => get::run(args, globals).await,
+        Command::List(args) => list::run(args, globals).await,
+        Command::Worker(args) => worker::run(args, globals).await,
+        Command::Member(args) => member::run(args, globals).await,
+        Command::Status(args) => status::run(args, globals).await,
+        Command::Serve(args) => serve::run(args, globals).await,
+        Command::Dev(args) => dev::run(args, globals).await,
+        Command::Demo(args) => demo::run(args, globals).await,
+        Command::Bench(args) => bench::run(args, globals).await,
+        Command::Completion(args) => completion::run(args),
+    };
+    result.unwrap_or_else(|error| report(&error))
+}

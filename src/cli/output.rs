@@ -1,0 +1,341 @@
+//! Results on stdout: JSON for programs, kubectl-like tables for people.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write as _};
+
+use bytesize::ByteSize;
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
+use super::Format;
+use crate::proto::v1;
+
+/// Writes to stdout. A reader that has gone away is no error: `portwarden list | head`.
+pub fn emit(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// The value as JSON, or what `table` makes of it.
+pub fn print<T: Serialize>(
+    format: Format,
+    value: &T,
+    table: impl FnOnce() -> String,
+) -> anyhow::Result<()> {
+    let mut text = match format {
+        Format::Json => serde_json::to_string_pretty(value)?,
+        Format::Table => table(),
+    };
+    text.push('\n');
+    emit(&text)
+}
+
+/// Without borders, two blanks between columns.
+pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header.to_vec());
+    table.add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.lines().map(|line| line.trim_end().to_string()).collect::<Vec<_>>().join("\n")
+}
+
+#[derive(Debug, Serialize)]
+pub struct Allocation {
+    pub name: String,
+    pub uid: String,
+    pub worker: String,
+    pub address: String,
+    pub ports: Vec<Port>,
+    pub gpus: Vec<Gpu>,
+    pub token: u64,
+    pub version: u64,
+    pub phase: &'static str,
+    pub lease: Option<u64>,
+    pub labels: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Port {
+    pub name: Option<String>,
+    pub range: String,
+    pub number: u32,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Gpu {
+    pub index: u32,
+    pub uuid: Option<String>,
+    pub memory_bytes: u64,
+    pub exclusive: bool,
+}
+
+fn given(text: String) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
+impl From<v1::Allocation> for Allocation {
+    fn from(a: v1::Allocation) -> Self {
+        let phase = a.phase().as_str_name();
+        let port = |p: v1::Port| Port { name: given(p.name), range: p.range, number: p.number };
+        let gpu = |g: v1::Gpu| Gpu {
+            index: g.index,
+            uuid: given(g.uuid),
+            memory_bytes: g.memory_bytes,
+            exclusive: g.exclusive,
+        };
+        Allocation {
+            name: a.name,
+            uid: a.uid,
+            worker: a.worker,
+            address: a.address,
+            ports: a.ports.into_iter().map(port).collect(),
+            gpus: a.gpus.into_iter().map(gpu).collect(),
+            token: a.token,
+            version: a.version,
+            phase,
+            lease: Some(a.lease).filter(|lease| *lease != 0),
+            labels: a.labels,
+        }
+    }
+}
+
+pub fn allocations_table<'a>(allocations: impl IntoIterator<Item = &'a Allocation>) -> String {
+    let header = ["NAME", "WORKER", "ADDRESS", "PORTS", "GPUS", "PHASE", "TOKEN", "VERSION"];
+    let rows = allocations.into_iter().map(|a| {
+        vec![
+            a.name.clone(),
+            a.worker.clone(),
+            a.address.clone(),
+            none_as_dash(ports_text(&a.ports)),
+            none_as_dash(gpus_text(&a.gpus)),
+            a.phase.to_string(),
+            a.token.to_string(),
+            a.version.to_string(),
+        ]
+    });
+    table(&header, rows)
+}
+
+fn none_as_dash(text: String) -> String {
+    if text.is_empty() { "-".into() } else { text }
+}
+
+/// `http=40001,40003-40006`: runs of unnamed ports are drawn together.
+fn ports_text(ports: &[Port]) -> String {
+    let mut parts: Vec<(Option<&str>, u32, u32)> = Vec::new();
+    for port in ports {
+        let name = port.name.as_deref();
+        match parts.last_mut() {
+            Some((last_name, _, last)) if *last_name == name && *last + 1 == port.number => {
+                *last = port.number;
+            }
+            _ => parts.push((name, port.number, port.number)),
+        }
+    }
+    let part = |(name, first, last): (Option<&str>, u32, u32)| {
+        let name = name.map_or(String::new(), |name| format!("{name}="));
+        if first == last { format!("{name}{first}") } else { format!("{name}{first}-{last}") }
+    };
+    parts.into_iter().map(part).collect::<Vec<_>>().join(",")
+}
+
+fn gpus_text(gpus: &[Gpu]) -> String {
+    let text = |g: &Gpu| match g.exclusive {
+        true => format!("{}:exclusive", g.index),
+        false => format!("{}:{}", g.index, bytes(g.memory_bytes)),
+    };
+    gpus.iter().map(text).collect::<Vec<_>>().join(",")
+}
+
+pub fn bytes(n: u64) -> String {
+    ByteSize(n).display().iec().to_string()
+}
+
+#[derive(Debug, Serialize)]
+pub struct Worker {
+    pub name: String,
+    pub address: String,
+    pub phase: &'static str,
+    pub labels: BTreeMap<String, String>,
+    pub ranges: Vec<Range>,
+    pub reserved: Vec<u32>,
+    pub gpus: Vec<WorkerGpu>,
+    pub allocations: u64,
+    pub created: u64,
+    pub version: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Range {
+    pub name: String,
+    pub first: u32,
+    pub last: u32,
+    pub managed: u32,
+    pub free: u32,
+    pub held: u32,
+    pub reserved: u32,
+    pub quarantined_count: u32,
+    pub quarantined: Vec<Quarantined>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Quarantined {
+    pub number: u32,
+    pub reason: String,
+    pub since: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct WorkerGpu {
+    pub index: u32,
+    pub uuid: Option<String>,
+    pub model: Option<String>,
+    pub memory_bytes: u64,
+    pub held_bytes: u64,
+    pub exclusive: bool,
+    pub holder_count: u32,
+    pub holders: Vec<String>,
+}
+
+impl From<v1::Worker> for Worker {
+    fn from(w: v1::Worker) -> Self {
+        let phase = w.phase().as_str_name();
+        let spec = w.spec.unwrap_or_default();
+        let quarantined = |q: v1::QuarantinedPort| Quarantined {
+            number: q.number,
+            reason: q.reason,
+            since: q.since,
+        };
+        let range = |r: v1::RangeUse| Range {
+            name: r.name,
+            first: r.first,
+            last: r.last,
+            managed: r.managed,
+            free: r.free,
+            held: r.held,
+            reserved: r.reserved,
+            quarantined_count: r.quarantined_count,
+            quarantined: r.quarantined.into_iter().map(quarantined).collect(),
+        };
+        let gpu = |(used, spec): (v1::GpuUse, v1::GpuSpec)| WorkerGpu {
+            index: used.index,
+            uuid: given(spec.uuid),
+            model: given(spec.model),
+            memory_bytes: used.memory_bytes,
+            held_bytes: used.held_bytes,
+            exclusive: used.exclusive,
+            holder_count: used.holder_count,
+            holders: used.holders,
+        };
+        Worker {
+            name: w.name,
+            address: spec.address,
+            phase,
+            labels: spec.labels,
+            ranges: w.ranges.into_iter().map(range).collect(),
+            reserved: spec.reserved,
+            gpus: w.gpus.into_iter().zip(spec.gpus).map(gpu).collect(),
+            allocations: w.allocations,
+            created: w.created,
+            version: w.version,
+        }
+    }
+}
+
+pub fn workers_table<'a>(workers: impl IntoIterator<Item = &'a Worker>) -> String {
+    let header = ["NAME", "ADDRESS", "PHASE", "PORTS FREE", "GPUS FREE", "ALLOCATIONS", "LABELS"];
+    let rows = workers.into_iter().map(|w| {
+        let ports = w.ranges.iter().map(|r| format!("{}:{}/{}", r.name, r.free, r.managed));
+        let gpus = w.gpus.iter().map(|g| {
+            let free = g.memory_bytes.saturating_sub(g.held_bytes);
+            format!("{}:{}/{}", g.index, bytes(free), bytes(g.memory_bytes))
+        });
+        let labels = w.labels.iter().map(|(key, value)| format!("{key}={value}"));
+        vec![
+            w.name.clone(),
+            w.address.clone(),
+            w.phase.to_string(),
+            none_as_dash(ports.collect::<Vec<_>>().join(",")),
+            none_as_dash(gpus.collect::<Vec<_>>().join(",")),
+            w.allocations.to_string(),
+            none_as_dash(labels.collect::<Vec<_>>().join(",")),
+        ]
+    });
+    table(&header, rows)
+}
+
+/// One worker with what its table line has no room for.
+pub fn worker_text(worker: &Worker) -> String {
+    let mut text = workers_table([worker]);
+    for range in &worker.ranges {
+        let Range { name, first, last, free, held, reserved, quarantined_count, .. } = range;
+        text.push_str(&format!(
+            "\nrange {name} {first}-{last}: {free} free, {held} held, {reserved} reserved, {quarantined_count} quarantined"
+        ));
+        for Quarantined { number, reason, since } in &range.quarantined {
+            text.push_str(&format!("\n  {number} quarantined since revision {since}: {reason}"));
+        }
+    }
+    for gpu in worker.gpus.iter().filter(|gpu| gpu.holder_count > 0) {
+        text.push_str(&format!("\nGPU {}: held by {}", gpu.index, gpu.holders.join(", ")));
+    }
+    text
+}
+
+#[derive(Debug, Serialize)]
+pub struct Status {
+    pub cluster_id: String,
+    pub leader: Option<u64>,
+    pub revision: u64,
+    pub members: Vec<Member>,
+    pub problems: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Member {
+    pub id: u64,
+    pub role: String,
+    pub state: String,
+    pub endpoint: String,
+    pub applied: u64,
+    pub lag: u64,
+}
+
+impl From<v1::Member> for Member {
+    fn from(m: v1::Member) -> Self {
+        let v1::Member { id, role, state, endpoint, applied, lag, .. } = m;
+        Member { id, role, state, endpoint, applied, lag }
+    }
+}
+
+impl From<v1::StatusResponse> for Status {
+    fn from(s: v1::StatusResponse) -> Self {
+        Status {
+            cluster_id: s.cluster_id,
+            leader: Some(s.leader).filter(|id| *id != 0),
+            revision: s.revision,
+            members: s.members.into_iter().map(Member::from).collect(),
+            problems: s.problems,
+        }
+    }
+}
+
+pub fn members_table<'a>(members: impl IntoIterator<Item = &'a Member>) -> String {
+    let header = ["ID", "ROLE", "STATE", "ENDPOINT", "APPLIED", "LAG"];
+    let rows = members.into_iter().map(|m| {
+        vec![
+            m.id.to_string(),
+            m.role.clone(),
+            m.state.clone(),
+            none_as_dash(m.endpoint.clone()),
+            m.applied.to_string(),
+            m.lag.to_string(),
+        ]
+    });
+    table(&header, rows)
+}

@@ -1,0 +1,144 @@
+//! Values of flags. Errors read as the end of "invalid value '…' for '--flag': …" and name the
+//! limit.
+
+use std::collections::BTreeSet;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::core::{Invalid, LabelKey, LabelValue, Port, PortName, RangeName, Selector, limits};
+use crate::proto::v1;
+
+const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+fn limit(error: Invalid) -> String {
+    format!("must be {}", error.limit)
+}
+
+/// Any of core's names, kept as text.
+pub fn name<T: FromStr<Err = Invalid>>(text: &str) -> Result<String, String> {
+    text.parse::<T>().map(|_| text.to_string()).map_err(limit)
+}
+
+pub fn selector(text: &str) -> Result<String, String> {
+    Selector::parse(text).map(|_| text.to_string()).map_err(limit)
+}
+
+pub fn timeout(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text)
+        .map_err(|e| format!("must be a duration such as 500ms, 10s or 1m ({e})"))?;
+    if duration < Duration::from_millis(1) || duration > TIMEOUT_MAX {
+        return Err("must be 1ms to 24h".into());
+    }
+    Ok(duration)
+}
+
+pub fn memory(text: &str) -> Result<u64, String> {
+    let wanted = format!(
+        "must be 1 to {} bytes (16 TiB), such as 8GiB or 24000MB",
+        limits::GPU_MEMORY_MAX_BYTES
+    );
+    match text.parse::<bytesize::ByteSize>() {
+        Ok(size) if (1..=limits::GPU_MEMORY_MAX_BYTES).contains(&size.as_u64()) => {
+            Ok(size.as_u64())
+        }
+        _ => Err(wanted),
+    }
+}
+
+/// A size in bytes, from 0.
+pub fn size(text: &str) -> Result<u64, String> {
+    let size = text.parse::<bytesize::ByteSize>();
+    size.map(|size| size.as_u64()).map_err(|_| "must be bytes, such as 256MiB or 1GB".into())
+}
+
+pub fn port(text: &str) -> Result<u32, String> {
+    let number = text.parse::<u64>().ok().and_then(|n| Port::new("port", n).ok());
+    number.map(|port| port.get().into()).ok_or_else(|| "must be 1 to 65535".into())
+}
+
+/// `[name=]P`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedPort {
+    pub name: String,
+    pub number: u32,
+}
+
+pub fn named_port(text: &str) -> Result<NamedPort, String> {
+    let (name, number) = match text.split_once('=') {
+        Some((name, number)) => (self::name::<PortName>(name)?, number),
+        None => (String::new(), text),
+    };
+    let number = port(number).map_err(|e| format!("the port {e}"))?;
+    Ok(NamedPort { name, number })
+}
+
+/// `A-B` or `A`, both ends included.
+fn span(text: &str) -> Result<(u32, u32), String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let (first, last) = (port(first)?, port(last)?);
+    if first > last {
+        return Err(format!("must be rising: {first} is above {last}"));
+    }
+    Ok((first, last))
+}
+
+/// `P` or `P-Q`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortSpan(pub u32, pub u32);
+
+pub fn port_span(text: &str) -> Result<PortSpan, String> {
+    span(text).map(|(first, last)| PortSpan(first, last))
+}
+
+/// All ports of the spans, in rising order.
+pub fn spread(spans: &[PortSpan]) -> Vec<u32> {
+    spans.iter().flat_map(|s| s.0..=s.1).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// `name=first-last`.
+pub fn range(text: &str) -> Result<v1::PortRange, String> {
+    let (name, ports) =
+        text.split_once('=').ok_or("must be name=first-last, such as service=40000-40063")?;
+    let name = self::name::<RangeName>(name)?;
+    let (first, last) = span(ports)?;
+    Ok(v1::PortRange { name, first, last })
+}
+
+pub fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("must be key=value")?;
+    Ok((name::<LabelKey>(key)?, name::<LabelValue>(value)?))
+}
+
+/// `memory=24GiB[,model=M][,uuid=U][,index=I]`; without an index, its place in the list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuFlag {
+    pub index: Option<u32>,
+    pub uuid: String,
+    pub model: String,
+    pub memory_bytes: u64,
+}
+
+pub fn gpu(text: &str) -> Result<GpuFlag, String> {
+    let mut flag =
+        GpuFlag { index: None, uuid: String::new(), model: String::new(), memory_bytes: 0 };
+    for part in text.split(',') {
+        let (key, value) = part
+            .split_once('=')
+            .ok_or_else(|| format!("{part:?} must be key=value, such as memory=24GiB"))?;
+        match key {
+            "memory" => flag.memory_bytes = memory(value).map_err(|e| format!("memory {e}"))?,
+            "model" => flag.model = value.into(),
+            "uuid" => flag.uuid = value.into(),
+            "index" => {
+                let index = value.parse().ok().filter(|i| *i <= limits::GPU_INDEX_MAX);
+                let wanted = format!("index must be 0 to {}", limits::GPU_INDEX_MAX);
+                flag.index = Some(index.ok_or(wanted)?);
+            }
+            _ => return Err(format!("{key:?} must be one of memory, model, uuid, index")),
+        }
+    }
+    if flag.memory_bytes == 0 {
+        return Err("memory must be given, such as memory=24GiB".into());
+    }
+    Ok(flag)
+}

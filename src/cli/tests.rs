@@ -1,0 +1,294 @@
+//! Parsing, exit codes and JSON shapes.
+
+use std::collections::HashMap;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser as _};
+use serde_json::json;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use super::error::describe;
+use super::{Cli, CliError, Format, output};
+use crate::client::{ClientError, Refused};
+use crate::proto::{DOMAIN, reason, v1};
+
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(std::iter::once("portwarden").chain(line.split_whitespace()))
+}
+
+#[test]
+fn the_command_is_well_formed() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn globals_stand_before_or_after_the_subcommand() {
+    for line in [
+        "--endpoints a:1,b:2 -o json --timeout 3s worker list",
+        "worker list --endpoints a:1,b:2 -o json --timeout 3s",
+        "--endpoints a:1,b:2 worker -o json list --timeout 3s",
+    ] {
+        let globals = parse(line).unwrap().globals;
+        assert_eq!(globals.endpoints, ["a:1", "b:2"], "{line}");
+        assert_eq!(globals.output, Format::Json, "{line}");
+        assert_eq!(globals.timeout.as_secs(), 3, "{line}");
+    }
+    let globals = parse("status").unwrap().globals;
+    assert_eq!(globals.timeout.as_secs(), 10);
+    assert_eq!(globals.output, Format::Table);
+}
+
+#[test]
+fn every_form_of_the_design_parses() {
+    for line in [
+        "allocate a --worker w --ports 2",
+        "allocate a --worker w --port 40001 --port http=40002 --contiguous 4 --range ray",
+        "allocate a --selector zone=a --policy spread --gpus 2 --gpu-memory 8GiB --bound",
+        "allocate a --worker w --gpu 0 --gpu 3 --gpu-exclusive --uid u --label k=v --label l=",
+        "allocate -f gang.yaml",
+        "allocate -f - --uid u",
+        "confirm a --token 7 --version 8",
+        "release a --token 7",
+        "release a --force --reason scrapped",
+        "report-conflict a --token 7 --port 40001",
+        "get a",
+        "list --worker w --selector k=v --phase BOUND --prefix qwen- --stale --min-revision 9",
+        "worker register w --address 10.0.0.1 --range service=40000-40063 --reserve 40010 \
+         --reserve 40020-40022 --gpu memory=24GiB,model=RTX4090,uuid=U --label k=v",
+        "worker apply -f workers.yaml",
+        "worker apply w --label k=v",
+        "worker quarantine w --port 40001 --port 40003-40004 --reason stray",
+        "worker lift w --port 40001",
+        "worker cordon w",
+        "worker uncordon w",
+        "worker remove w",
+        "member list",
+        "status --check",
+        "completion bash",
+        "serve --id 1 --data-dir d --listen 127.0.0.1:7601 --listen-peer 127.0.0.1:7701 \
+         --listen-http 127.0.0.1:7801 --initial-cluster 1=a:1,2=b:2,3=c:3 --insecure \
+         --log-level debug --advertise a:1 --advertise-peer a:2",
+        "dev --nodes 3 --data-dir d",
+        "demo --replicas 10 --schedulers 4 -o json",
+        "bench --clients 64 --seconds 10 --hot",
+        "bench --spread --workers 4",
+    ] {
+        if let Err(error) = parse(line) {
+            panic!("{line}: {error}");
+        }
+    }
+}
+
+#[test]
+fn bad_input_is_a_usage_error_that_names_flag_and_limit() {
+    for (line, named) in [
+        ("allocate a --worker w --ports 0", "--ports"),
+        ("allocate a --worker w --ports 257", "256"),
+        ("allocate a --worker w --ports -1", "--ports"),
+        ("allocate a --worker w --port 0", "1 to 65535"),
+        ("allocate a --worker w --port 65536", "1 to 65535"),
+        ("allocate a --worker w --port -1", "1 to 65535"),
+        ("allocate a --worker w --gpus 1", "--gpu-memory"),
+        ("allocate a --worker w --gpus 1 --gpu-memory -1GiB", "16 TiB"),
+        ("allocate a --worker w --gpus 1 --gpu-memory 17TiB", "16 TiB"),
+        ("allocate a --worker w --gpus 1 --gpu-memory 99999999999999999999GiB", "16 TiB"),
+        ("allocate a --worker w --gpus 1 --gpu 0 --gpu-exclusive", "--gpu"),
+        ("allocate a --worker w", "--ports"),
+        ("allocate a --ports 1", "--worker"),
+        ("allocate a --worker w --selector k=v --ports 1", "--selector"),
+        ("allocate a -f gang.yaml", "--file"),
+        ("allocate -a- --worker w --ports 1", "-a"),
+        ("allocate a_ --worker w --ports 1", "253"),
+        ("release a", "--token"),
+        ("release a --token 1 --force", "--force"),
+        ("release a --token 1 --reason x", "--reason"),
+        ("list --min-revision 3", "--stale"),
+        ("worker register w --range s=1-2", "--address"),
+        ("worker register w --address h --range s=2-1", "rising"),
+        ("worker register w --address h --range s=0-1", "1 to 65535"),
+        ("worker register w --address h --gpu model=x", "memory"),
+        ("worker register w --address h --gpu memory=1GiB,index=256", "255"),
+        ("worker register w --address h --label k", "key=value"),
+        ("worker apply w", "--"),
+        ("--timeout 0s status", "1ms to 24h"),
+        ("--timeout 25h status", "1ms to 24h"),
+        ("status -o yaml", "table, json"),
+        ("bench --hot --spread", "--spread"),
+        ("frobnicate", "frobnicate"),
+    ] {
+        let error = parse(line).expect_err(line);
+        assert_eq!(error.exit_code(), 2, "{line}");
+        assert!(error.to_string().contains(named), "{line}: {error}");
+    }
+    assert_eq!(parse("worker register w").unwrap_err().kind(), ErrorKind::MissingRequiredArgument);
+}
+
+fn refused(code: Code, details: ErrorDetails) -> anyhow::Error {
+    let status = Status::with_error_details(code, "what happened", details.clone());
+    ClientError::Refused(Box::new(Refused { status, details })).into()
+}
+
+#[test]
+fn errors_have_the_exit_codes_of_the_design() {
+    let info = |reason| ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    for (error, code) in [
+        (refused(Code::InvalidArgument, ErrorDetails::new()), 2),
+        (refused(Code::NotFound, ErrorDetails::new()), 3),
+        (refused(Code::AlreadyExists, info(reason::NAME_TAKEN)), 4),
+        (refused(Code::FailedPrecondition, ErrorDetails::new()), 4),
+        (refused(Code::ResourceExhausted, info(reason::CAPACITY)), 5),
+        (refused(Code::Unimplemented, ErrorDetails::new()), 1),
+        (ClientError::Unavailable { why: "w".into() }.into(), 6),
+        (ClientError::OutcomeUnknown { why: "w".into() }.into(), 6),
+        (CliError::Usage("u".into()).into(), 2),
+        (anyhow::anyhow!("other"), 1),
+    ] {
+        assert_eq!(describe(&error).0, code, "{error}");
+    }
+}
+
+#[test]
+fn errors_say_what_then_details_then_what_to_do() {
+    let bad = ErrorDetails::with_bad_request_violation("claims[0].name", "\"\" must be longer");
+    let (_, text) = describe(&refused(Code::InvalidArgument, bad));
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines[0], "error: the request is not valid");
+    assert_eq!(lines[1], "  claims[0].name: \"\" must be longer");
+    assert!(lines[2].starts_with("hint: "), "{text}");
+
+    let error = ClientError::OutcomeUnknown { why: "the connection broke".into() };
+    let error = CliError::repeat_with("--uid u1".into())(error).into();
+    let (code, text) = describe(&error);
+    assert_eq!(code, 6);
+    assert!(text.contains("outcome unknown") && text.contains("--uid u1"), "{text}");
+}
+
+#[test]
+fn the_json_of_an_allocation_is_that_of_the_design() {
+    let allocation = v1::Allocation {
+        name: "qwen-0".into(),
+        uid: "u".into(),
+        worker: "w1".into(),
+        address: "10.0.0.1".into(),
+        ports: vec![
+            v1::Port { name: "http".into(), range: "service".into(), number: 40001 },
+            v1::Port { name: String::new(), range: "service".into(), number: 40002 },
+        ],
+        gpus: vec![v1::Gpu { index: 0, uuid: "G".into(), memory_bytes: 8 << 30, exclusive: false }],
+        token: 7,
+        version: 9,
+        phase: v1::Phase::Bound.into(),
+        lease: 0,
+        labels: [("k".to_string(), "v".to_string())].into(),
+        swaps: 1,
+    };
+    let shown = serde_json::to_value(output::Allocation::from(allocation)).unwrap();
+    let expected = json!({
+        "name": "qwen-0", "uid": "u", "worker": "w1", "address": "10.0.0.1",
+        "ports": [
+            {"name": "http", "range": "service", "number": 40001},
+            {"name": null, "range": "service", "number": 40002},
+        ],
+        "gpus": [{"index": 0, "uuid": "G", "memory_bytes": 8_589_934_592_u64, "exclusive": false}],
+        "token": 7, "version": 9, "phase": "BOUND", "lease": null, "labels": {"k": "v"},
+    });
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn the_json_of_the_status_is_that_of_the_design() {
+    let member = v1::Member {
+        id: 1,
+        role: "voter".into(),
+        state: "leader".into(),
+        endpoint: "a:1".into(),
+        peer_endpoint: "a:2".into(),
+        applied: 5,
+        lag: 0,
+    };
+    let mut status = v1::StatusResponse {
+        cluster_id: "c".into(),
+        leader: 1,
+        revision: 4,
+        members: vec![member],
+        problems: vec!["p".into()],
+        ..Default::default()
+    };
+    let shown = serde_json::to_value(output::Status::from(status.clone())).unwrap();
+    let expected = json!({
+        "cluster_id": "c", "leader": 1, "revision": 4,
+        "members": [{"id": 1, "role": "voter", "state": "leader", "endpoint": "a:1",
+                     "applied": 5, "lag": 0}],
+        "problems": ["p"],
+    });
+    assert_eq!(shown, expected);
+    status.leader = 0;
+    let shown = serde_json::to_value(output::Status::from(status)).unwrap();
+    assert!(shown["leader"].is_null());
+}
+
+#[test]
+fn a_table_has_no_borders_and_no_trailing_blanks() {
+    let rows = [vec!["a".to_string(), "1".to_string()], vec!["long-name".into(), "22".into()]];
+    let text = output::table(&["NAME", "N"], rows);
+    assert_eq!(text, "NAME       N\na          1\nlong-name  22");
+}
+
+/// A node in memory, served over TCP until the test ends.
+async fn node() -> (std::sync::Arc<crate::api::fake::Fake>, String) {
+    use crate::api::{Readiness, serve, tcp_incoming};
+    let (fake, api) = crate::api::fake::fake();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let incoming = tcp_incoming(listener, 100);
+    tokio::spawn(serve(api, Readiness::new().await, incoming, std::future::pending()));
+    (fake, address)
+}
+
+#[tokio::test]
+async fn subcommands_end_with_the_exit_codes_of_the_design() {
+    let (_, address) = node().await;
+    for (line, code) in [
+        ("worker register v --address h --range service=1-9 --gpu memory=8GiB", 0),
+        ("worker list -o json", 0),
+        ("worker get v", 0),
+        ("worker apply v --label zone=a", 0),
+        ("worker quarantine v --port 9 --reason stray", 0),
+        ("worker lift v --port 9", 0),
+        ("allocate b --selector zone=a --ports 2 --gpu 0 --gpu-memory 1GiB --uid u", 0),
+        ("allocate b --selector zone=a --ports 2 --gpu 0 --gpu-memory 1GiB --uid u -o json", 0),
+        ("allocate b --worker v --ports 1", 4),
+        ("allocate c --worker v --ports 9", 5),
+        ("allocate c --worker nope --ports 1", 3),
+        ("get nope", 3),
+        ("confirm b --token 1", 4),
+        ("list --prefix b", 0),
+        ("worker cordon v", 0),
+        ("allocate c --worker v --ports 1", 4),
+        ("worker uncordon v", 0),
+        ("worker remove v", 4),
+        ("release b --force --reason test", 0),
+        ("release b --token 1", 0),
+        ("worker remove v", 0),
+        ("status", 0),
+        ("member list", 0),
+        ("allocate -f /nonexistent", 2),
+    ] {
+        let cli = parse(&format!("--endpoints {address} {line}")).unwrap();
+        assert_eq!(super::run(cli).await, code.into(), "{line}");
+    }
+    let cli = parse("--endpoints 127.0.0.1:1 --timeout 100ms get a").unwrap();
+    assert_eq!(super::run(cli).await, 6.into());
+}
+
+#[tokio::test]
+async fn a_benchmark_leaves_nothing_behind() {
+    let (fake, address) = node().await;
+    for mode in ["--hot", "--workers 2"] {
+        let line = format!("--endpoints {address} bench --clients 4 --seconds 1 {mode}");
+        assert_eq!(super::run(parse(&line).unwrap()).await, 0.into());
+    }
+    let state = fake.state.lock().unwrap();
+    assert_eq!((state.worker_count(), state.allocation_count()), (1, 1));
+}

@@ -1,0 +1,375 @@
+//! `portwarden worker`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::ExitCode;
+
+use clap::ArgGroup;
+use serde::{Deserialize, Serialize};
+
+use super::allocate::{list_or_key, read};
+use super::{CliError, Format, Globals, output, parse};
+use crate::client::Client;
+use crate::core::WorkerName;
+use crate::proto::v1;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  portwarden worker register w1 --address 10.0.0.1 --range service=40000-40063
+  portwarden worker apply -f workers.yaml
+  portwarden worker list")]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Add a worker, or replace what is known of it; what it holds stays
+    Register(Register),
+    /// Register the workers of a file, or change the named things of one worker
+    Apply(Apply),
+    /// List workers
+    List(List),
+    /// Show one worker with its quarantines and GPU holders
+    #[command(after_help = "Examples:
+  portwarden worker get w1
+  portwarden worker get w1 -o json")]
+    Get(Named),
+    /// Keep new allocations away; what is held stays
+    #[command(after_help = "Examples:
+  portwarden worker cordon w1")]
+    Cordon(Named),
+    /// Let new allocations in again
+    #[command(after_help = "Examples:
+  portwarden worker uncordon w1")]
+    Uncordon(Named),
+    /// Remove a worker that holds nothing
+    #[command(after_help = "Examples:
+  portwarden worker remove w1
+
+What is gone already is a success. One that holds something is refused (exit code 4).")]
+    Remove(Named),
+    /// Do not give these ports: something else occupies them
+    Quarantine(Quarantine),
+    /// Give quarantined ports again
+    Lift(Lift),
+}
+
+#[derive(Debug, clap::Args)]
+struct Named {
+    /// Name of the worker
+    #[arg(value_parser = parse::name::<WorkerName>)]
+    name: String,
+}
+
+#[derive(Debug, Default, clap::Args)]
+struct SpecFlags {
+    /// Host name or IP address where its ports are reached
+    #[arg(long)]
+    address: Option<String>,
+    /// Managed ports; may be repeated, the first range is the default
+    #[arg(long, value_name = "NAME=FIRST-LAST", value_parser = parse::range)]
+    range: Vec<v1::PortRange>,
+    /// Ports never to be given; may be repeated
+    #[arg(long, value_name = "PORT[-PORT]", allow_negative_numbers = true, value_parser = parse::port_span)]
+    reserve: Vec<parse::PortSpan>,
+    /// A GPU; may be repeated, its index is its place unless given
+    #[arg(long, value_name = "memory=SIZE[,model=M][,uuid=U][,index=I]", value_parser = parse::gpu)]
+    gpu: Vec<parse::GpuFlag>,
+    /// Label; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
+    label: Vec<(String, String)>,
+}
+
+impl SpecFlags {
+    fn spec(self) -> v1::WorkerSpec {
+        v1::WorkerSpec {
+            address: self.address.unwrap_or_default(),
+            labels: self.label.into_iter().collect(),
+            ranges: self.range,
+            reserved: parse::spread(&self.reserve),
+            gpus: number_gpus(self.gpu),
+            identity: None,
+        }
+    }
+
+    /// Fields of the spec that were named.
+    fn fields(&self) -> Vec<String> {
+        let named = [
+            ("address", self.address.is_some()),
+            ("labels", !self.label.is_empty()),
+            ("ranges", !self.range.is_empty()),
+            ("reserved", !self.reserve.is_empty()),
+            ("gpus", !self.gpu.is_empty()),
+        ];
+        named.into_iter().filter(|(_, given)| *given).map(|(field, _)| field.into()).collect()
+    }
+}
+
+/// GPUs without an index get the lowest that no other has, in order.
+fn number_gpus(gpus: Vec<parse::GpuFlag>) -> Vec<v1::GpuSpec> {
+    let given: BTreeSet<u32> = gpus.iter().filter_map(|gpu| gpu.index).collect();
+    let mut unused = (0..).filter(|index| !given.contains(index));
+    gpus.into_iter()
+        .map(|gpu| v1::GpuSpec {
+            index: gpu.index.or_else(|| unused.next()).unwrap_or_default(),
+            uuid: gpu.uuid,
+            model: gpu.model,
+            memory_bytes: gpu.memory_bytes,
+        })
+        .collect()
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    mut_arg("address", |arg| arg.required(true)),
+    after_help = "Examples:
+  portwarden worker register w1 --address 10.0.0.1 --range service=40000-40063 --range ray=41000-41999
+  portwarden worker register w2 --address 10.0.0.2 --range service=40000-40063 --reserve 40010-40012 \\
+    --gpu memory=24GiB,model=RTX4090 --gpu memory=24GiB,model=RTX4090 --label zone=a"
+)]
+struct Register {
+    /// Name of the worker
+    #[arg(value_parser = parse::name::<WorkerName>)]
+    name: String,
+    #[command(flatten)]
+    spec: SpecFlags,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    group(ArgGroup::new("target").args(["name", "file"]).required(true)),
+    after_help = "Examples:
+  portwarden worker apply -f workers.yaml
+  portwarden worker apply w1 --label zone=b    replaces the labels, keeps everything else
+
+A file is a list of workers, or has them under the key `workers`:
+  workers:
+  - name: w1
+    address: 10.0.0.1
+    labels: {zone: a}
+    ranges: [{name: service, first: 40000, last: 40063}]
+    reserved: [40010]
+    gpus: [{index: 0, memory: 24GiB, model: RTX4090, uuid: GPU-1}]"
+)]
+struct Apply {
+    /// Name of the worker to change
+    #[arg(value_parser = parse::name::<WorkerName>, requires = "SpecFlags")]
+    name: Option<String>,
+    /// Workers as YAML or JSON (`-`: stdin)
+    #[arg(short, long, value_name = "FILE", conflicts_with = "SpecFlags")]
+    file: Option<String>,
+    #[command(flatten)]
+    spec: SpecFlags,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  portwarden worker list
+  portwarden worker list --selector zone=a -o json")]
+struct List {
+    /// Only with these labels
+    #[arg(long, value_parser = parse::selector, default_value = "")]
+    selector: String,
+    /// From any node's own copy, which may lag
+    #[arg(long)]
+    stale: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  portwarden worker quarantine w1 --port 40010 --port 40020-40022 --reason 'node exporter'")]
+struct Quarantine {
+    /// Name of the worker
+    #[arg(value_parser = parse::name::<WorkerName>)]
+    name: String,
+    /// Ports; may be repeated
+    #[arg(long, required = true, value_name = "PORT[-PORT]", allow_negative_numbers = true, value_parser = parse::port_span)]
+    port: Vec<parse::PortSpan>,
+    /// Why; shown to whoever asks
+    #[arg(long, default_value = "")]
+    reason: String,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  portwarden worker lift w1 --port 40010")]
+struct Lift {
+    /// Name of the worker
+    #[arg(value_parser = parse::name::<WorkerName>)]
+    name: String,
+    /// Ports; may be repeated
+    #[arg(long, required = true, value_name = "PORT[-PORT]", allow_negative_numbers = true, value_parser = parse::port_span)]
+    port: Vec<parse::PortSpan>,
+}
+
+pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
+    let client = globals.client()?;
+    let again = || CliError::repeat_with("the same arguments".into());
+    let response = match args.command {
+        Command::Register(Register { name, spec }) => {
+            client.worker_register(&name, spec.spec()).await.map_err(again())?
+        }
+        Command::Apply(Apply { name: Some(name), spec, .. }) => {
+            let fields = spec.fields();
+            client.worker_update(&name, spec.spec(), fields).await.map_err(again())?
+        }
+        Command::Apply(Apply { file, .. }) => {
+            return apply_file(&client, &file.unwrap_or_default(), globals.output).await;
+        }
+        Command::List(list) => return run_list(&client, list, globals.output).await,
+        Command::Remove(Named { name }) => return remove(&client, &name, globals.output).await,
+        Command::Get(Named { name }) => client.worker_get(&name, None).await?,
+        Command::Cordon(Named { name }) => {
+            client.worker_set_phase(&name, v1::WorkerPhase::Cordoned).await.map_err(again())?
+        }
+        Command::Uncordon(Named { name }) => {
+            client.worker_set_phase(&name, v1::WorkerPhase::Ready).await.map_err(again())?
+        }
+        Command::Quarantine(Quarantine { name, port, reason }) => {
+            client.worker_quarantine(&name, parse::spread(&port), &reason).await.map_err(again())?
+        }
+        Command::Lift(Lift { name, port }) => {
+            client.worker_lift_quarantine(&name, parse::spread(&port)).await.map_err(again())?
+        }
+    };
+    let worker = output::Worker::from(response.worker.unwrap_or_default());
+    output::print(globals.output, &worker, || output::worker_text(&worker))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn run_list(client: &Client, args: List, format: Format) -> anyhow::Result<ExitCode> {
+    let read = Some(v1::ReadOptions { stale: args.stale, min_revision: 0 });
+    let request = v1::ListWorkersRequest { selector: args.selector, read, ..Default::default() };
+    let listing = client.worker_list(request).await?;
+    let workers: Vec<_> = listing.items.into_iter().map(output::Worker::from).collect();
+    output::print(format, &workers, || output::workers_table(&workers))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct Removed {
+    removed: bool,
+    revision: u64,
+}
+
+async fn remove(client: &Client, name: &str, format: Format) -> anyhow::Result<ExitCode> {
+    let again = CliError::repeat_with("the same arguments".into());
+    let response = client.worker_remove(name).await.map_err(again)?;
+    let result = Removed { removed: response.removed, revision: response.revision };
+    output::print(format, &result, || match result.removed {
+        true => format!("removed worker {name}"),
+        false => format!("there was no worker {name}"),
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WorkersFile {
+    workers: Vec<WorkerInFile>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WorkerInFile {
+    name: String,
+    address: String,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    ranges: Vec<RangeInFile>,
+    #[serde(default)]
+    reserved: Vec<u32>,
+    #[serde(default)]
+    gpus: Vec<GpuInFile>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RangeInFile {
+    name: String,
+    first: u32,
+    last: u32,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GpuInFile {
+    index: Option<u32>,
+    memory: Option<String>,
+    memory_bytes: Option<u64>,
+    #[serde(default)]
+    model: String,
+    #[serde(default)]
+    uuid: String,
+}
+
+async fn apply_file(client: &Client, file: &str, format: Format) -> anyhow::Result<ExitCode> {
+    let text = read(file)?;
+    let specs = parse_workers(&text).map_err(|why| CliError::Usage(format!("{file}: {why}")))?;
+    let mut workers = Vec::with_capacity(specs.len());
+    for (name, spec) in specs {
+        let again = CliError::repeat_with("the same file".into());
+        let response = client.worker_register(&name, spec).await.map_err(again)?;
+        workers.push(output::Worker::from(response.worker.unwrap_or_default()));
+    }
+    output::print(format, &workers, || output::workers_table(&workers))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn parse_workers(text: &str) -> Result<Vec<(String, v1::WorkerSpec)>, String> {
+    let workers: Vec<WorkerInFile> = list_or_key::<WorkersFile, _>(text, "workers", |f| f.workers)?;
+    let parsed = workers
+        .into_iter()
+        .enumerate()
+        .map(|(i, worker)| worker_from_file(worker).map_err(|why| format!("workers[{i}].{why}")));
+    parsed.collect()
+}
+
+fn worker_from_file(worker: WorkerInFile) -> Result<(String, v1::WorkerSpec), String> {
+    let gpus = worker.gpus.into_iter().enumerate().map(|(i, gpu)| {
+        let memory_bytes = match (gpu.memory, gpu.memory_bytes) {
+            (Some(text), None) => {
+                parse::memory(&text).map_err(|e| format!("gpus[{i}].memory: {text:?} {e}"))?
+            }
+            (None, Some(bytes)) => bytes,
+            _ => return Err(format!("gpus[{i}]: must have memory or memory_bytes")),
+        };
+        let GpuInFile { index, model, uuid, .. } = gpu;
+        Ok(parse::GpuFlag { index, uuid, model, memory_bytes })
+    });
+    let range = |r: RangeInFile| v1::PortRange { name: r.name, first: r.first, last: r.last };
+    let spec = v1::WorkerSpec {
+        address: worker.address,
+        labels: worker.labels,
+        ranges: worker.ranges.into_iter().map(range).collect(),
+        reserved: worker.reserved,
+        gpus: number_gpus(gpus.collect::<Result<_, String>>()?),
+        identity: None,
+    };
+    Ok((worker.name, spec))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_numbered_around_those_that_have_a_number() {
+        let gpus =
+            ["memory=1GiB", "memory=1GiB,index=0", "memory=1GiB"].map(|t| parse::gpu(t).unwrap());
+        let indexes: Vec<_> = number_gpus(gpus.into()).into_iter().map(|g| g.index).collect();
+        assert_eq!(indexes, [1, 0, 2]);
+    }
+
+    #[test]
+    fn workers_are_read_from_a_file() {
+        let text = "workers:\n- name: w1\n  address: h\n  ranges: [{name: service, first: 1, last: 9}]\n  gpus: [{memory: 24GiB}]\n";
+        let workers = parse_workers(text).unwrap();
+        assert_eq!(workers[0].0, "w1");
+        assert_eq!(workers[0].1.gpus[0].memory_bytes, 24 << 30);
+        let error = parse_workers("- {name: w, address: h, gpus: [{}]}").unwrap_err();
+        assert!(error.contains("workers[0].gpus[0]"), "{error}");
+    }
+}
