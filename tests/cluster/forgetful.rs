@@ -1,0 +1,389 @@
+//! Power cuts, at random and under load, on disks that forget what was not synced.
+//!
+//! `PORTWARDEN_ROUNDS` says how many cuts, `PORTWARDEN_SEED` which; `scripts/power-cuts` runs 200.
+//! Needs root and /dev/fuse. Where they cannot be had, `PORTWARDEN_WITHOUT_FUSE=1` says so, and the
+//! tests here say that they did not run.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use portwarden::client::{Client, ClientError, Options};
+use portwarden::proto::v1;
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+
+use crate::forgetting::{Cut, Disk};
+use crate::support::{Cluster, number_from, wait_for};
+
+const ROUNDS: u64 = 8;
+const CLIENTS: u64 = 6;
+/// A snapshot this often, so that there are some and the log is purged.
+const SNAPSHOT_EVERY: &str = "150";
+
+/// `None` where the tests were told to do without. Panics where it cannot be mounted.
+fn mount(at: &Path) -> Option<Disk> {
+    match Disk::mount(at) {
+        Ok(disk) => Some(disk),
+        Err(error) if std::env::var_os("PORTWARDEN_WITHOUT_FUSE").is_some() => {
+            let _ =
+                writeln!(std::io::stderr(), "NOT RUN, no FUSE here ({error}): {}", at.display());
+            None
+        }
+        Err(error) => panic!(
+            "this test needs root and /dev/fuse ({error}): run scripts/power-cuts as root, or set \
+             PORTWARDEN_WITHOUT_FUSE=1 to do without it"
+        ),
+    }
+}
+
+/// What a client knows of one allocation.
+#[derive(Debug, Clone, PartialEq)]
+enum Heard {
+    Granted {
+        token: u64,
+        ports: BTreeSet<(String, u32)>,
+    },
+    Released,
+    /// A call is under way, or it ended without a word: it may or may not have happened.
+    Unknown,
+}
+
+/// What all clients know, and how it goes.
+#[derive(Default)]
+struct Books {
+    heard: Mutex<BTreeMap<String, Heard>>,
+    acknowledged: AtomicU64,
+    unknown: AtomicU64,
+    done: AtomicBool,
+}
+
+impl Books {
+    fn set(&self, name: &str, heard: Heard) {
+        self.heard.lock().expect("no client panicked").insert(name.into(), heard);
+    }
+
+    fn snapshot(&self) -> BTreeMap<String, Heard> {
+        self.heard.lock().expect("no client panicked").clone()
+    }
+
+    fn acknowledge(&self, name: &str, heard: Heard) {
+        self.set(name, heard);
+        self.acknowledged.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+fn held(allocation: &v1::Allocation) -> BTreeSet<(String, u32)> {
+    allocation.ports.iter().map(|port| (allocation.worker.clone(), port.number)).collect()
+}
+
+/// `Ok(None)`: nobody knows.
+fn settle<T>(what: &str, result: Result<T, ClientError>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(ClientError::Unavailable { .. } | ClientError::OutcomeUnknown { .. }) => None,
+        Err(error) => panic!("{what}: {error}"),
+    }
+}
+
+/// Allocates two ports, over and over, and releases most of what it got.
+async fn write_until_done(client: Client, me: u64, seed: u64, books: &Books) {
+    let mut rng = StdRng::seed_from_u64(seed ^ me);
+    for round in 0.. {
+        if books.done.load(Ordering::Acquire) {
+            return;
+        }
+        let name = format!("c{me}-{round}");
+        books.set(&name, Heard::Unknown);
+        let ports = v1::PortRequest {
+            ports: Some(v1::port_request::Ports::Count(2)),
+            ..Default::default()
+        };
+        let claim = v1::Claim {
+            name: name.clone(),
+            uid: name.clone(),
+            placement: Some(v1::claim::Placement::Worker(format!("w{}", me % 2))),
+            ports: vec![ports],
+            bound: true,
+            ..Default::default()
+        };
+        let Some(granted) = settle(&name, client.allocate(vec![claim]).await) else {
+            books.unknown.fetch_add(1, Ordering::AcqRel);
+            continue;
+        };
+        let allocation = &granted.allocations[0];
+        let token = allocation.token;
+        books.acknowledge(&name, Heard::Granted { token, ports: held(allocation) });
+        if rng.random_ratio(2, 3) {
+            books.set(&name, Heard::Unknown);
+            match settle(&name, client.release(&name, token).await) {
+                Some(_) => books.acknowledge(&name, Heard::Released),
+                None => {
+                    books.unknown.fetch_add(1, Ordering::AcqRel);
+                }
+            }
+        }
+    }
+}
+
+/// What is wrong with a table, given what was known before and after it was asked for.
+fn faults(
+    table: &[v1::Allocation],
+    before: &BTreeMap<String, Heard>,
+    after: &BTreeMap<String, Heard>,
+) -> Vec<String> {
+    let mut faults = Vec::new();
+    let by_name: BTreeMap<_, _> = table.iter().map(|a| (a.name.as_str(), a)).collect();
+    let mut owners: BTreeMap<(String, u32), &str> = BTreeMap::new();
+    for allocation in table {
+        for port in held(allocation) {
+            if let Some(other) = owners.insert(port.clone(), &allocation.name) {
+                faults.push(format!("{port:?} is held by {other} and {}", allocation.name));
+            }
+        }
+        if !after.contains_key(&allocation.name) {
+            faults.push(format!("nobody asked for {}", allocation.name));
+        }
+    }
+    for (name, heard) in before.iter().filter(|(name, heard)| after.get(*name) == Some(heard)) {
+        match (heard, by_name.get(name.as_str())) {
+            (Heard::Granted { .. }, None) => faults.push(format!("{name} was lost")),
+            (Heard::Granted { token, ports }, Some(found))
+                if *token != found.token || *ports != held(found) =>
+            {
+                faults.push(format!("{name} is not what was granted: {found:?}"));
+            }
+            (Heard::Released, Some(_)) => faults.push(format!("{name} came back")),
+            _ => {}
+        }
+    }
+    faults
+}
+
+struct Bench {
+    cluster: Cluster,
+    disks: Vec<Disk>,
+    client: Client,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Drop for Bench {
+    /// Unmounts what nobody uses any more, so that the directory can go.
+    fn drop(&mut self) {
+        self.cluster.kill_all();
+        self.disks.clear();
+    }
+}
+
+impl Bench {
+    /// Three nodes, each on a disk of its own; `None` where there is no FUSE.
+    fn start() -> Option<Bench> {
+        let mut cluster = Cluster::prepare(3);
+        let mut disks = Vec::new();
+        for at in 0..3 {
+            disks.push(mount(&cluster.dir().join(format!("disk-{at}")))?);
+            cluster.put_data_in(at, cluster.dir().join(format!("disk-{at}/data")));
+        }
+        cluster.flag("--snapshot-every", SNAPSHOT_EVERY);
+        for at in 0..3 {
+            cluster.spawn(at);
+        }
+        cluster.leader();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let endpoints = cluster.nodes.iter().map(|n| n.client()).collect();
+        let options = Options { timeout: Duration::from_secs(20), ..Options::default() };
+        let client = runtime.block_on(async { Client::connect(endpoints, options) });
+        let client = client.expect("a client");
+        for worker in ["w0", "w1"] {
+            let range = v1::PortRange { name: "all".into(), first: 10_000, last: 65_000 };
+            let spec = v1::WorkerSpec {
+                address: "127.0.0.1".into(),
+                ranges: vec![range],
+                ..Default::default()
+            };
+            runtime.block_on(client.worker_register(worker, spec)).expect("a worker");
+        }
+        Some(Bench { cluster, disks, client, runtime })
+    }
+
+    /// All at once: the processes are dead before the first disk forgets.
+    fn cut(&mut self, nodes: &[usize], rng: &mut StdRng, all: bool) {
+        for at in nodes {
+            self.cluster.kill(*at);
+        }
+        for at in nodes {
+            self.disks[*at].cut(match all {
+                true => Cut::ForgetsAll,
+                false => Cut::ForgetsSome(rng),
+            });
+        }
+    }
+
+    fn table(&self) -> Vec<v1::Allocation> {
+        wait_for("the table", || {
+            let listed = self.runtime.block_on(self.client.list(v1::ListRequest::default()));
+            settle("the list", listed).map(|listing| listing.items)
+        })
+    }
+
+    fn check(&self, books: &Books) {
+        let before = books.snapshot();
+        let table = self.table();
+        let faults = faults(&table, &before, &books.snapshot());
+        assert!(faults.is_empty(), "{faults:#?}");
+    }
+
+    fn wait_for_acknowledged(&mut self, books: &Books, more: u64) {
+        let enough = books.acknowledged.load(Ordering::Acquire) + more;
+        wait_for("clients to get on", || {
+            self.cluster.assert_running();
+            (books.acknowledged.load(Ordering::Acquire) >= enough).then_some(())
+        });
+    }
+}
+
+/// What is acknowledged is there after any power cut: of one node, of two, of all.
+#[test]
+fn power_cuts_lose_nothing() {
+    let rounds = number_from("PORTWARDEN_ROUNDS").unwrap_or(ROUNDS);
+    let seed =
+        number_from("PORTWARDEN_SEED").unwrap_or_else(|| rand::rng().random_range(0..1 << 32));
+    let replay = format!(
+        "PORTWARDEN_ROUNDS={rounds} PORTWARDEN_SEED={seed} cargo test --test cluster power_cuts -- --nocapture"
+    );
+    eprintln!("{replay}");
+    let Some(mut bench) = Bench::start() else { return };
+    let mut rng = StdRng::seed_from_u64(seed);
+    let books = Books::default();
+    let began = Instant::now();
+    let mut cuts = [0; 4];
+    let handle = bench.runtime.handle().clone();
+
+    std::thread::scope(|scope| {
+        for me in 0..CLIENTS {
+            let (client, books, handle) = (bench.client.clone(), &books, handle.clone());
+            scope.spawn(move || handle.block_on(write_until_done(client, me, seed, books)));
+        }
+        let rounds = || {
+            for round in 1..=rounds {
+                bench.wait_for_acknowledged(&books, rng.random_range(1..40));
+                let count = [1, 1, 2, 3, 3][rng.random_range(0..5)];
+                let mut nodes: Vec<usize> = (0..3).collect();
+                while nodes.len() > count {
+                    nodes.remove(rng.random_range(0..nodes.len()));
+                }
+                let all = rng.random();
+                bench.cut(&nodes, &mut rng, all);
+                cuts[count] += 1;
+                // One that is away misses something.
+                if count == 1 && rng.random() {
+                    bench.wait_for_acknowledged(&books, rng.random_range(1..20));
+                }
+                for at in &nodes {
+                    bench.cluster.spawn(*at);
+                }
+                bench.check(&books);
+                let acknowledged = books.acknowledged.load(Ordering::Acquire);
+                let kind = if all { "all" } else { "some" };
+                eprintln!(
+                    "round {round}: nodes {nodes:?} forgot {kind}; {acknowledged} calls acknowledged, {:.0?}",
+                    began.elapsed()
+                );
+            }
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(rounds));
+        books.done.store(true, Ordering::Release);
+        if let Err(panic) = outcome {
+            eprintln!("again with: {replay}");
+            std::panic::resume_unwind(panic);
+        }
+    });
+
+    bench.check(&books);
+    let syncs: u64 = bench.disks.iter().map(Disk::syncs).sum();
+    eprintln!(
+        "{rounds} cuts in {:.0?} ({} of one node, {} of two, {} of all): {} calls acknowledged, {} \
+         of unknown outcome, {} allocations in the table, {syncs} syncs; nothing was lost",
+        began.elapsed(),
+        cuts[1],
+        cuts[2],
+        cuts[3],
+        books.acknowledged.load(Ordering::Acquire),
+        books.unknown.load(Ordering::Acquire),
+        bench.table().len(),
+    );
+}
+
+/// The test above would notice: disks that answer syncs and do nothing lose what was acknowledged.
+#[test]
+fn a_disk_that_lies_is_found_out() {
+    let Some(mut bench) = Bench::start() else { return };
+    let books = Books::default();
+    let write = |bench: &Bench, count: u64| {
+        bench.runtime.block_on(async {
+            let writing = write_until_done(bench.client.clone(), 0, 1, &books);
+            let enough = async {
+                while books.acknowledged.load(Ordering::Acquire) < count {
+                    tokio::task::yield_now().await;
+                }
+                books.done.store(true, Ordering::Release);
+            };
+            tokio::join!(writing, enough);
+        });
+        books.done.store(false, Ordering::Release);
+    };
+    bench.disks.iter().for_each(Disk::lie);
+    write(&bench, 30);
+    let before = books.snapshot();
+    assert!(before.values().any(|heard| matches!(heard, Heard::Granted { .. })));
+    let mut rng = StdRng::seed_from_u64(0);
+    bench.cut(&[0, 1, 2], &mut rng, true);
+    for at in 0..3 {
+        bench.cluster.spawn(at);
+    }
+    let found = faults(&bench.table(), &before, &before);
+    assert!(found.iter().any(|fault| fault.contains("was lost")), "{found:?}");
+}
+
+/// The file system itself: what it forgets, and what not.
+#[test]
+fn only_what_was_synced_is_there_after_a_cut() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let Some(disk) = mount(&dir.path().join("disk")) else { return };
+    let root = dir.path().join("disk");
+    let sync = |path: &Path| fs::File::open(path).and_then(|f| f.sync_all()).expect("a sync");
+
+    let mut file = fs::File::create(root.join("kept")).expect("a file");
+    file.write_all(b"synced").expect("a write");
+    file.sync_all().expect("a sync");
+    fs::write(root.join("renamed"), "old").expect("a file");
+    sync(&root.join("renamed"));
+    fs::create_dir(root.join("dir")).expect("a directory");
+    sync(&root);
+    file.write_all(b" and more").expect("a write");
+    fs::write(root.join("unnamed"), "synced, but its name was not").expect("a file");
+    sync(&root.join("unnamed"));
+    fs::write(root.join("dir/inner"), "x").expect("a file");
+    fs::rename(root.join("renamed"), root.join("new")).expect("a rename");
+    drop(file);
+    assert_eq!(fs::read_to_string(root.join("kept")).expect("it reads"), "synced and more");
+    assert_eq!(fs::read_to_string(root.join("new")).expect("it reads"), "old");
+
+    disk.cut(Cut::ForgetsAll);
+    let names = |dir: &Path| -> BTreeSet<String> {
+        let list = fs::read_dir(dir).expect("a directory");
+        list.map(|e| e.expect("an entry").file_name().into_string().expect("UTF-8")).collect()
+    };
+    assert_eq!(names(&root), ["dir", "kept", "renamed"].map(String::from).into());
+    assert_eq!(names(&root.join("dir")), BTreeSet::new());
+    assert_eq!(fs::read_to_string(root.join("kept")).expect("it reads"), "synced");
+    assert_eq!(fs::read_to_string(root.join("renamed")).expect("it reads"), "old");
+}

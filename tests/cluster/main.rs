@@ -1,0 +1,24 @@
+//! Real processes, real sockets, real disk: what a user of the binary sees.
+
+mod agreement;
+mod attacks;
+mod bootstrap;
+mod cli;
+mod compaction;
+mod damage;
+mod durability;
+mod field_failures;
+mod forgetful;
+mod forgetting;
+mod grpc;
+mod hostile;
+mod identity;
+mod lifecycle;
+mod load;
+mod outcomes;
+mod pause;
+mod refusals;
+mod space;
+mod support;
+mod survival;
+mod wire;
