@@ -308,7 +308,7 @@ fn what_is_not_served_yet_is_unimplemented_on_every_node() {
     cluster.worker("w", 40_063);
     block_on(async {
         for mut door in Door::all(&cluster) {
-            macro_rules! unimplemented {
+            macro_rules! not_served {
                 ($service:ident.$method:ident($request:expr)) => {{
                     let status = refused(
                         Code::Unimplemented,
@@ -317,27 +317,27 @@ fn what_is_not_served_yet_is_unimplemented_on_every_node() {
                     assert!(status.message().contains("not served by this version"), "{status:?}");
                 }};
             }
-            unimplemented!(allocator.attach(v1::AttachRequest::default()));
-            unimplemented!(allocator.watch(v1::WatchRequest::default()));
+            not_served!(allocator.attach(v1::AttachRequest::default()));
+            not_served!(allocator.watch(v1::WatchRequest::default()));
             let requests = || tokio_stream::iter([v1::SessionRequest::default()]);
-            unimplemented!(allocator.session(requests()));
-            unimplemented!(leases.grant(v1::GrantRequest { ttl_ms: 10_000 }));
+            not_served!(allocator.session(requests()));
+            not_served!(leases.grant(v1::GrantRequest { ttl_ms: 10_000 }));
             let keep = || tokio_stream::iter([v1::KeepAliveRequest { id: 1 }]);
-            unimplemented!(leases.keep_alive(keep()));
-            unimplemented!(leases.revoke(v1::RevokeRequest { id: 1 }));
-            unimplemented!(leases.list(v1::ListLeasesRequest {}));
-            unimplemented!(cluster.add_member(v1::AddMemberRequest::default()));
-            unimplemented!(cluster.promote_member(v1::MemberRequest { id: 1 }));
-            unimplemented!(cluster.remove_member(v1::MemberRequest { id: 1 }));
-            unimplemented!(cluster.transfer_leader(v1::MemberRequest { id: 1 }));
-            unimplemented!(cluster.snapshot(v1::SnapshotRequest {}));
+            not_served!(leases.keep_alive(keep()));
+            not_served!(leases.revoke(v1::RevokeRequest { id: 1 }));
+            not_served!(leases.list(v1::ListLeasesRequest {}));
+            not_served!(cluster.add_member(v1::AddMemberRequest::default()));
+            not_served!(cluster.promote_member(v1::MemberRequest { id: 1 }));
+            not_served!(cluster.remove_member(v1::MemberRequest { id: 1 }));
+            not_served!(cluster.transfer_leader(v1::MemberRequest { id: 1 }));
+            not_served!(cluster.snapshot(v1::SnapshotRequest {}));
             let allocate =
                 |claim: v1::Claim, dry_run| v1::AllocateRequest { claims: vec![claim], dry_run };
-            unimplemented!(allocator.allocate(allocate(claim("a", "w", 1), true)));
+            not_served!(allocator.allocate(allocate(claim("a", "w", 1), true)));
             let leased = v1::Claim { lease: 1, ..claim("a", "w", 1) };
-            unimplemented!(allocator.allocate(allocate(leased, false)));
+            not_served!(allocator.allocate(allocate(leased, false)));
             let timed = v1::Claim { confirm_within_ms: 1000, ..claim("a", "w", 1) };
-            unimplemented!(allocator.allocate(allocate(timed, false)));
+            not_served!(allocator.allocate(allocate(timed, false)));
         }
     });
     assert!(cluster.list().is_empty());
