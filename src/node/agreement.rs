@@ -22,7 +22,6 @@ use std::time::Duration;
 use futures::future::join_all;
 use metrics::{counter, gauge, histogram};
 use openraft::ServerState;
-use openraft::async_runtime::watch::WatchReceiver;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -227,7 +226,7 @@ pub(super) async fn lead(node: Node, every_entries: u64) {
     let mut rest = Duration::ZERO;
     while node.runs() {
         sleep(LOOK_EVERY).await;
-        let leads = node.inner.raft.metrics().borrow_watched().state == ServerState::Leader;
+        let leads = node.inner.metrics().state == ServerState::Leader;
         if !leads || last.elapsed() < rest || node.refuses_growth().is_some() {
             continue;
         }
@@ -277,7 +276,7 @@ async fn round(node: &Node, before: Option<CommandAt>) -> Result<Duration, Strin
 async fn gather(node: &Node, own: Taken, wait: Duration) -> Taken {
     let deadline = Instant::now() + wait;
     loop {
-        let membership = node.inner.raft.metrics().borrow_watched().membership_config.clone();
+        let membership = node.inner.metrics().membership_config;
         let voters: Vec<_> = membership.membership().voter_ids().collect();
         let others = membership.nodes().filter(|(id, _)| **id != node.id() && voters.contains(id));
         let asked = others.map(|(id, member)| {

@@ -6,7 +6,6 @@
 
 use std::time::Duration;
 
-use openraft::async_runtime::watch::WatchReceiver;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Node;
@@ -17,7 +16,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub(super) async fn bound_bytes(node: Node, log: LogStore, every_bytes: u64) {
     let mut every = interval(LOOK_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let snapshot_index = || node.inner.raft.metrics().borrow_watched().snapshot.map(|at| at.index);
+    let snapshot_index = || node.inner.metrics().snapshot.map(|at| at.index);
     let mut newest = snapshot_index();
     let mut since = 0;
     let mut asked = false;

@@ -28,9 +28,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fail::fail_point;
-use openraft::ServerState;
 use openraft::async_runtime::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
+use openraft::{RaftMetrics, ServerState};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -154,7 +154,13 @@ struct Inner {
 
 impl Inner {
     fn begun(&self) -> bool {
-        self.raft.metrics().borrow_watched().membership_config.nodes().next().is_some()
+        self.metrics().membership_config.nodes().next().is_some()
+    }
+
+    /// A copy. The original is behind a lock that Raft takes to write: a thread that reads it while
+    /// it still holds a reference to it from before waits for a writer that waits for that thread.
+    fn metrics(&self) -> RaftMetrics<raft::TypeConfig> {
+        self.raft.metrics().borrow_watched().clone()
     }
 }
 
@@ -406,7 +412,7 @@ impl Node {
         request: Vec<u8>,
         deadline: Deadline,
     ) -> Result<Result<Vec<u8>, tonic::Status>, ForwardError> {
-        let membership = self.inner.raft.metrics().borrow_watched().membership_config.clone();
+        let membership = self.inner.metrics().membership_config;
         let Some(member) = membership.membership().get_node(&to) else {
             return Err(ForwardError::NotSent(format!("node {to} is not a member")));
         };
@@ -447,7 +453,7 @@ impl Node {
     async fn raft_ended(&self) -> String {
         let mut metrics = self.inner.raft.server_metrics();
         loop {
-            if let Err(fatal) = &self.inner.raft.metrics().borrow_watched().running_state {
+            if let Err(fatal) = &self.inner.metrics().running_state {
                 return fatal.to_string();
             }
             if metrics.changed().await.is_err() {
@@ -457,13 +463,12 @@ impl Node {
     }
 
     fn runs(&self) -> bool {
-        self.inner.raft.metrics().borrow_watched().running_state.is_ok()
+        self.inner.metrics().running_state.is_ok()
     }
 
     /// Is this node able to answer: a member, recovered, and with a leader known?
     pub fn is_ready(&self) -> bool {
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        let metrics = self.inner.metrics();
         self.inner.recovered.load(Ordering::Acquire)
             && metrics.running_state.is_ok()
             && metrics.current_leader.is_some()
@@ -495,8 +500,7 @@ impl Node {
     /// has nobody to lead after it. (openraft alpha.37 never clears a transfer: a dead target would
     /// stall the group.)
     fn successor(&self) -> Option<NodeId> {
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        let metrics = self.inner.metrics();
         let replication = metrics.replication.as_ref()?;
         let heartbeat = metrics.heartbeat.as_ref()?;
         let live = |id: &NodeId| {

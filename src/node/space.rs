@@ -16,7 +16,6 @@ use std::time::Duration;
 use futures::future::join_all;
 use metrics::gauge;
 use openraft::ServerState;
-use openraft::async_runtime::watch::WatchReceiver;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -153,7 +152,7 @@ impl Node {
     }
 
     pub(super) fn refuses_growth(&self) -> Option<String> {
-        let membership = self.inner.raft.metrics().borrow_watched().membership_config.clone();
+        let membership = self.inner.metrics().membership_config;
         let voters: Vec<_> = membership.membership().voter_ids().collect();
         self.inner.space.refusal(self.id(), &voters)
     }
@@ -182,7 +181,7 @@ pub(super) async fn ask_others(node: Node) {
     let mut asked_at: Option<Instant> = None;
     while node.runs() {
         every.tick().await;
-        let metrics = node.inner.raft.metrics().borrow_watched().clone();
+        let metrics = node.inner.metrics();
         if metrics.state != ServerState::Leader {
             node.inner.space.known().others.clear();
             asked_at = None;

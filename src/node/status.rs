@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use openraft::ServerState;
-use openraft::async_runtime::watch::WatchReceiver;
 use tokio::time::Instant;
 
 use super::{Deadline, Node};
@@ -53,7 +52,7 @@ impl Node {
     pub async fn status(&self, deadline: Deadline) -> StatusReport {
         let patience = ASK_TIMEOUT.min(deadline.saturating_duration_since(Instant::now()) / 2);
         let table = self.inner.view.table();
-        let membership = self.inner.raft.metrics().borrow_watched().membership_config.clone();
+        let membership = self.inner.metrics().membership_config;
         let voters: Vec<NodeId> = membership.membership().voter_ids().collect();
         let asked = membership.nodes().map(|(id, member)| async move {
             let answer = match *id == self.id() {
@@ -114,8 +113,7 @@ impl Node {
     pub(super) fn own_state(&self) -> peer::ProbeResponse {
         let room = self.inner.space.own();
         let refused = self.refuses_growth();
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        let metrics = self.inner.metrics();
         peer::ProbeResponse {
             pristine: self.inner.pristine && !self.inner.begun(),
             members: super::bootstrap::listed(&self.inner.config.initial_cluster),

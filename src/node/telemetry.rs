@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
 use openraft::ServerState;
-use openraft::async_runtime::watch::WatchReceiver;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Node;
@@ -140,7 +139,7 @@ pub(super) async fn report(node: Node) {
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         every.tick().await;
-        let raft = node.inner.raft.metrics().borrow_watched().clone();
+        let raft = node.inner.metrics();
         if raft.running_state.is_err() {
             return;
         }

@@ -446,11 +446,15 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         let sent = Arc::new(AtomicU64::new(0));
         let mut header = client.header();
         let counter = sent.clone();
-        let requests = input.map(move |request| {
+        let mut requests = input.map(move |request| {
             counter.fetch_add(1, Ordering::Relaxed);
             wire_append(header.take(), &request)
         });
         Box::pin(async move {
+            // Raft's pause after a failure lies in its requests. Where they are only asked for once
+            // the peer is reached, one that is down is called without a pause.
+            let first = requests.next().await;
+            let requests = stream::iter(first).chain(requests);
             let mut peer = client.rpc()?;
             let limit = option.soft_ttl().max(CONNECT_TIMEOUT);
             let opened = client.within(RPCTypes::AppendEntries, limit, peer.append(requests));

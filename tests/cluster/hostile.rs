@@ -345,3 +345,33 @@ fn a_node_whose_log_goes_nowhere_serves_on() {
     assert_unharmed(&cluster, &pids(&cluster));
     assert_eq!(cluster.terminate(0), Some(0));
 }
+
+/// A node that has just begun is asked how it is while its Raft writes: the one must not wait for
+/// the other. (Both once held the same lock twice; the node answered nothing any more.)
+#[test]
+fn fresh_nodes_answer_probes_while_they_write() {
+    const PROBES: usize = 800;
+    let cluster = Cluster::start(3);
+    cluster.worker("w", 49_999);
+    block_on(async {
+        let probes = Door::all(&cluster).into_iter().map(|mut door| async move {
+            for _ in 0..PROBES {
+                // Each asks the two others.
+                door.cluster.status(v1::StatusRequest {}).await.expect("a status");
+            }
+        });
+        let writes = (0..8).map(|client| {
+            let mut door = Door::to(&cluster, client % 3);
+            async move {
+                for round in 0.. {
+                    let name = format!("c{client}-{round}");
+                    let held = door.allocate(claim(&name, "w", 1)).await.expect("a port");
+                    door.release(&name, held.token).await.expect("a release");
+                }
+            }
+        });
+        let probes = futures::future::join_all(probes);
+        let writes = futures::future::join_all(writes);
+        futures::future::select(Box::pin(probes), Box::pin(writes)).await;
+    });
+}

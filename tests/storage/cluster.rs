@@ -337,3 +337,28 @@ async fn a_node_that_lost_its_disk_learns_that_it_is_refused() {
     assert_eq!(wiped.view.table().applied, None);
     assert_eq!(wiped.raft.metrics().borrow_watched().last_log_index, None);
 }
+
+/// Raft pauses before it makes a request again that failed: one that is down must not be called
+/// before the request is made, or it is called without a pause, on a whole core.
+#[tokio::test]
+async fn a_peer_that_is_down_is_called_once_a_request() {
+    use openraft::network::{RPCOption, RaftNetworkFactory as _, v2::RaftNetworkV2 as _};
+    let dir = tempfile::tempdir().unwrap();
+    let node = Node::start(dir.path(), 1, listen().await, 50_000).await;
+    let gone = listen().await.local_addr().unwrap().to_string();
+    let member = Member { peer: gone, ..Member::default() };
+    let mut client = node.network.clone().new_client(2, &member).await;
+    let (pause, mut paused) = tokio::sync::mpsc::channel(1);
+    let requests = futures::stream::once(Box::pin(async move {
+        pause.send(()).await.unwrap();
+        openraft::raft::AppendEntriesRequest {
+            vote: openraft::Vote::new(1, 1),
+            prev_log_id: None,
+            entries: Vec::new(),
+            leader_commit: None,
+        }
+    }));
+    let failed = client.stream_append(requests, RPCOption::new(PATIENCE)).await;
+    assert!(failed.is_err(), "nobody listens there");
+    assert_eq!(paused.recv().await, Some(()), "the request was never asked for");
+}
