@@ -1,33 +1,59 @@
 //! `portwarden.v1.Allocator`: ports and GPUs of instances.
 
-use std::pin::Pin;
-
-use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::dispatch::{Api, Freshness, Read, Reading, Write, Writing};
+use super::dispatch::{
+    Api, Failure, Freshness, Method, Read, Reading, Responses, Write, Writing, propose,
+};
 use super::pages::{PageToken, fill, page_size};
 use super::{convert, errors};
 use crate::core::{
-    self, Authority, Command, InstanceName, Invalid, Outcome, Refusal, Revision, Selector, State,
-    Token, WorkerName, limits,
+    self, Authority, Claim, Command, InstanceName, Invalid, Millis, Origin, Outcome, Refusal,
+    Revision, Selector, State, Token, WorkerName, limits,
 };
+use crate::node::Deadline;
 use crate::proto::v1;
 
 pub(super) struct Allocate;
 
-impl Write for Allocate {
+pub(super) struct Claims {
+    claims: Vec<Claim>,
+    dry_run: bool,
+}
+
+impl Method for Allocate {
     type Request = v1::AllocateRequest;
     type Response = v1::AllocateResponse;
+    type Parsed = Claims;
     const PATH: &'static str = "/portwarden.v1.Allocator/Allocate";
+    const WRITES: bool = true;
 
-    fn command(request: &v1::AllocateRequest) -> Result<Command, Status> {
-        if request.dry_run {
-            return Err(errors::unimplemented("dry_run is"));
-        }
-        Ok(Command::Allocate { claims: convert::claims(&request.claims)? })
+    fn parse(request: &v1::AllocateRequest) -> Result<Claims, Status> {
+        let claims = convert::claims(&request.claims)?;
+        allocate_command(&claims).validate().map_err(errors::invalid)?;
+        Ok(Claims { claims, dry_run: request.dry_run })
     }
 
+    async fn run(
+        api: &Api,
+        Claims { claims, dry_run }: &Claims,
+        deadline: Deadline,
+    ) -> Result<v1::AllocateResponse, Failure> {
+        let node = &api.inner.node;
+        if *dry_run {
+            let mut view = node.read(deadline).await.map_err(Failure::Call)?;
+            let revision = view.revision.0;
+            let allocations = tried(&mut view, claims)
+                .map_err(|refusal| Failure::Answer(errors::refusal(refusal)))?;
+            return Ok(v1::AllocateResponse { allocations, repeated_request: false, revision });
+        }
+        let confirm_within = node.confirm_within();
+        let command = Command::Allocate { claims: claims.clone(), confirm_within };
+        propose(api, command, deadline, Self::PATH, Self::answer).await
+    }
+}
+
+impl Allocate {
     fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::AllocateResponse> {
         let Outcome::Allocated { allocations, repeated } = outcome else { return None };
         Some(v1::AllocateResponse {
@@ -50,6 +76,13 @@ impl Write for Confirm {
             name: convert::instance(&request.name)?,
             token: Token(request.token),
             version: Revision(request.version),
+            liveness: request
+                .liveness
+                .as_ref()
+                .map(convert::parse_liveness)
+                .transpose()
+                .map_err(errors::invalid)?,
+            lease: convert::lease(request.lease),
         })
     }
 
@@ -57,6 +90,29 @@ impl Write for Confirm {
         let Outcome::Confirmed(allocation) = outcome else { return None };
         let allocation = Some(convert::allocation(&allocation, view));
         Some(v1::ConfirmResponse { allocation, revision })
+    }
+}
+
+pub(super) struct Attach;
+
+impl Write for Attach {
+    type Request = v1::AttachRequest;
+    type Response = v1::AttachResponse;
+    const PATH: &'static str = "/portwarden.v1.Allocator/Attach";
+
+    fn command(request: &v1::AttachRequest) -> Result<Command, Status> {
+        Ok(Command::Attach {
+            name: convert::instance(&request.name)?,
+            token: Token(request.token),
+            version: Revision(request.version),
+            lease: convert::lease(request.lease),
+        })
+    }
+
+    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::AttachResponse> {
+        let Outcome::Attached(allocation) = outcome else { return None };
+        let allocation = Some(convert::allocation(&allocation, view));
+        Some(v1::AttachResponse { allocation, revision })
     }
 }
 
@@ -129,10 +185,74 @@ impl Read for Get {
 
     fn answer(_: &Api, view: &State, name: &InstanceName) -> Result<v1::GetResponse, Status> {
         let found = view.allocation(name);
-        let found = found.ok_or_else(|| errors::refusal(Refusal::NoAllocation(name.clone())))?;
+        let Some(found) = found else {
+            let departed = view.departure(name).cloned();
+            return Err(errors::refusal(Refusal::NoAllocation { name: name.clone(), departed }));
+        };
         let allocation = Some(convert::allocation(found, view));
         Ok(v1::GetResponse { allocation, revision: view.revision.0 })
     }
+}
+
+pub(super) struct Explain;
+
+impl Read for Explain {
+    type Request = v1::ExplainRequest;
+    type Response = v1::ExplainResponse;
+    type Query = Vec<Claim>;
+    const PATH: &'static str = "/portwarden.v1.Allocator/Explain";
+
+    fn query(request: &v1::ExplainRequest) -> Result<(Freshness, Vec<Claim>), Status> {
+        let claims = convert::claims(&request.claims)?;
+        allocate_command(&claims).validate().map_err(errors::invalid)?;
+        Ok((Freshness::parse(request.read.as_ref())?, claims))
+    }
+
+    fn answer(_: &Api, view: &State, claims: &Vec<Claim>) -> Result<v1::ExplainResponse, Status> {
+        // Each claim is weighed on a copy on which those before it took their places.
+        let mut copy = view.clone();
+        let mut explained = Vec::with_capacity(claims.len());
+        for claim in claims {
+            explained.push(explanation(claim, core::explain(&copy, claim)));
+            let _ = tried(&mut copy, std::slice::from_ref(claim));
+        }
+        let tried = tried(&mut view.clone(), claims);
+        let (allocations, refusal) = match tried {
+            Ok(granted) => (granted, String::new()),
+            Err(refusal) => (Vec::new(), refusal.to_string()),
+        };
+        Ok(v1::ExplainResponse {
+            allocations,
+            refusal,
+            claims: explained,
+            revision: view.revision.0,
+        })
+    }
+}
+
+fn explanation(claim: &Claim, explanation: core::Explanation) -> v1::ClaimExplanation {
+    let core::Explanation { candidates, not_ready, workers } = explanation;
+    let verdict = |(worker, fits): (WorkerName, Result<(), String>)| v1::WorkerVerdict {
+        worker: worker.to_string(),
+        fits: fits.is_ok(),
+        lack: fits.err().unwrap_or_default(),
+    };
+    let workers = workers.into_iter().map(verdict).collect();
+    v1::ClaimExplanation { name: claim.name.to_string(), candidates, not_ready, workers }
+}
+
+/// What an allocate would be answered: done on a copy, which is cheap.
+fn tried(copy: &mut State, claims: &[Claim]) -> Result<Vec<v1::Allocation>, Refusal> {
+    let (applied, _) = core::apply(copy, &Origin::default(), &allocate_command(claims));
+    let Outcome::Allocated { allocations, .. } = applied.outcome? else {
+        return Ok(Vec::new());
+    };
+    Ok(allocations.iter().map(|a| convert::allocation(a, copy)).collect())
+}
+
+/// The deadline is the leader's to fill in.
+fn allocate_command(claims: &[Claim]) -> Command {
+    Command::Allocate { claims: claims.to_vec(), confirm_within: Millis(limits::SPAN_MAX_MS) }
 }
 
 pub(super) struct List;
@@ -206,15 +326,13 @@ impl Read for List {
     }
 }
 
-type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
 #[tonic::async_trait]
 impl v1::allocator_server::Allocator for Api {
     async fn allocate(
         &self,
         request: Request<v1::AllocateRequest>,
     ) -> Result<Response<v1::AllocateResponse>, Status> {
-        self.serve_unary::<Writing<Allocate>>(request).await
+        self.serve_unary::<Allocate>(request).await
     }
 
     async fn confirm(
@@ -226,9 +344,16 @@ impl v1::allocator_server::Allocator for Api {
 
     async fn attach(
         &self,
-        _: Request<v1::AttachRequest>,
+        request: Request<v1::AttachRequest>,
     ) -> Result<Response<v1::AttachResponse>, Status> {
-        Err(errors::unimplemented("Attach: leases are"))
+        self.serve_unary::<Writing<Attach>>(request).await
+    }
+
+    async fn explain(
+        &self,
+        request: Request<v1::ExplainRequest>,
+    ) -> Result<Response<v1::ExplainResponse>, Status> {
+        self.serve_unary::<Reading<Explain>>(request).await
     }
 
     async fn release(

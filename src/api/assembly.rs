@@ -58,6 +58,7 @@ impl Listeners {
 pub struct Server {
     pub node: Node,
     pub client_addr: SocketAddr,
+    api: Api,
     stop: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -79,7 +80,7 @@ impl Server {
         };
         let readiness = Readiness::new().await;
         let incoming = tcp_incoming(listeners.clients, make_room());
-        let clients = serve(api, readiness.clone(), incoming, stopped(stopping.clone()));
+        let clients = serve(api.clone(), readiness.clone(), incoming, stopped(stopping.clone()));
         let mut tasks = vec![tokio::spawn(async move {
             if let Err(e) = clients.await {
                 error!("the client listener failed: {e}");
@@ -99,7 +100,7 @@ impl Server {
                 }
             }));
         }
-        Ok(Server { node, client_addr, stop, tasks })
+        Ok(Server { node, client_addr, api, stop, tasks })
     }
 
     /// See [`Node::enter_cluster`]; an error must end the process.
@@ -111,6 +112,7 @@ impl Server {
     pub async fn stop(self) {
         self.node.hand_over().await;
         let _ = self.stop.send(true);
+        self.api.end_streams();
         for mut task in self.tasks {
             if timeout(DRAIN_MAX, &mut task).await.is_err() {
                 task.abort();

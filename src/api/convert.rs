@@ -9,10 +9,11 @@ use tonic::Status;
 
 use super::errors;
 use crate::core::{
-    Allocation, Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, HeldGpu, HeldPort, Identity,
-    InstanceName, Invalid, LabelKey, LabelValue, Labels, Phase, Placement, Policy, Pool, Port,
-    PortName, PortRequest, Ports, RangeName, RangeSpec, Selector, State, Uid, Worker, WorkerName,
-    WorkerPatch, WorkerPhase, WorkerSpec, limits,
+    Allocation, Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, Handle, HeldGpu, HeldPort,
+    Identity, InstanceName, Invalid, LabelKey, LabelValue, Labels, Lease, LeaseId, Liveness,
+    Millis, Phase, Placement, Policy, Pool, Port, PortName, PortRequest, Ports, RangeName,
+    RangeSpec, Selector, Source, State, Uid, Worker, WorkerName, WorkerPatch, WorkerPhase,
+    WorkerSpec, limits,
 };
 use crate::proto::v1;
 
@@ -49,14 +50,6 @@ pub fn claims(claims: &[v1::Claim]) -> Result<Vec<Claim>, Status> {
         let limit = format!("1 to {} claims", limits::CLAIMS_MAX);
         return Err(errors::invalid(Invalid::new("claims", claims.len(), limit)));
     }
-    for claim in claims {
-        if claim.lease != 0 {
-            return Err(errors::unimplemented("claim.lease: leases are"));
-        }
-        if claim.confirm_within_ms != 0 {
-            return Err(errors::unimplemented("claim.confirm_within_ms: confirm deadlines are"));
-        }
-    }
     let parsed = claims.iter().enumerate().map(|(i, claim)| {
         parse_claim(claim).map_err(|e| errors::invalid(e.within(format!("claims[{i}]"))))
     });
@@ -74,9 +67,34 @@ fn parse_claim(claim: &v1::Claim) -> Result<Claim, Invalid> {
             .as_ref()
             .map(|gpus| parse_gpus(gpus).map_err(|e| e.within("gpus")))
             .transpose()?,
+        lease: lease(claim.lease),
+        confirm_within: match claim.confirm_within_ms {
+            0 => None,
+            ms => Some(Millis::span("confirm_within_ms", ms)?),
+        },
         bound: claim.bound,
         labels: parse_labels(&claim.labels)?,
     })
+}
+
+/// 0: none.
+pub fn lease(id: u64) -> Option<LeaseId> {
+    (id != 0).then_some(LeaseId(id))
+}
+
+pub fn parse_liveness(liveness: &v1::Liveness) -> Result<Liveness, Invalid> {
+    let handle = match &liveness.handle {
+        Some(v1::liveness::Handle::Process(v1::Process { pid, start_ticks })) => {
+            Handle::Process { pid: *pid, start_ticks: *start_ticks }
+        }
+        Some(v1::liveness::Handle::Cgroup(path)) => Handle::Cgroup(path.clone()),
+        Some(v1::liveness::Handle::Container(id)) => Handle::Container(id.clone()),
+        None => {
+            let limit = "one of process, cgroup, container";
+            return Err(Invalid::new("liveness.handle", "", limit));
+        }
+    };
+    Ok(Liveness { boot_id: liveness.boot_id.clone(), handle })
 }
 
 fn parse_placement(placement: Option<&v1::claim::Placement>) -> Result<Placement, Invalid> {
@@ -280,16 +298,37 @@ pub fn allocation(allocation: &Allocation, view: &State) -> v1::Allocation {
         token: allocation.token.0,
         version: allocation.version.0,
         phase: phase(allocation.phase).into(),
-        lease: 0,
+        lease: allocation.lease.map_or(0, |id| id.0),
         labels: labels(&allocation.claim.labels),
         swaps: allocation.swaps,
+        reason: allocation.reason.clone().unwrap_or_default(),
+        liveness: allocation.liveness.as_ref().map(liveness),
+        confirm_within_ms: allocation.confirm_within.0,
+        granted_at_ms: allocation.granted_at.0,
+        changed_at_ms: allocation.changed_at.0,
     }
+}
+
+fn liveness(liveness: &Liveness) -> v1::Liveness {
+    let handle = match &liveness.handle {
+        Handle::Process { pid, start_ticks } => {
+            v1::liveness::Handle::Process(v1::Process { pid: *pid, start_ticks: *start_ticks })
+        }
+        Handle::Cgroup(path) => v1::liveness::Handle::Cgroup(path.clone()),
+        Handle::Container(id) => v1::liveness::Handle::Container(id.clone()),
+    };
+    v1::Liveness { boot_id: liveness.boot_id.clone(), handle: Some(handle) }
+}
+
+pub fn lease_message(lease: &Lease) -> v1::Lease {
+    v1::Lease { id: lease.id.0, ttl_ms: lease.ttl.0, allocations: lease.allocations.len() as u64 }
 }
 
 pub fn phase(phase: Phase) -> v1::Phase {
     match phase {
         Phase::Reserved => v1::Phase::Reserved,
         Phase::Bound => v1::Phase::Bound,
+        Phase::Lingering => v1::Phase::Lingering,
     }
 }
 
@@ -325,6 +364,11 @@ pub fn worker(worker: &Worker) -> v1::Worker {
         allocations: worker.allocations.len() as u64,
         created: worker.created.0,
         version: worker.version.0,
+        phase_before: match worker.phase {
+            WorkerPhase::Lost => worker_phase(worker.phase_before).into(),
+            _ => v1::WorkerPhase::Unspecified.into(),
+        },
+        booted: worker.booted.0,
     }
 }
 
@@ -373,6 +417,12 @@ fn range_use(pool: &Pool, shown: &mut usize) -> v1::RangeUse {
             number: number.into(),
             reason: quarantine.reason.clone(),
             since: quarantine.since.0,
+            source: match quarantine.source {
+                Source::Operator => v1::QuarantineSource::Operator,
+                Source::Conflict => v1::QuarantineSource::Conflict,
+                Source::Observed => v1::QuarantineSource::Observed,
+            }
+            .into(),
         })
         .collect();
     *shown -= quarantined.len();

@@ -17,18 +17,21 @@
 //! those of both kinds are listed once, in `Api::run_local`.
 
 use std::marker::PhantomData;
+use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::Stream;
 use prost::Message;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep};
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::pages::{PageToken, Views};
-use super::{allocator, errors, workers};
-use crate::core::{Applied, Command, Invalid, Outcome, Revision, State};
+use super::{allocator, errors, leases, workers};
+use crate::core::{Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, State};
 use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
 use crate::proto::v1;
 
@@ -57,7 +60,19 @@ pub trait Backend: Send + Sync + 'static {
         deadline: Deadline,
     ) -> Result<Result<Vec<u8>, Status>, ForwardError>;
     async fn status(&self, deadline: Deadline) -> StatusReport;
+    /// The confirm deadline of claims that do not say their own.
+    fn confirm_within(&self) -> Millis;
+    /// On the leader: the time to live that the lease has again; `None` where it is gone or its end
+    /// is under way.
+    async fn keep_alive(
+        &self,
+        id: LeaseId,
+        deadline: Deadline,
+    ) -> Result<Option<Millis>, CallError>;
 }
+
+/// What a method answers with a stream.
+pub(super) type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Backend for Node {
@@ -88,6 +103,16 @@ impl Backend for Node {
     async fn status(&self, deadline: Deadline) -> StatusReport {
         Node::status(self, deadline).await
     }
+    fn confirm_within(&self) -> Millis {
+        Node::confirm_within(self)
+    }
+    async fn keep_alive(
+        &self,
+        id: LeaseId,
+        deadline: Deadline,
+    ) -> Result<Option<Millis>, CallError> {
+        Node::keep_alive(self, id, deadline).await
+    }
 }
 
 /// The API of one node. Clones share their state, and must: a listing that began over a peer goes
@@ -101,6 +126,7 @@ pub(super) struct Inner {
     pub node: Arc<dyn Backend>,
     pub in_flight: Semaphore,
     pub next_request: AtomicU64,
+    stop: watch::Sender<bool>,
     views: Mutex<Views>,
 }
 
@@ -165,17 +191,30 @@ impl<W: Write> Method for Writing<W> {
     }
 
     async fn run(api: &Api, command: &Command, deadline: Deadline) -> Result<W::Response, Failure> {
-        let node = &api.inner.node;
-        let applied = node.propose(command.clone(), deadline).await.map_err(Failure::Call)?;
-        let outcome = applied.outcome.map_err(|r| Failure::Answer(errors::refusal(r)))?;
-        // It is done: whatever goes wrong from here on must not read as if it were not.
-        let done = |what: String| Failure::Call(CallError::Unknown(what));
-        let view = node.read_stale(applied.revision, deadline).await.map_err(|e| {
-            done(format!("it was applied, but the answer could not be made ({e:?})"))
-        })?;
-        W::answer(applied.revision.0, outcome, &view)
-            .ok_or_else(|| done(format!("{} was answered with another's outcome", W::PATH)))
+        propose(api, command.clone(), deadline, W::PATH, W::answer).await
     }
+}
+
+/// Proposes a command on this node, and makes the answer of its outcome and of a view that is at
+/// the outcome's revision or later.
+pub(super) async fn propose<R>(
+    api: &Api,
+    command: Command,
+    deadline: Deadline,
+    path: &str,
+    answer: impl FnOnce(u64, Outcome, &State) -> Option<R>,
+) -> Result<R, Failure> {
+    let node = &api.inner.node;
+    let applied = node.propose(command, deadline).await.map_err(Failure::Call)?;
+    let outcome = applied.outcome.map_err(|r| Failure::Answer(errors::refusal(r)))?;
+    // It is done: whatever goes wrong from here on must not read as if it were not.
+    let done = |what: String| Failure::Call(CallError::Unknown(what));
+    let view = node
+        .read_stale(applied.revision, deadline)
+        .await
+        .map_err(|e| done(format!("it was applied, but the answer could not be made ({e:?})")))?;
+    answer(applied.revision.0, outcome, &view)
+        .ok_or_else(|| done(format!("{path} was answered with another's outcome")))
 }
 
 /// How fresh an answer must be.
@@ -264,9 +303,21 @@ impl Api {
                 node,
                 in_flight: Semaphore::new(CALLS_IN_FLIGHT_MAX),
                 next_request: AtomicU64::new(1),
+                stop: watch::Sender::new(false),
                 views: Mutex::new(Views::default()),
             }),
         }
+    }
+
+    /// Ends streams that would else go on for as long as their callers like.
+    pub fn end_streams(&self) {
+        self.inner.stop.send_replace(true);
+    }
+
+    /// Resolves when streams must end.
+    pub(super) fn stopping(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut stop = self.inner.stop.subscribe();
+        async move { drop(stop.wait_for(|stop| *stop).await) }
     }
 
     /// What a node runs for its peers.
@@ -280,7 +331,16 @@ impl Api {
         request: Request<M::Request>,
     ) -> Result<Response<M::Response>, Status> {
         let (metadata, _, message) = request.into_parts();
-        self.observed(M::PATH, &metadata, |deadline| self.dispatch::<M>(message, deadline)).await
+        self.serve::<M>(&metadata, message).await
+    }
+
+    /// The same for one message of a stream.
+    pub(super) async fn serve<M: Method>(
+        &self,
+        metadata: &MetadataMap,
+        message: M::Request,
+    ) -> Result<Response<M::Response>, Status> {
+        self.observed(M::PATH, metadata, |deadline| self.dispatch::<M>(message, deadline)).await
     }
 
     async fn dispatch<M: Method>(
@@ -389,12 +449,19 @@ impl Api {
             };
         }
         methods![
-            Writing<allocator::Allocate>,
+            allocator::Allocate,
             Writing<allocator::Confirm>,
+            Writing<allocator::Attach>,
             Writing<allocator::Release>,
             Writing<allocator::ReportConflict>,
             Reading<allocator::Get>,
             Reading<allocator::List>,
+            Reading<allocator::Explain>,
+            Writing<leases::Grant>,
+            Writing<leases::Revoke>,
+            leases::KeepAlive,
+            Reading<leases::Get>,
+            Reading<leases::List>,
             Writing<workers::Register>,
             Writing<workers::Update>,
             Writing<workers::SetPhase>,

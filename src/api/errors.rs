@@ -40,7 +40,8 @@ pub fn refusal(refusal: Refusal) -> Status {
     match &refusal {
         Refusal::Invalid(error) => invalid(error.clone()),
         Refusal::NoWorker(name) => not_found("worker", name.as_str()),
-        Refusal::NoAllocation(name) => not_found("allocation", name.as_str()),
+        Refusal::NoAllocation { name, .. } => not_found("allocation", name.as_str()),
+        Refusal::NoLease(id) => not_found("lease", &id.to_string()),
         Refusal::NameTaken { holder, difference, .. } => name_taken(&text, holder, difference),
         Refusal::IdentityTaken { what, value, owner } => {
             let mut details = ErrorDetails::with_resource_info(*what, value, owner.as_str(), &text);
@@ -55,6 +56,9 @@ pub fn refusal(refusal: Refusal) -> Status {
         Refusal::WrongVersion { name, .. } => precondition("VERSION", name.as_str()),
         Refusal::PortNotHeld { name, .. } => precondition("PORT_NOT_HELD", name.as_str()),
         Refusal::WorkerNotReady { worker, .. } => precondition("WORKER_NOT_READY", worker.as_str()),
+        Refusal::Lingers { name, .. } => precondition("LINGERING", name.as_str()),
+        Refusal::NotProven { name, .. } => precondition("NOT_PROVEN", name.as_str()),
+        Refusal::Deposed { leader, .. } => precondition("LEADER", &leader.to_string()),
         Refusal::WorkerInUse { worker, .. } => precondition("WORKER_IN_USE", worker.as_str()),
         Refusal::WouldLose { worker, .. } => precondition("WOULD_LOSE", worker.as_str()),
         Refusal::PortNotFree { worker, .. } => precondition("PORT_NOT_FREE", worker.as_str()),
@@ -62,6 +66,9 @@ pub fn refusal(refusal: Refusal) -> Status {
             let mut facts = shortage_facts(shortage);
             facts.insert("claim".into(), name.to_string());
             capacity(text, facts)
+        }
+        Refusal::LeaseFull { lease, limit } => {
+            capacity(text, metadata([("lease", lease.to_string()), ("limit", limit.to_string())]))
         }
         Refusal::TableFull { what, limit } => {
             capacity(text, metadata([("what", what.to_string()), ("limit", limit.to_string())]))

@@ -44,9 +44,10 @@ pub(crate) fn table() -> State {
         name: "w".parse().unwrap(),
         spec: convert::worker_spec(Some(&spec())).unwrap(),
     };
-    assert!(apply(&mut state, &register).0.outcome.is_ok());
-    let allocate = Command::Allocate { claims: convert::claims(&[claim("a")]).unwrap() };
-    assert!(apply(&mut state, &allocate).0.outcome.is_ok());
+    assert!(apply(&mut state, &Origin::default(), &register).0.outcome.is_ok());
+    let claims = convert::claims(&[claim("a")]).unwrap();
+    let allocate = Command::Allocate { claims, confirm_within: Millis(600_000) };
+    assert!(apply(&mut state, &Origin::default(), &allocate).0.outcome.is_ok());
     state
 }
 
@@ -72,7 +73,7 @@ impl Backend for Fake {
         *self.proposed.lock().unwrap() += 1;
         match self.failures.lock().unwrap().pop_front() {
             Some(error) => Err(error),
-            None => Ok(apply(&mut self.state.lock().unwrap(), &command).0),
+            None => Ok(apply(&mut self.state.lock().unwrap(), &Origin::default(), &command).0),
         }
     }
     async fn read(&self, _: Deadline) -> Result<State, CallError> {
@@ -92,6 +93,12 @@ impl Backend for Fake {
     }
     async fn status(&self, _: Deadline) -> StatusReport {
         StatusReport::default()
+    }
+    fn confirm_within(&self) -> Millis {
+        Millis(600_000)
+    }
+    async fn keep_alive(&self, id: LeaseId, _: Deadline) -> Result<Option<Millis>, CallError> {
+        Ok(self.state.lock().unwrap().lease(id).map(|lease| lease.ttl))
     }
 }
 

@@ -5,7 +5,7 @@ use tonic::{Request, Response, Status};
 use super::dispatch::{Api, Freshness, Read, Reading, Write, Writing};
 use super::pages::{PageToken, fill, page_size};
 use super::{convert, errors};
-use crate::core::{Command, Outcome, Refusal, Selector, State, WorkerName};
+use crate::core::{Actor, Command, Outcome, Refusal, Revision, Selector, State, WorkerName};
 use crate::proto::v1;
 
 fn worker_answer(revision: u64, outcome: Outcome) -> Option<v1::WorkerResponse> {
@@ -53,6 +53,7 @@ worker_write!(SetPhase, v1::SetPhaseRequest, "/portwarden.v1.Workers/SetPhase", 
     Ok(Command::SetWorkerPhase {
         name: convert::worker_name("name", &request.name)?,
         phase: convert::settable_phase(request.phase)?,
+        by: Actor::Operator,
     })
 });
 
@@ -61,6 +62,7 @@ worker_write!(Quarantine, v1::QuarantineRequest, "/portwarden.v1.Workers/Quarant
         worker: convert::worker_name("worker", &request.worker)?,
         ports: convert::ports("ports", &request.ports)?,
         reason: request.reason.clone(),
+        by: Actor::Operator,
     })
 });
 
@@ -72,6 +74,8 @@ worker_write!(
         Ok(Command::LiftQuarantine {
             worker: convert::worker_name("worker", &request.worker)?,
             ports: convert::ports("ports", &request.ports)?,
+            by: Actor::Operator,
+            seen: Revision(0),
         })
     }
 );
@@ -84,7 +88,10 @@ impl Write for Remove {
     const PATH: &'static str = "/portwarden.v1.Workers/Remove";
 
     fn command(request: &v1::RemoveRequest) -> Result<Command, Status> {
-        Ok(Command::RemoveWorker { name: convert::worker_name("name", &request.name)? })
+        Ok(Command::RemoveWorker {
+            name: convert::worker_name("name", &request.name)?,
+            force: request.force.as_ref().map(|force| force.reason.clone()),
+        })
     }
 
     fn answer(revision: u64, outcome: Outcome, _: &State) -> Option<v1::RemoveResponse> {
@@ -209,6 +216,13 @@ impl v1::workers_server::Workers for Api {
         request: Request<v1::QuarantineRequest>,
     ) -> Result<Response<v1::WorkerResponse>, Status> {
         self.serve_unary::<Writing<Quarantine>>(request).await
+    }
+
+    async fn report(
+        &self,
+        _: Request<v1::ReportRequest>,
+    ) -> Result<Response<v1::ReportResponse>, Status> {
+        Err(errors::unimplemented("Report: agents are"))
     }
 
     async fn lift_quarantine(

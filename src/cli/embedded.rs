@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use super::serve::SNAPSHOT_EVERY;
 use crate::api::assembly::{Listeners, Server};
-use crate::node::{NodeConfig, Upkeep};
+use crate::node::{Lifecycle, NodeConfig, Upkeep};
 
 /// Ports of one node; 0 lets the system choose.
 #[derive(Clone, Copy)]
@@ -47,6 +47,7 @@ pub(super) async fn start(dir: &Path, ports: &[NodePorts]) -> anyhow::Result<Vec
             advertise,
             snapshot_every: SNAPSHOT_EVERY,
             upkeep: Upkeep::default(),
+            lifecycle: Lifecycle::default(),
         };
         servers.push(Server::start(config, listeners).await?);
     }

@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::core::{Invalid, LabelKey, LabelValue, Port, PortName, RangeName, Selector, limits};
+use crate::core::{
+    Invalid, LabelKey, LabelValue, Millis, Port, PortName, RangeName, Selector, limits,
+};
 use crate::proto::v1;
 
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -30,6 +32,14 @@ pub fn timeout(text: &str) -> Result<Duration, String> {
         return Err("must be 1ms to 24h".into());
     }
     Ok(duration)
+}
+
+/// A time to live, a deadline: 1 s to 24 h.
+pub fn span_of_time(text: &str) -> Result<Duration, String> {
+    let wanted = "must be 1s to 24h, such as 30s, 5m or 1h 30m";
+    let duration = humantime::parse_duration(text).map_err(|_| wanted.to_string())?;
+    let ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    Millis::span("", ms).map(|_| duration).map_err(|_| wanted.into())
 }
 
 pub fn memory(text: &str) -> Result<u64, String> {

@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::{Globals, log_to_stderr, parse, usage};
 use crate::api::assembly::{Listeners, Server};
-use crate::node::{NodeConfig, NodeId, Upkeep};
+use crate::node::{Lifecycle, NodeConfig, NodeId, Upkeep};
 
 const DEFAULT_LISTEN: &str = "127.0.0.1:7601";
 const DEFAULT_LISTEN_PEER: &str = "127.0.0.1:7701";
@@ -74,6 +74,18 @@ pub struct Args {
     /// and keep a quarter of it in reserve; 0: never [default: 256MiB]
     #[arg(long, env = "PORTWARDEN_LOW_SPACE", value_name = "SIZE")]
     low_space: Option<String>,
+    /// Reclaim what is not confirmed within this, where the claim does not say [default: 10m]
+    #[arg(long, env = "PORTWARDEN_CONFIRM_WITHIN", value_name = "DURATION")]
+    confirm_within: Option<String>,
+    /// Reclaim what was confirmed once an agent has seen its ports closed for so long [default: 10m]
+    #[arg(long, env = "PORTWARDEN_ZOMBIE_AFTER", value_name = "DURATION")]
+    zombie_after: Option<String>,
+    /// Place nothing new on a worker whose agent has been silent for so long [default: 30s]
+    #[arg(long, env = "PORTWARDEN_WORKER_LOST_AFTER", value_name = "DURATION")]
+    worker_lost_after: Option<String>,
+    /// Give a port that was in conflict again after so long, where no agent watches [default: 5m]
+    #[arg(long, env = "PORTWARDEN_QUARANTINE", value_name = "DURATION")]
+    quarantine: Option<String>,
     /// Listen beyond loopback without TLS: tokens and names travel in the clear
     #[arg(
         long,
@@ -170,6 +182,10 @@ impl Args {
             snapshot_every_bytes: self.snapshot_every_bytes.or(file.snapshot_every_bytes),
             checkpoint_every: self.checkpoint_every.or(file.checkpoint_every),
             low_space: self.low_space.or(file.low_space),
+            confirm_within: self.confirm_within.or(file.confirm_within),
+            zombie_after: self.zombie_after.or(file.zombie_after),
+            worker_lost_after: self.worker_lost_after.or(file.worker_lost_after),
+            quarantine: self.quarantine.or(file.quarantine),
             insecure: self.insecure.or(file.insecure),
             log_level: self.log_level.or(file.log_level),
             config: None,
@@ -219,6 +235,23 @@ impl Args {
             self.checkpoint_every,
             self.low_space.as_deref(),
         )?;
+        let default = Lifecycle::default();
+        let span = |flag: &str, text: &Option<String>, default| match text.as_deref() {
+            None => Ok(default),
+            Some(text) => {
+                parse::span_of_time(text).map_err(|why| usage(format!("{flag}: {text:?} {why}")))
+            }
+        };
+        let lifecycle = Lifecycle {
+            confirm_within: span("--confirm-within", &self.confirm_within, default.confirm_within)?,
+            zombie_after: span("--zombie-after", &self.zombie_after, default.zombie_after)?,
+            worker_lost_after: span(
+                "--worker-lost-after",
+                &self.worker_lost_after,
+                default.worker_lost_after,
+            )?,
+            quarantine: span("--quarantine", &self.quarantine, default.quarantine)?,
+        };
         let list = self.initial_cluster.ok_or_else(|| need("--initial-cluster"))?;
         let initial_cluster = parse_initial_cluster(&list)?;
         let Some(own) = initial_cluster.get(&id) else {
@@ -235,7 +268,15 @@ impl Args {
             )));
         }
         Ok(Settings {
-            node: NodeConfig { id, data_dir, initial_cluster, advertise, snapshot_every, upkeep },
+            node: NodeConfig {
+                id,
+                data_dir,
+                initial_cluster,
+                advertise,
+                snapshot_every,
+                upkeep,
+                lifecycle,
+            },
             clients,
             peers,
             http,

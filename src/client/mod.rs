@@ -167,7 +167,8 @@ impl Client {
         token: u64,
         version: u64,
     ) -> Result<v1::ConfirmResponse, ClientError> {
-        let request = v1::ConfirmRequest { name: name.into(), token, version };
+        let request =
+            v1::ConfirmRequest { name: name.into(), token, version, ..Default::default() };
         self.call(methods::CONFIRM, request).await
     }
 
@@ -262,7 +263,8 @@ impl Client {
 
     /// `removed` is false where there was none.
     pub async fn worker_remove(&self, name: &str) -> Result<v1::RemoveResponse, ClientError> {
-        self.call(methods::WORKER_REMOVE, v1::RemoveRequest { name: name.into() }).await
+        self.call(methods::WORKER_REMOVE, v1::RemoveRequest { name: name.into(), force: None })
+            .await
     }
 
     pub async fn worker_get(

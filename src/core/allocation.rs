@@ -2,8 +2,14 @@
 
 use std::sync::Arc;
 
+use imbl::OrdMap;
+
 use super::claim::Claim;
-use super::name::{InstanceName, PortName, RangeName, Revision, Token, WorkerName};
+use super::limits::{ADDRESS_MAX_BYTES, CGROUP_MAX_BYTES};
+use super::name::{
+    InstanceName, Invalid, LeaseId, Millis, PortName, RangeName, Revision, Token, WorkerName,
+    check_text,
+};
 
 /// Where an allocation stands in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -12,6 +18,8 @@ pub enum Phase {
     Reserved,
     /// Its holder said that it listens.
     Bound,
+    /// Its holder fell silent, which proves nothing: held until there is evidence that it is gone.
+    Lingering,
 }
 
 impl Phase {
@@ -19,6 +27,7 @@ impl Phase {
         match self {
             Phase::Reserved => "RESERVED",
             Phase::Bound => "BOUND",
+            Phase::Lingering => "LINGERING",
         }
     }
 }
@@ -37,6 +46,19 @@ pub struct Allocation {
     /// Revision of the last change.
     pub version: Revision,
     pub phase: Phase,
+    /// Was it confirmed since its last grant or swap?
+    pub confirmed: bool,
+    /// While it lingers: what happened.
+    pub reason: Option<String>,
+    /// Never while it lingers: the end of the lease is what made it linger, or it was taken off it.
+    pub lease: Option<LeaseId>,
+    /// How the worker's agent can tell whether it lives.
+    pub liveness: Option<Liveness>,
+    /// How long it may stay `Reserved`, counted from its version.
+    pub confirm_within: Millis,
+    /// When the leader proposed the grant and the last change, by its wall clock. For people.
+    pub granted_at: Millis,
+    pub changed_at: Millis,
     /// Swaps of ports so far.
     pub swaps: u32,
     /// What the last change was, so that its repeat gets the same answer.
@@ -67,6 +89,115 @@ pub struct HeldGpu {
     pub exclusive: bool,
 }
 
+/// What lives exactly as long as the instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Liveness {
+    /// The boot of the worker on which it lives.
+    pub boot_id: String,
+    pub handle: Handle,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Handle {
+    /// `start_ticks`: clock ticks from the boot to its start; tells it from a later one of its pid.
+    Process { pid: u32, start_ticks: u64 },
+    /// Path below the root of the cgroup file system.
+    Cgroup(String),
+    /// Its id: 12 to 64 hexadecimal digits.
+    Container(String),
+}
+
+impl Liveness {
+    pub fn validate(&self) -> Result<(), Invalid> {
+        check_text("liveness.boot_id", &self.boot_id, ADDRESS_MAX_BYTES)?;
+        if self.boot_id.is_empty() {
+            let limit = "not empty: a handle counts for one boot";
+            return Err(Invalid::new("liveness.boot_id", "", limit));
+        }
+        match &self.handle {
+            Handle::Process { pid: 0, .. } => {
+                Err(Invalid::new("liveness.process.pid", 0, "1 or more"))
+            }
+            Handle::Process { .. } => Ok(()),
+            Handle::Cgroup(path) => {
+                check_text("liveness.cgroup", path, CGROUP_MAX_BYTES)?;
+                match path.is_empty() || path.split('/').any(|part| part == "..") {
+                    true => Err(Invalid::new("liveness.cgroup", path, "a path without \"..\"")),
+                    false => Ok(()),
+                }
+            }
+            Handle::Container(id) => {
+                let hexadecimal = id.chars().all(|c| c.is_ascii_hexdigit());
+                match hexadecimal && (12..=64).contains(&id.len()) {
+                    true => Ok(()),
+                    false => {
+                        Err(Invalid::new("liveness.container", id, "12 to 64 hexadecimal digits"))
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A time to live, kept alive by its holder. Its deadline is the leader's to watch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// The revision of its grant.
+    pub id: LeaseId,
+    pub ttl: Millis,
+    /// Names of the allocations on it.
+    pub allocations: OrdMap<InstanceName, ()>,
+}
+
+/// How a name left the table, other than by its holder's word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Departure {
+    pub revision: Revision,
+    /// By the leader's wall clock. For people.
+    pub at: Millis,
+    pub worker: WorkerName,
+    pub token: Token,
+    pub why: ReleaseReason,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReleaseReason {
+    #[error("released by its holder")]
+    ByHolder,
+    #[error("forced out by an operator: {reason}")]
+    Forced { reason: String },
+    #[error("reclaimed: {reason}")]
+    Reclaimed { cause: Cause, reason: String },
+}
+
+/// Why the system took something back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// A port was in use, and no other could be given.
+    Conflict,
+    /// It was not confirmed in time.
+    Unconfirmed,
+    /// Its lease expired or was revoked.
+    LeaseEnded,
+    /// An agent saw that it is gone.
+    Gone,
+}
+
+impl Cause {
+    pub const ALL: [Cause; 4] =
+        [Cause::Conflict, Cause::Unconfirmed, Cause::LeaseEnded, Cause::Gone];
+
+    /// For metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cause::Conflict => "conflict",
+            Cause::Unconfirmed => "unconfirmed",
+            Cause::LeaseEnded => "lease_ended",
+            Cause::Gone => "gone",
+        }
+    }
+}
+
 /// The last change of an allocation and the version that it was made to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastChange {
@@ -77,6 +208,8 @@ pub struct LastChange {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChangeKind {
     Confirmed,
+    Attached,
+    Lingered,
     /// The port that was reported.
     Swapped {
         port: u16,

@@ -2,21 +2,35 @@
 
 use std::sync::Arc;
 
-use super::allocation::{Allocation, ChangeKind, HeldPort, LastChange, Phase};
+use imbl::OrdMap;
+
+use super::allocation::{
+    Allocation, Cause, ChangeKind, Departure, HeldPort, LastChange, Lease, Liveness, Phase,
+    ReleaseReason,
+};
 use super::claim::{Claim, PortRequest, Ports};
-use super::command::{Applied, Authority, Command, Event, Outcome, Refusal, ReleaseReason};
-use super::limits::{ALLOCATIONS_MAX, SWAPS_MAX, WORKERS_MAX};
-use super::name::{InstanceName, Port, Revision, Token, WorkerName};
+use super::command::{Actor, Applied, Authority, Command, Event, Ground, Origin, Outcome, Refusal};
+use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MAX, WORKERS_MAX};
+use super::name::{InstanceName, LeaseId, Millis, Port, Revision, Token, WorkerName};
 use super::place::{Grant, place, take_ports};
-use super::ports::{Quarantine, Taken};
+use super::ports::{Quarantine, Source, Taken};
 use super::state::{State, uuids};
 use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
 
 /// Applies one command. Total and deterministic: it never fails, a refusal changes nothing, and a
 /// command that changes nothing takes no revision.
-pub fn apply(state: &mut State, command: &Command) -> (Applied, Vec<Event>) {
-    let mut change = Change { revision: Revision(state.revision.0 + 1), state, events: Vec::new() };
-    let outcome = command.validate().map_err(Refusal::from).and_then(|()| change.run(command));
+///
+/// What a leader's timers and sweeper proposed counts only in an entry that the same leader wrote:
+/// another one restarted them all.
+pub fn apply(state: &mut State, origin: &Origin, command: &Command) -> (Applied, Vec<Event>) {
+    let revision = Revision(state.revision.0 + 1);
+    let mut change = Change { revision, at: origin.at, state, events: Vec::new() };
+    let outcome = match command.under() {
+        Some(proposed) if proposed != origin.leader => {
+            Err(Refusal::Deposed { proposed, leader: origin.leader })
+        }
+        _ => command.validate().map_err(Refusal::from).and_then(|()| change.run(command)),
+    };
     let events = change.events;
     debug_assert!(outcome.is_ok() || events.is_empty(), "a refusal changes nothing");
     if !events.is_empty() {
@@ -30,6 +44,7 @@ struct Change<'a> {
     state: &'a mut State,
     /// The revision of the change, if there is one.
     revision: Revision,
+    at: Millis,
     events: Vec<Event>,
 }
 
@@ -38,16 +53,31 @@ impl Change<'_> {
         match command {
             Command::RegisterWorker { name, spec } => self.register(name, spec),
             Command::UpdateWorker { name, patch } => self.update(name, patch),
-            Command::SetWorkerPhase { name, phase } => self.set_phase(name, *phase),
-            Command::RemoveWorker { name } => self.remove_worker(name),
-            Command::Allocate { claims } => self.allocate(claims),
-            Command::Confirm { name, token, version } => self.confirm(name, *token, *version),
+            Command::SetWorkerPhase { name, phase, by } => self.set_phase(name, *phase, *by),
+            Command::RemoveWorker { name, force } => self.remove_worker(name, force.as_deref()),
+            Command::Allocate { claims, confirm_within } => self.allocate(claims, *confirm_within),
+            Command::Confirm { name, token, version, liveness, lease } => {
+                self.confirm(name, *token, *version, liveness.as_ref(), *lease)
+            }
+            Command::Attach { name, token, version, lease } => {
+                self.attach(name, *token, *version, *lease)
+            }
             Command::Release { name, authority } => self.release(name, authority),
             Command::ReportConflict { name, token, version, port } => {
                 self.report_conflict(name, *token, *version, *port)
             }
-            Command::Quarantine { worker, ports, reason } => self.quarantine(worker, ports, reason),
-            Command::LiftQuarantine { worker, ports } => self.lift(worker, ports),
+            Command::Reclaim { name, token, version, ground, under: _ } => {
+                self.reclaim(name, *token, *version, ground)
+            }
+            Command::Quarantine { worker, ports, reason, by } => {
+                self.quarantine(worker, ports, reason, *by)
+            }
+            Command::LiftQuarantine { worker, ports, by, seen } => {
+                self.lift(worker, ports, *by, *seen)
+            }
+            Command::GrantLease { ttl } => self.grant_lease(*ttl),
+            Command::RevokeLease { id } => self.end_lease(*id, false),
+            Command::ExpireLease { id, under: _ } => self.end_lease(*id, true),
             Command::Checkpoint(_) => Ok(Outcome::Noted),
         }
     }
@@ -102,19 +132,44 @@ impl Change<'_> {
         Ok(())
     }
 
-    fn set_phase(&mut self, name: &WorkerName, phase: WorkerPhase) -> Result<Outcome, Refusal> {
+    fn set_phase(
+        &mut self,
+        name: &WorkerName,
+        asked: WorkerPhase,
+        by: Actor,
+    ) -> Result<Outcome, Refusal> {
         let worker = self.worker(name)?;
-        if worker.phase == phase {
+        let lost = worker.phase == WorkerPhase::Lost;
+        let (phase, phase_before) = match by {
+            Actor::Operator if lost => (WorkerPhase::Lost, asked),
+            Actor::Operator => (asked, asked),
+            Actor::Leader(_) if asked == WorkerPhase::Lost => (asked, worker.phase_before),
+            Actor::Leader(_) => (worker.phase_before, worker.phase_before),
+        };
+        if (worker.phase, worker.phase_before) == (phase, phase_before) {
             return Ok(Outcome::Worker(worker));
         }
-        Ok(self.put_worker(Worker { phase, version: self.revision, ..Worker::clone(&worker) }))
+        let version = self.revision;
+        Ok(self.put_worker(Worker { phase, phase_before, version, ..Worker::clone(&worker) }))
     }
 
-    fn remove_worker(&mut self, name: &WorkerName) -> Result<Outcome, Refusal> {
-        let Some(worker) = self.state.worker(name) else {
+    fn remove_worker(
+        &mut self,
+        name: &WorkerName,
+        force: Option<&str>,
+    ) -> Result<Outcome, Refusal> {
+        let Some(worker) = self.state.worker(name).cloned() else {
             return Ok(Outcome::WorkerRemoved { removed: false });
         };
-        if let Some((example, ())) = worker.allocations.get_min() {
+        if let Some(reason) = force {
+            let mut emptied = Worker::clone(&worker);
+            for holder in worker.allocations.keys() {
+                if let Some(held) = self.state.allocation(holder).cloned() {
+                    let why = ReleaseReason::Forced { reason: reason.into() };
+                    self.free(&mut emptied, &held, why);
+                }
+            }
+        } else if let Some((example, ())) = worker.allocations.get_min() {
             return Err(Refusal::WorkerInUse {
                 worker: name.clone(),
                 count: worker.allocations.len() as u64,
@@ -129,21 +184,20 @@ impl Change<'_> {
     // Allocations.
 
     /// All claims or none, in request order: each sees what the ones before it took.
-    fn allocate(&mut self, claims: &[Claim]) -> Result<Outcome, Refusal> {
+    fn allocate(&mut self, claims: &[Claim], within: Millis) -> Result<Outcome, Refusal> {
         if let Some(repeated) = self.granted_before(claims)? {
             return Ok(Outcome::Allocated { allocations: repeated, repeated: true });
         }
         check_room("allocations", self.state.allocation_count(), claims.len(), ALLOCATIONS_MAX)?;
         if let [claim] = claims {
-            let grant = place(self.state, claim)?;
-            let allocations = vec![self.grant(claim, grant)];
+            let allocations = vec![self.grant(claim, within)?];
             return Ok(Outcome::Allocated { allocations, repeated: false });
         }
         let before = self.state.clone();
         let mut allocations = Vec::with_capacity(claims.len());
         for claim in claims {
-            match place(self.state, claim) {
-                Ok(grant) => allocations.push(self.grant(claim, grant)),
+            match self.grant(claim, within) {
+                Ok(granted) => allocations.push(granted),
                 Err(refusal) => {
                     *self.state = before;
                     self.events.clear();
@@ -177,8 +231,9 @@ impl Change<'_> {
         }
     }
 
-    fn grant(&mut self, claim: &Claim, grant: Grant) -> Arc<Allocation> {
-        let Grant { worker, ports, gpus } = grant;
+    fn grant(&mut self, claim: &Claim, within: Millis) -> Result<Arc<Allocation>, Refusal> {
+        self.check_lease(claim.lease)?;
+        let Grant { worker, ports, gpus } = place(self.state, claim)?;
         let allocation = self.state.put_allocation(Allocation {
             claim: Arc::new(claim.clone()),
             worker: worker.name.clone(),
@@ -187,12 +242,20 @@ impl Change<'_> {
             token: Token(self.revision.0),
             version: self.revision,
             phase: if claim.bound { Phase::Bound } else { Phase::Reserved },
+            confirmed: claim.bound,
+            reason: None,
+            lease: claim.lease,
+            liveness: None,
+            confirm_within: claim.confirm_within.unwrap_or(within),
+            granted_at: self.at,
+            changed_at: self.at,
             swaps: 0,
             last_change: None,
         });
         self.state.put_worker(worker);
+        self.state.forget_departure(&claim.name);
         self.events.push(Event::Allocated(allocation.clone()));
-        allocation
+        Ok(allocation)
     }
 
     fn confirm(
@@ -200,22 +263,129 @@ impl Change<'_> {
         name: &InstanceName,
         token: Token,
         version: Revision,
+        liveness: Option<&Liveness>,
+        lease: Option<LeaseId>,
     ) -> Result<Outcome, Refusal> {
         let held = self.held_under(name, token)?;
-        if held.phase == Phase::Bound
+        let says_nothing_new = held.phase == Phase::Bound
+            && (liveness.is_none() || liveness == held.liveness.as_ref())
+            && (lease.is_none() || lease == held.lease);
+        if says_nothing_new
             && (version == Revision(0)
                 || version == held.version
                 || repeats(&held, version, &ChangeKind::Confirmed))
         {
             return Ok(Outcome::Confirmed(held));
         }
-        check_version(&held, version)?;
+        // One who comes back knows the version from before its silence.
+        if held.phase != Phase::Lingering || !repeats(&held, version, &ChangeKind::Lingered) {
+            check_version(&held, version)?;
+        }
+        if lease != held.lease {
+            self.check_lease(lease)?;
+        }
         let confirmed = self.put_changed(Allocation {
             phase: Phase::Bound,
+            confirmed: true,
+            reason: None,
+            lease: lease.or(held.lease),
+            liveness: liveness.cloned().or_else(|| held.liveness.clone()),
             last_change: Some(LastChange { from: held.version, kind: ChangeKind::Confirmed }),
             ..Allocation::clone(&held)
         });
         Ok(Outcome::Confirmed(confirmed))
+    }
+
+    fn attach(
+        &mut self,
+        name: &InstanceName,
+        token: Token,
+        version: Revision,
+        lease: Option<LeaseId>,
+    ) -> Result<Outcome, Refusal> {
+        let held = self.held_under(name, token)?;
+        if held.phase == Phase::Lingering {
+            let reason = held.reason.clone().unwrap_or_default();
+            return Err(Refusal::Lingers { name: name.clone(), reason });
+        }
+        if held.lease == lease
+            && (version == Revision(0)
+                || version == held.version
+                || repeats(&held, version, &ChangeKind::Attached))
+        {
+            return Ok(Outcome::Attached(held));
+        }
+        check_version(&held, version)?;
+        self.check_lease(lease)?;
+        Ok(Outcome::Attached(self.put_changed(Allocation {
+            lease,
+            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Attached }),
+            ..Allocation::clone(&held)
+        })))
+    }
+
+    /// The system judged an allocation. It counts if nothing has changed since, and, where the
+    /// judgement rests on what an agent saw, if that agent knew the allocation as it is (field
+    /// failures kubernetes-54885, kubernetes-64349).
+    fn reclaim(
+        &mut self,
+        name: &InstanceName,
+        token: Token,
+        version: Revision,
+        ground: &Ground,
+    ) -> Result<Outcome, Refusal> {
+        let held = self.held_under(name, token)?;
+        if held.version != version {
+            let name = name.clone();
+            return Err(Refusal::WrongVersion { name, given: version, held: held.version });
+        }
+        let unproven = |what: &str| Refusal::NotProven { name: name.clone(), what: what.into() };
+        match ground {
+            Ground::Unconfirmed if held.phase != Phase::Reserved => {
+                Err(unproven("it is confirmed"))
+            }
+            Ground::Unconfirmed => {
+                let reason = format!("not confirmed within {}", held.confirm_within);
+                self.let_go(&held, Cause::Unconfirmed, reason)
+            }
+            Ground::Gone { .. } if held.phase == Phase::Reserved => {
+                Err(unproven("its holder may still be starting"))
+            }
+            Ground::Gone { seen, .. } if *seen < held.version => {
+                Err(unproven("it changed after it was looked at"))
+            }
+            Ground::Gone { identity, reason, .. } => {
+                let mut worker = self.worker_of(&held)?;
+                if worker.spec.identity.as_ref() != Some(identity) {
+                    return Err(unproven("it was looked for elsewhere, or on another boot"));
+                }
+                let why = ReleaseReason::Reclaimed { cause: Cause::Gone, reason: reason.clone() };
+                self.free(&mut worker, &held, why);
+                Ok(Outcome::Released(Some(held)))
+            }
+        }
+    }
+
+    /// Its holder fell silent. Where an agent watches the worker, that proves nothing, and it lingers;
+    /// where none does, it is freed, as with leases elsewhere.
+    fn let_go(
+        &mut self,
+        held: &Arc<Allocation>,
+        cause: Cause,
+        reason: String,
+    ) -> Result<Outcome, Refusal> {
+        let mut worker = self.worker_of(held)?;
+        if !worker.has_agent() {
+            self.free(&mut worker, held, ReleaseReason::Reclaimed { cause, reason });
+            return Ok(Outcome::Released(Some(held.clone())));
+        }
+        Ok(Outcome::Lingers(self.put_changed(Allocation {
+            phase: Phase::Lingering,
+            reason: Some(reason),
+            lease: None,
+            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Lingered }),
+            ..Allocation::clone(held)
+        })))
     }
 
     fn release(&mut self, name: &InstanceName, authority: &Authority) -> Result<Outcome, Refusal> {
@@ -245,7 +415,17 @@ impl Change<'_> {
         }
         worker.allocations.remove(held.name());
         self.state.put_worker(worker.clone());
-        self.state.allocations.remove(held.name());
+        self.state.drop_allocation(held.name());
+        if why != ReleaseReason::ByHolder {
+            let departure = Departure {
+                revision: self.revision,
+                at: self.at,
+                worker: held.worker.clone(),
+                token: held.token,
+                why: why.clone(),
+            };
+            self.state.remember_departure(held.name().clone(), departure);
+        }
         self.events.push(Event::Released { allocation: held.clone(), why });
     }
 
@@ -273,9 +453,15 @@ impl Change<'_> {
         };
 
         let mut worker = self.worker_of(&held)?;
+        // Nothing is given there until its agent reports, or an operator has verified it.
+        if matches!(worker.phase, WorkerPhase::Lost | WorkerPhase::Unverified) {
+            let (worker, phase) = (worker.name, worker.phase);
+            return Err(Refusal::WorkerNotReady { worker, phase });
+        }
         let reason = format!("conflict reported by {name}");
         if let Some(pool) = worker.pool_of_mut(number) {
-            pool.quarantine(number, Quarantine { reason, since: self.revision });
+            let source = Source::Conflict;
+            pool.quarantine(number, Quarantine { reason, source, since: self.revision });
         }
         worker.version = self.revision;
         let outcome = match swap(&mut worker, &held, reported) {
@@ -284,13 +470,17 @@ impl Change<'_> {
                 Outcome::Swapped(self.put_changed(Allocation {
                     ports,
                     phase: Phase::Reserved,
+                    confirmed: false,
+                    reason: None,
+                    liveness: None,
                     swaps: held.swaps + 1,
                     last_change: Some(LastChange { from: held.version, kind: swapped }),
                     ..Allocation::clone(&held)
                 }))
             }
             Err(reason) => {
-                let why = ReleaseReason::Reclaimed { reason: reason.clone() };
+                let cause = Cause::Conflict;
+                let why = ReleaseReason::Reclaimed { cause, reason: reason.clone() };
                 self.free(&mut worker, &held, why);
                 Outcome::Reclaimed { allocation: held, reason }
             }
@@ -306,40 +496,94 @@ impl Change<'_> {
         name: &WorkerName,
         ports: &[Port],
         reason: &str,
+        by: Actor,
     ) -> Result<Outcome, Refusal> {
-        let old = self.worker(name)?;
-        let mut worker = Worker::clone(&old);
+        let mut worker = self.worker_to_change(name)?;
+        let source = match by {
+            Actor::Operator => Source::Operator,
+            Actor::Leader(_) => Source::Observed,
+        };
+        let mut changed = false;
         for port in ports {
             let number = port.get();
-            let quarantine = Quarantine { reason: reason.into(), since: self.revision };
             let pool = worker.pool_of_mut(number);
-            match pool.as_ref().map_or(Some(Taken::Unmanaged), |pool| pool.taken(number)) {
-                None => pool.into_iter().for_each(|p| p.quarantine(number, quarantine.clone())),
-                Some(Taken::Quarantined(_)) => {}
-                Some(taken) => {
-                    return Err(Refusal::PortNotFree { worker: name.clone(), port: *port, taken });
+            let pool = pool.ok_or_else(|| not_free(name, *port, Taken::Unmanaged))?;
+            // An operator's word outlasts what others saw.
+            let known = pool.quarantined.get(&number).map(|quarantine| quarantine.source);
+            if known.is_some_and(|known| known == source || source != Source::Operator) {
+                continue;
+            }
+            match pool.taken(number) {
+                None | Some(Taken::Quarantined(_)) => {
+                    let since = self.revision;
+                    let quarantine = Quarantine { reason: reason.into(), source, since };
+                    pool.quarantine(number, quarantine);
+                    changed = true;
                 }
+                Some(taken) => return Err(not_free(name, *port, taken)),
             }
         }
-        Ok(self.put_if_changed(&old, worker))
+        self.put_if(changed, worker)
     }
 
-    fn lift(&mut self, name: &WorkerName, ports: &[Port]) -> Result<Outcome, Refusal> {
-        let old = self.worker(name)?;
-        let mut worker = Worker::clone(&old);
+    fn lift(
+        &mut self,
+        name: &WorkerName,
+        ports: &[Port],
+        by: Actor,
+        seen: Revision,
+    ) -> Result<Outcome, Refusal> {
+        let mut worker = self.worker_to_change(name)?;
+        let mut changed = false;
         for port in ports {
-            match worker.pool_of_mut(port.get()) {
-                Some(pool) => pool.lift(port.get()),
-                None => {
-                    return Err(Refusal::PortNotFree {
-                        worker: name.clone(),
-                        port: *port,
-                        taken: Taken::Unmanaged,
-                    });
-                }
+            let number = port.get();
+            let pool = worker.pool_of_mut(number);
+            let pool = pool.ok_or_else(|| not_free(name, *port, Taken::Unmanaged))?;
+            let may = |q: &Quarantine| {
+                by == Actor::Operator || (q.source != Source::Operator && q.since <= seen)
             };
+            if pool.quarantined.get(&number).is_some_and(may) {
+                changed |= pool.lift(number);
+            }
         }
-        Ok(self.put_if_changed(&old, worker))
+        self.put_if(changed, worker)
+    }
+
+    // Leases.
+
+    fn grant_lease(&mut self, ttl: Millis) -> Result<Outcome, Refusal> {
+        check_room("leases", self.state.lease_count(), 1, LEASES_MAX)?;
+        let id = LeaseId(self.revision.0);
+        let lease = Arc::new(Lease { id, ttl, allocations: OrdMap::new() });
+        self.state.leases.insert(id, lease.clone());
+        self.events.push(Event::LeaseGranted(lease.clone()));
+        Ok(Outcome::Lease(lease))
+    }
+
+    /// Lets all its allocations go, in order of name.
+    fn end_lease(&mut self, id: LeaseId, expired: bool) -> Result<Outcome, Refusal> {
+        let Some(lease) = self.state.lease(id).cloned() else {
+            return Ok(Outcome::LeaseEnded(None));
+        };
+        let how = if expired { "expired" } else { "was revoked" };
+        for name in lease.allocations.keys() {
+            if let Some(held) = self.state.allocation(name).cloned() {
+                self.let_go(&held, Cause::LeaseEnded, format!("lease {id} {how}"))?;
+            }
+        }
+        self.state.leases.remove(&id);
+        self.events.push(Event::LeaseEnded { lease: lease.clone(), expired });
+        Ok(Outcome::LeaseEnded(Some(lease)))
+    }
+
+    /// Is it there, with room for one more?
+    fn check_lease(&self, id: Option<LeaseId>) -> Result<(), Refusal> {
+        let Some(id) = id else { return Ok(()) };
+        let lease = self.state.lease(id).ok_or(Refusal::NoLease(id))?;
+        if lease.allocations.len() >= LEASE_ALLOCATIONS_MAX {
+            return Err(Refusal::LeaseFull { lease: id, limit: LEASE_ALLOCATIONS_MAX });
+        }
+        Ok(())
     }
 
     // What the above have in common.
@@ -353,8 +597,10 @@ impl Change<'_> {
     }
 
     fn held_under(&self, name: &InstanceName, token: Token) -> Result<Arc<Allocation>, Refusal> {
-        let held = self.state.allocation(name);
-        let held = held.ok_or_else(|| Refusal::NoAllocation(name.clone()))?;
+        let Some(held) = self.state.allocation(name) else {
+            let departed = self.state.departure(name).cloned();
+            return Err(Refusal::NoAllocation { name: name.clone(), departed });
+        };
         check_token(held, token)?;
         Ok(held.clone())
     }
@@ -365,19 +611,23 @@ impl Change<'_> {
         Outcome::Worker(worker)
     }
 
-    fn put_if_changed(&mut self, old: &Arc<Worker>, mut new: Worker) -> Outcome {
-        let quarantined =
-            |w: &Worker| -> Vec<u32> { w.pools.iter().map(|p| p.quarantined_count()).collect() };
-        if quarantined(old) == quarantined(&new) {
-            return Outcome::Worker(old.clone());
+    fn worker_to_change(&self, name: &WorkerName) -> Result<Worker, Refusal> {
+        self.worker(name).map(|worker| Worker { version: self.revision, ..Worker::clone(&worker) })
+    }
+
+    fn put_if(&mut self, changed: bool, worker: Worker) -> Result<Outcome, Refusal> {
+        if !changed {
+            return self.worker(&worker.name).map(Outcome::Worker);
         }
-        new.version = self.revision;
-        self.put_worker(new)
+        Ok(self.put_worker(worker))
     }
 
     fn put_changed(&mut self, allocation: Allocation) -> Arc<Allocation> {
-        let allocation =
-            self.state.put_allocation(Allocation { version: self.revision, ..allocation });
+        let allocation = self.state.put_allocation(Allocation {
+            version: self.revision,
+            changed_at: self.at,
+            ..allocation
+        });
         self.events.push(Event::Changed(allocation.clone()));
         allocation
     }
@@ -438,6 +688,10 @@ fn free_port(worker: &mut Worker, holder: &InstanceName, number: u16) {
     {
         pool.free(number);
     }
+}
+
+fn not_free(worker: &WorkerName, port: Port, taken: Taken) -> Refusal {
+    Refusal::PortNotFree { worker: worker.clone(), port, taken }
 }
 
 fn taken(holder: &Arc<Allocation>, difference: &'static str) -> Refusal {

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::limits::*;
-use super::name::{InstanceName, Invalid, Labels, Port, PortName, RangeName, Uid, WorkerName};
+use super::name::{
+    InstanceName, Invalid, Labels, LeaseId, Millis, Port, PortName, RangeName, Uid, WorkerName,
+};
 use super::selector::Selector;
 
 /// What one instance asks for. Equality decides whether a repeat is the same request.
@@ -14,6 +16,9 @@ pub struct Claim {
     pub placement: Placement,
     pub ports: Vec<PortRequest>,
     pub gpus: Option<GpuRequest>,
+    pub lease: Option<LeaseId>,
+    /// How long it may stay `Reserved`; the server's default where it is not said.
+    pub confirm_within: Option<Millis>,
     /// Grant straight to `BOUND`, for users without a start step.
     pub bound: bool,
     pub labels: Labels,
@@ -151,6 +156,9 @@ impl Claim {
                 return Err(Invalid::new("gpus.memory_bytes", bytes, limit));
             }
         }
+        if let Some(span) = self.confirm_within {
+            Millis::span("confirm_within", span.0)?;
+        }
         if self.ports.is_empty() && self.gpus.is_none() {
             let limit = "asking for at least one port or GPU";
             return Err(Invalid::new("claim", &self.name, limit));
@@ -165,6 +173,8 @@ impl Claim {
             ("placement", self.placement != other.placement),
             ("ports", self.ports != other.ports),
             ("gpus", self.gpus != other.gpus),
+            ("lease", self.lease != other.lease),
+            ("confirm_within", self.confirm_within != other.confirm_within),
             ("bound", self.bound != other.bound),
             ("labels", self.labels != other.labels),
             ("name", self.name != other.name),

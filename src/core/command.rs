@@ -5,15 +5,16 @@
 
 use std::sync::Arc;
 
-use super::allocation::Allocation;
+use super::allocation::{Allocation, Departure, Lease, Liveness, ReleaseReason};
 use super::claim::Claim;
 use super::digest::Digest;
 use super::limits::*;
 use super::name::{
-    InstanceName, Invalid, Port, RangeName, Revision, Token, WorkerName, check_text,
+    InstanceName, Invalid, Leader, LeaseId, Millis, Port, RangeName, Revision, Token, WorkerName,
+    check_text,
 };
 use super::ports::Taken;
-use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
+use super::worker::{Identity, Worker, WorkerPatch, WorkerPhase, WorkerSpec};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
@@ -27,23 +28,39 @@ pub enum Command {
         name: WorkerName,
         patch: WorkerPatch,
     },
+    /// An operator sets `Ready`, `Cordoned` or `Draining`; on a lost worker that is the phase which
+    /// it will have again. The leader sets `Lost`, and `Ready` for "it reports again".
     SetWorkerPhase {
         name: WorkerName,
         phase: WorkerPhase,
+        by: Actor,
     },
-    /// Refused while anything is held.
+    /// Refused while anything is held. `force`: an operator's reason to free all of it.
     RemoveWorker {
         name: WorkerName,
+        force: Option<String>,
     },
     /// All claims or none; several are a gang.
     Allocate {
         claims: Vec<Claim>,
+        /// For claims that do not say themselves.
+        confirm_within: Millis,
     },
-    /// `RESERVED` → `BOUND`. `version` 0 is unguarded.
+    /// `RESERVED` → `BOUND`, and revives what is `LINGERING`. `version` 0 is unguarded. What is
+    /// `None` stays as it is.
     Confirm {
         name: InstanceName,
         token: Token,
         version: Revision,
+        liveness: Option<Liveness>,
+        lease: Option<LeaseId>,
+    },
+    /// Moves an allocation to another lease, or takes it off its own. `version` 0 is unguarded.
+    Attach {
+        name: InstanceName,
+        token: Token,
+        version: Revision,
+        lease: Option<LeaseId>,
     },
     Release {
         name: InstanceName,
@@ -56,17 +73,67 @@ pub enum Command {
         version: Revision,
         port: Port,
     },
+    /// The system takes an allocation back: refused unless it is still what was judged.
+    Reclaim {
+        name: InstanceName,
+        token: Token,
+        version: Revision,
+        ground: Ground,
+        under: Leader,
+    },
     Quarantine {
         worker: WorkerName,
         ports: Vec<Port>,
         reason: String,
+        by: Actor,
     },
+    /// The leader lifts only what no operator set, and nothing newer than what was seen.
     LiftQuarantine {
         worker: WorkerName,
         ports: Vec<Port>,
+        by: Actor,
+        seen: Revision,
+    },
+    GrantLease {
+        ttl: Millis,
+    },
+    /// Ends a lease by its holder's word.
+    RevokeLease {
+        id: LeaseId,
+    },
+    /// Ends a lease that was not kept alive.
+    ExpireLease {
+        id: LeaseId,
+        under: Leader,
     },
     /// Replicas prove that they agree. Changes nothing.
     Checkpoint(Checkpoint),
+}
+
+/// On whose word something is done. What a leader's timers and sweeper propose counts only while it
+/// leads: it is refused if the log took it under another leader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Actor {
+    Operator,
+    Leader(Leader),
+}
+
+/// Why the system may take an allocation back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ground {
+    /// It was not confirmed in time. Proves nothing: on a worker with an agent it lingers.
+    Unconfirmed,
+    /// An agent saw that it is gone, on the worker of this identity and as of revision `seen`.
+    Gone { identity: Identity, seen: Revision, reason: String },
+}
+
+/// What is known of a command besides itself, from the log entry that it is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Origin {
+    /// Who wrote the entry.
+    pub leader: Leader,
+    /// When, by its wall clock. For people: nothing is decided by it.
+    pub at: Millis,
 }
 
 /// One of the two steps in which replicas compare their tables. A digest takes time in the size of
@@ -101,7 +168,8 @@ impl Command {
         };
         match self {
             Command::RegisterWorker { spec, .. } => spec.validate(),
-            Command::Allocate { claims } => {
+            Command::Allocate { claims, confirm_within } => {
+                Millis::span("confirm_within", confirm_within.0)?;
                 if claims.is_empty() || claims.len() > CLAIMS_MAX {
                     let limit = format!("1 to {CLAIMS_MAX} claims");
                     return Err(Invalid::new("claims", claims.len(), limit));
@@ -121,6 +189,12 @@ impl Command {
                 check_text("reason", reason, REASON_MAX_BYTES)
             }
             Command::LiftQuarantine { ports, .. } => some_ports(ports),
+            Command::Confirm { liveness: Some(liveness), .. } => liveness.validate(),
+            Command::GrantLease { ttl } => Millis::span("ttl", ttl.0).map(drop),
+            Command::RemoveWorker { force: Some(reason), .. }
+            | Command::Reclaim { ground: Ground::Gone { reason, .. }, .. } => {
+                check_text("reason", reason, REASON_MAX_BYTES)
+            }
             Command::Release { authority: Authority::Operator { reason }, .. } => {
                 check_text("reason", reason, REASON_MAX_BYTES)
             }
@@ -128,9 +202,24 @@ impl Command {
             Command::SetWorkerPhase { .. }
             | Command::RemoveWorker { .. }
             | Command::Confirm { .. }
+            | Command::Attach { .. }
             | Command::Release { .. }
             | Command::ReportConflict { .. }
+            | Command::Reclaim { .. }
+            | Command::RevokeLease { .. }
+            | Command::ExpireLease { .. }
             | Command::Checkpoint(_) => Ok(()),
+        }
+    }
+
+    /// The leader under which alone it counts.
+    pub(super) fn under(&self) -> Option<Leader> {
+        match self {
+            Command::Reclaim { under, .. } | Command::ExpireLease { under, .. } => Some(*under),
+            Command::SetWorkerPhase { by: Actor::Leader(under), .. }
+            | Command::Quarantine { by: Actor::Leader(under), .. }
+            | Command::LiftQuarantine { by: Actor::Leader(under), .. } => Some(*under),
+            _ => None,
         }
     }
 
@@ -143,6 +232,11 @@ impl Command {
             Command::RemoveWorker { .. } => "remove_worker",
             Command::Allocate { .. } => "allocate",
             Command::Confirm { .. } => "confirm",
+            Command::Attach { .. } => "attach",
+            Command::Reclaim { .. } => "reclaim",
+            Command::GrantLease { .. } => "grant_lease",
+            Command::RevokeLease { .. } => "revoke_lease",
+            Command::ExpireLease { .. } => "expire_lease",
             Command::Release { .. } => "release",
             Command::ReportConflict { .. } => "report_conflict",
             Command::Quarantine { .. } => "quarantine",
@@ -173,6 +267,9 @@ pub enum Outcome {
         repeated: bool,
     },
     Confirmed(Arc<Allocation>),
+    Attached(Arc<Allocation>),
+    /// Its holder fell silent.
+    Lingers(Arc<Allocation>),
     /// What was released; `None` where it was gone already.
     Released(Option<Arc<Allocation>>),
     /// The port was quarantined, and another one given for it.
@@ -182,6 +279,9 @@ pub enum Outcome {
         allocation: Arc<Allocation>,
         reason: String,
     },
+    Lease(Arc<Lease>),
+    /// The lease as it was; `None` where it was gone already.
+    LeaseEnded(Option<Arc<Lease>>),
     /// Of a checkpoint: it is in the log.
     Noted,
 }
@@ -193,8 +293,18 @@ pub enum Refusal {
     Invalid(#[from] Invalid),
     #[error("no worker {0}")]
     NoWorker(WorkerName),
-    #[error("no allocation {0}")]
-    NoAllocation(InstanceName),
+    #[error("no allocation {name}{}", describe_departure(.departed))]
+    NoAllocation { name: InstanceName, departed: Option<Departure> },
+    #[error("no lease {0}: it was never granted, or it has ended")]
+    NoLease(LeaseId),
+    #[error("lease {lease} has {limit} allocations already, which is the limit")]
+    LeaseFull { lease: LeaseId, limit: usize },
+    #[error("{name} is LINGERING ({reason}): only a confirmation revives it")]
+    Lingers { name: InstanceName, reason: String },
+    #[error("{name}: {what}")]
+    NotProven { name: InstanceName, what: String },
+    #[error("proposed under {proposed}, but {leader} leads")]
+    Deposed { proposed: Leader, leader: Leader },
     #[error("{name} is held since revision {} on worker {} under uid {}; the request differs in its {difference}",
         .holder.token, .holder.worker, .holder.claim.uid)]
     NameTaken { name: InstanceName, holder: Arc<Allocation>, difference: &'static str },
@@ -332,6 +442,12 @@ impl Lack {
     }
 }
 
+fn describe_departure(departed: &Option<Departure>) -> String {
+    departed.as_ref().map_or_else(String::new, |Departure { revision, worker, why, .. }| {
+        format!(": {why}, on worker {worker} at revision {revision}")
+    })
+}
+
 fn describe_taken(taken: &Taken) -> String {
     match taken {
         Taken::Held(holder) => format!("held by {holder}"),
@@ -374,17 +490,16 @@ pub enum Event {
     Worker(Arc<Worker>),
     WorkerRemoved(WorkerName),
     Allocated(Arc<Allocation>),
-    /// Confirmed, or a port swapped.
+    /// Its last change says how.
     Changed(Arc<Allocation>),
     Released {
         allocation: Arc<Allocation>,
         why: ReleaseReason,
     },
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ReleaseReason {
-    ByHolder,
-    Forced { reason: String },
-    Reclaimed { reason: String },
+    LeaseGranted(Arc<Lease>),
+    /// `expired`: not kept alive, else by its holder's word.
+    LeaseEnded {
+        lease: Arc<Lease>,
+        expired: bool,
+    },
 }

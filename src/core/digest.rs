@@ -8,10 +8,12 @@ use std::fmt;
 
 use sha2::{Digest as _, Sha256};
 
-use super::allocation::{Allocation, ChangeKind, HeldGpu, HeldPort, LastChange};
+use super::allocation::{
+    Allocation, ChangeKind, Departure, Handle, HeldGpu, HeldPort, LastChange, Lease, Liveness,
+};
 use super::claim::{Claim, GpuChoice, GpuRequest, GpuShare, Placement, PortRequest, Ports};
 use super::name::Labels;
-use super::ports::Pool;
+use super::ports::{Pool, Quarantine};
 use super::state::State;
 use super::worker::{GpuSpec, Identity, RangeSpec, Worker, WorkerSpec};
 
@@ -32,12 +34,36 @@ impl fmt::Debug for Digest {
 }
 
 pub fn digest(state: &State) -> Digest {
-    let State { feature_level, revision, workers, allocations, members, indexes: _ } = state;
+    let State {
+        feature_level,
+        revision,
+        workers,
+        allocations,
+        leases,
+        departures,
+        members,
+        indexes: _,
+    } = state;
     let mut sink = Sink(Sha256::new());
     sink.number(u64::from(*feature_level));
     sink.number(revision.0);
     sink.each(workers.values(), |sink, w| sink.worker(w));
     sink.each(allocations.values(), |sink, a| sink.allocation(a));
+    sink.each(leases.values(), |sink, lease| {
+        // Which allocations are on it is said by them.
+        let Lease { id, ttl, allocations: _ } = &**lease;
+        sink.number(id.0);
+        sink.number(ttl.0);
+    });
+    sink.each(departures.iter(), |sink, (name, departure)| {
+        let Departure { revision, at, worker, token, why } = departure;
+        sink.text(name.as_str());
+        sink.number(revision.0);
+        sink.number(at.0);
+        sink.text(worker.as_str());
+        sink.number(token.0);
+        sink.text(&why.to_string());
+    });
     // Without members, as before there was one: the table alone.
     if !members.is_empty() {
         sink.each(members.iter(), |sink, (id, incarnation)| {
@@ -85,13 +111,26 @@ impl Sink {
 
     fn worker(&mut self, worker: &Worker) {
         // Who holds what on it is said by the allocations.
-        let Worker { name, spec, phase, pools, gpus: _, allocations: _, created, version } = worker;
+        let Worker {
+            name,
+            spec,
+            phase,
+            phase_before,
+            pools,
+            gpus: _,
+            allocations: _,
+            created,
+            version,
+            booted,
+        } = worker;
         self.text(name.as_str());
         self.spec(spec);
         self.text(phase.name());
+        self.text(phase_before.name());
         self.each(pools.iter(), |sink, pool| sink.pool(pool));
         self.number(created.0);
         self.number(version.0);
+        self.number(booted.0);
     }
 
     fn spec(&mut self, spec: &WorkerSpec) {
@@ -127,14 +166,32 @@ impl Sink {
         });
         self.each(pool.quarantined.iter(), |sink, (port, quarantine)| {
             sink.number(u64::from(*port));
-            sink.text(&quarantine.reason);
-            sink.number(quarantine.since.0);
+            let Quarantine { reason, source, since } = quarantine;
+            sink.text(reason);
+            sink.text(source.name());
+            sink.number(since.0);
         });
     }
 
     fn allocation(&mut self, allocation: &Allocation) {
-        let Allocation { claim, worker, ports, gpus, token, version, phase, swaps, last_change } =
-            allocation;
+        let Allocation {
+            claim,
+            worker,
+            ports,
+            gpus,
+            token,
+            version,
+            phase,
+            confirmed,
+            reason,
+            lease,
+            liveness,
+            confirm_within,
+            granted_at,
+            changed_at,
+            swaps,
+            last_change,
+        } = allocation;
         self.claim(claim);
         self.text(worker.as_str());
         self.each(ports.iter(), |sink, HeldPort { request, name, range, number }| {
@@ -152,11 +209,37 @@ impl Sink {
         self.number(token.0);
         self.number(version.0);
         self.text(phase.name());
+        self.number(u64::from(*confirmed));
+        self.maybe(reason.as_ref(), |sink, reason| sink.text(reason));
+        self.maybe(lease.as_ref(), |sink, lease| sink.number(lease.0));
+        self.maybe(liveness.as_ref(), |sink, Liveness { boot_id, handle }| {
+            sink.text(boot_id);
+            match handle {
+                Handle::Process { pid, start_ticks } => {
+                    sink.text("process");
+                    sink.number(u64::from(*pid));
+                    sink.number(*start_ticks);
+                }
+                Handle::Cgroup(path) => {
+                    sink.text("cgroup");
+                    sink.text(path);
+                }
+                Handle::Container(id) => {
+                    sink.text("container");
+                    sink.text(id);
+                }
+            }
+        });
+        self.number(confirm_within.0);
+        self.number(granted_at.0);
+        self.number(changed_at.0);
         self.number(u64::from(*swaps));
         self.maybe(last_change.as_ref(), |sink, LastChange { from, kind }| {
             sink.number(from.0);
             match kind {
                 ChangeKind::Confirmed => sink.text("confirmed"),
+                ChangeKind::Attached => sink.text("attached"),
+                ChangeKind::Lingered => sink.text("lingered"),
                 ChangeKind::Swapped { port } => {
                     sink.text("swapped");
                     sink.number(u64::from(*port));
@@ -166,7 +249,8 @@ impl Sink {
     }
 
     fn claim(&mut self, claim: &Claim) {
-        let Claim { name, uid, placement, ports, gpus, bound, labels } = claim;
+        let Claim { name, uid, placement, ports, gpus, lease, confirm_within, bound, labels } =
+            claim;
         self.text(name.as_str());
         self.text(uid.as_str());
         match placement {
@@ -210,6 +294,8 @@ impl Sink {
                 }
             }
         });
+        self.maybe(lease.as_ref(), |sink, lease| sink.number(lease.0));
+        self.maybe(confirm_within.as_ref(), |sink, span| sink.number(span.0));
         self.number(u64::from(*bound));
         self.labels(labels);
     }

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use imbl::OrdSet;
 
-use super::allocation::Allocation;
+use super::allocation::{Allocation, Phase};
 use super::claim::{GpuChoice, GpuRequest, GpuShare, Ports};
-use super::limits::SWAPS_MAX;
+use super::limits::{DEPARTURES_MAX, LEASE_ALLOCATIONS_MAX, SWAPS_MAX};
 use super::state::{Indexes, Resource, State, scopes, uuids};
 use super::worker::WorkerPhase;
 
@@ -17,8 +17,17 @@ pub fn check_invariants(state: &State) -> Result<(), String> {
         if *name != worker.name {
             return fail(format!("is filed under another name than {}", worker.name));
         }
-        if worker.version > state.revision || worker.created > worker.version {
+        if worker.version > state.revision
+            || worker.created > worker.version
+            || worker.booted > worker.version
+        {
             return fail("its revisions run ahead".into());
+        }
+        if worker.phase != WorkerPhase::Lost && worker.phase != worker.phase_before {
+            return fail("it is not lost, and has a phase to go back to".into());
+        }
+        if worker.has_agent() != (worker.booted.0 > 0) {
+            return fail("its agent and its boot disagree".into());
         }
         worker.spec.validate().map_err(|e| format!("worker {name}: {e}"))?;
         if worker.pools.len() != worker.spec.ranges.len()
@@ -104,6 +113,34 @@ pub fn check_invariants(state: &State) -> Result<(), String> {
         if !answers(held) {
             return fail("does not hold what it asked for");
         }
+        let phase_agrees = match held.phase {
+            Phase::Reserved => !held.confirmed && held.reason.is_none(),
+            Phase::Bound => held.confirmed && held.reason.is_none(),
+            Phase::Lingering => held.reason.is_some() && held.lease.is_none(),
+        };
+        if !phase_agrees {
+            return fail("its phase, confirmation, lease and reason disagree");
+        }
+        let lease = held.lease.map(|id| state.leases.get(&id));
+        if !lease.is_none_or(|lease| lease.is_some_and(|l| l.allocations.contains_key(name))) {
+            return fail("its lease does not exist or does not list it");
+        }
+        if state.departures.contains_key(name) {
+            return fail("is held, and remembered as gone");
+        }
+    }
+    for (id, lease) in &state.leases {
+        let on_it = |name| state.allocations.get(name).is_some_and(|a| a.lease == Some(*id));
+        let listed = lease.allocations.keys().all(on_it);
+        if lease.id != *id || id.0 > state.revision.0 || !listed {
+            return Err(format!("lease {id}: its id or its allocations are wrong"));
+        }
+        if lease.allocations.len() > LEASE_ALLOCATIONS_MAX {
+            return Err(format!("lease {id} has too many allocations"));
+        }
+    }
+    if state.departures.len() > DEPARTURES_MAX {
+        return Err("too many departures are remembered".into());
     }
     check_indexes(state)
 }
@@ -175,14 +212,21 @@ fn check_indexes(state: &State) -> Result<(), String> {
             return Err(format!("the namespace of {name} belongs to another worker too"));
         }
     }
+    let in_phase = |phase| {
+        let held = state.allocations.iter().filter(move |(_, held)| held.phase == phase);
+        held.map(|(name, _)| name.clone()).collect()
+    };
     let anew = Indexes {
+        reserved: in_phase(Phase::Reserved),
+        lingering: in_phase(Phase::Lingering),
+        departed: state.departures.iter().map(|(n, d)| (d.revision, n.clone())).collect(),
         by_free: by_free.into_iter().map(|(k, set)| (k, OrdSet::from_iter(set))).collect(),
         gpu_owner: gpu_owner.into_iter().collect(),
         identity_owner: identity_owner.into_iter().collect(),
         not_ready,
     };
     if anew != state.indexes {
-        return Err("the indexes are not the inverse of the workers".into());
+        return Err("the indexes are not the inverse of the maps".into());
     }
     Ok(())
 }

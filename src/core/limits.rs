@@ -52,6 +52,20 @@ pub const QUARANTINE_PORTS_MAX: usize = 1024;
 pub const WORKERS_MAX: usize = 200_000;
 /// Most live allocations in the cluster.
 pub const ALLOCATIONS_MAX: usize = 4_000_000;
+/// Most leases in the cluster.
+pub const LEASES_MAX: usize = 1_000_000;
+/// Most allocations on one lease: its end is one command.
+pub const LEASE_ALLOCATIONS_MAX: usize = 4096;
+/// Shortest time to live of a lease, and shortest confirm deadline, in milliseconds.
+pub const SPAN_MIN_MS: u64 = 1_000;
+/// Longest of both: 24 h.
+pub const SPAN_MAX_MS: u64 = 86_400_000;
+/// Longest cgroup path of a liveness handle, in bytes.
+pub const CGROUP_MAX_BYTES: usize = 1024;
+/// Reclaimed and forced-out names of which the table remembers when and why.
+pub const DEPARTURES_MAX: usize = 10_000;
+/// Workers that an explanation shows.
+pub const EXPLAINED_WORKERS_MAX: usize = 100;
 /// Port swaps that one allocation may go through before it is reclaimed.
 pub const SWAPS_MAX: u32 = 32;
 

@@ -7,8 +7,8 @@
 //!   quarantined; free + held + quarantined + reserved = managed, for every range;
 //! - per GPU: held memory ≤ usable memory; an exclusive holder is alone; a GPU UUID belongs to one
 //!   worker; a network namespace of a machine belongs to one worker;
-//! - every allocation's worker, ports and GPUs exist and name it as their holder; every index is
-//!   the inverse of its map;
+//! - every allocation's worker, ports and GPUs exist and name it as their holder, its lease too
+//!   while it is on one; what lingers is on none; every index is the inverse of its map;
 //! - the revision never goes back; one changing command is one revision; a token is the revision
 //!   of its grant, so that no (name, token) names two grants;
 //! - replicas that applied the same prefix have equal digests.
@@ -41,7 +41,8 @@ pub use command::*;
 pub use digest::{Digest, digest};
 pub use invariants::check_invariants;
 pub use name::*;
-pub use ports::{Pool, Quarantine, Taken};
+pub use place::{Explanation, explain};
+pub use ports::{Pool, Quarantine, Source, Taken};
 pub use selector::{Selector, Term};
 pub use state::{FEATURE_LEVEL, Restore, State};
 pub use worker::*;

@@ -189,6 +189,43 @@ number_type!(
     /// Fencing token: the revision of the grant, stable for the life of the allocation.
     Token
 );
+number_type!(
+    /// A lease: the revision of its grant.
+    LeaseId
+);
+
+/// Who leads, and so writes the log: no two leaders have both the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Leader {
+    pub term: u64,
+    pub node: u64,
+}
+
+impl fmt::Display for Leader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "node {} in term {}", self.node, self.term)
+    }
+}
+
+/// A span of time in milliseconds, or a moment as Unix time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Millis(pub u64);
+
+impl Millis {
+    /// Checks that a span lies within the bounds that hold for all spans a caller may ask for.
+    pub fn span(field: &str, ms: u64) -> Result<Self, Invalid> {
+        if (SPAN_MIN_MS..=SPAN_MAX_MS).contains(&ms) {
+            return Ok(Millis(ms));
+        }
+        Err(Invalid::new(field, Millis(ms), "1s to 24h"))
+    }
+}
+
+impl fmt::Display for Millis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_duration(std::time::Duration::from_millis(self.0)).fmt(f)
+    }
+}
 
 /// A port number, 1 to 65535, held for TCP and UDP together.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -13,7 +13,7 @@ use itertools::Itertools as _;
 use super::allocation::{HeldGpu, HeldPort};
 use super::claim::{Claim, GpuChoice, GpuRequest, GpuShare, Placement, Policy, PortRequest, Ports};
 use super::command::{Lack, LackKind, Refusal, Shortage};
-use super::limits::PLACEMENT_CANDIDATES_MAX;
+use super::limits::{EXPLAINED_WORKERS_MAX, PLACEMENT_CANDIDATES_MAX};
 use super::name::{InstanceName, WorkerName};
 use super::ports::{Pool, Taken};
 use super::selector::{Selector, Term};
@@ -50,6 +50,56 @@ pub(super) fn place(state: &State, claim: &Claim) -> Result<Grant, Refusal> {
                 .filter(|worker| selector.matches(&worker.spec.labels))
                 .find_map(|worker| place_on(worker, claim, *policy).ok())
                 .ok_or_else(|| nothing_fits(why_none_fits(state, claim, selector, search())))
+        }
+    }
+}
+
+/// Why a claim fits where: the workers in the order in which its policy prefers them, at most
+/// [`EXPLAINED_WORKERS_MAX`], each with what it lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Explanation {
+    /// Ready workers that the selector may match; 1 where the claim names its worker.
+    pub candidates: u64,
+    /// Workers of the whole cluster that are not `Ready`.
+    pub not_ready: u64,
+    /// `Err` has what is missing, in words.
+    pub workers: Vec<(WorkerName, Result<(), String>)>,
+}
+
+pub fn explain(state: &State, claim: &Claim) -> Explanation {
+    let not_ready = state.indexes.not_ready;
+    let weigh = |worker: &Worker, policy| {
+        let lack = place_on(worker, claim, policy).err().map(|lack| lack.to_string());
+        (worker.name.clone(), lack.map_or(Ok(()), Err))
+    };
+    match &claim.placement {
+        Placement::Worker(name) => {
+            let verdict = match state.worker(name) {
+                None => (name.clone(), Err("there is no such worker".into())),
+                Some(worker) if worker.phase != WorkerPhase::Ready => {
+                    (name.clone(), Err(format!("it is {}", worker.phase.name())))
+                }
+                Some(worker) => weigh(worker, Policy::Binpack),
+            };
+            Explanation { candidates: 1, not_ready, workers: vec![verdict] }
+        }
+        Placement::Select { selector, policy } => {
+            let all = sources(state, selector, Resource::Ports);
+            let candidates = all.len() as u64;
+            let (resource, least) = need(claim);
+            let mut seen = BTreeSet::new();
+            // First those that have enough of what it needs most, then the others.
+            let workers = sources(state, selector, resource)
+                .candidates(least, *policy)
+                .chain(all.candidates(0, Policy::Spread))
+                .take(PLACEMENT_CANDIDATES_MAX)
+                .filter(|name| seen.insert(*name))
+                .filter_map(|name| state.worker(name))
+                .filter(|worker| selector.matches(&worker.spec.labels))
+                .take(EXPLAINED_WORKERS_MAX)
+                .map(|worker| weigh(worker, *policy))
+                .collect();
+            Explanation { candidates, not_ready, workers }
         }
     }
 }

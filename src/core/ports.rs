@@ -16,8 +16,30 @@ use super::name::{InstanceName, Port, RangeName, Revision};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Quarantine {
     pub reason: String,
+    pub source: Source,
     /// Revision at which the port was quarantined.
     pub since: Revision,
+}
+
+/// Whose word a quarantine rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Source {
+    /// Lifted by an operator alone.
+    Operator,
+    /// A holder found the port in use.
+    Conflict,
+    /// An agent saw the port in use by nobody that the table knows.
+    Observed,
+}
+
+impl Source {
+    pub fn name(self) -> &'static str {
+        match self {
+            Source::Operator => "operator",
+            Source::Conflict => "conflict",
+            Source::Observed => "observed",
+        }
+    }
 }
 
 /// What stands in the way of one port.

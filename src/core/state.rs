@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
 
-use super::allocation::Allocation;
+use super::allocation::{Allocation, Departure, Lease, Phase};
 use super::claim::GpuShare;
-use super::name::{InstanceName, LabelKey, LabelValue, Revision, WorkerName};
+use super::limits::DEPARTURES_MAX;
+use super::name::{InstanceName, LabelKey, LabelValue, LeaseId, Millis, Revision, WorkerName};
 use super::ports::Pool;
 use super::worker::{Identity, Worker, WorkerPhase, WorkerSpec};
 
@@ -22,13 +23,17 @@ pub struct State {
     pub revision: Revision,
     pub(super) workers: OrdMap<WorkerName, Arc<Worker>>,
     pub(super) allocations: OrdMap<InstanceName, Arc<Allocation>>,
+    pub(super) leases: OrdMap<LeaseId, Arc<Lease>>,
+    /// How names left, other than by their holders' word: the newest [`DEPARTURES_MAX`] of those
+    /// that are not held again.
+    pub(super) departures: OrdMap<InstanceName, Departure>,
     /// Every node that was ever a member, with the incarnation that its id is bound to: an id is
     /// never used again. Empty while it is pending.
     pub(super) members: OrdMap<u64, String>,
     pub(super) indexes: Indexes,
 }
 
-/// All derived from the workers: a snapshot does not keep them.
+/// All derived from the maps: a snapshot does not keep them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Indexes {
     /// Workers that are `Ready`, by scope and by what they have free.
@@ -40,6 +45,11 @@ pub(super) struct Indexes {
     pub identity_owner: OrdMap<Identity, WorkerName>,
     /// Workers that are not `Ready`.
     pub not_ready: u64,
+    /// Allocations that wait for a confirmation, and those that wait for evidence.
+    pub reserved: OrdSet<InstanceName>,
+    pub lingering: OrdSet<InstanceName>,
+    /// Departures, oldest first.
+    pub departed: OrdSet<(Revision, InstanceName)>,
 }
 
 /// Which workers an index speaks of.
@@ -67,6 +77,8 @@ impl Default for State {
             revision: Revision(0),
             workers: OrdMap::new(),
             allocations: OrdMap::new(),
+            leases: OrdMap::new(),
+            departures: OrdMap::new(),
             members: OrdMap::new(),
             indexes: Indexes::default(),
         }
@@ -100,6 +112,49 @@ impl State {
     /// All ids that were ever used, in order, each with its incarnation.
     pub fn members(&self) -> impl Iterator<Item = (u64, &str)> {
         self.members.iter().map(|(id, incarnation)| (*id, incarnation.as_str()))
+    }
+
+    pub fn lease(&self, id: LeaseId) -> Option<&Arc<Lease>> {
+        self.leases.get(&id)
+    }
+
+    pub fn lease_count(&self) -> usize {
+        self.leases.len()
+    }
+
+    /// Leases in order of id, from after `after`.
+    pub fn leases_after(&self, after: Option<LeaseId>) -> impl Iterator<Item = &Arc<Lease>> {
+        self.leases.range(after_bounds(after.as_ref())).map(|(_, lease)| lease)
+    }
+
+    /// How a name that is not held left the table, if that is remembered.
+    pub fn departure(&self, name: &InstanceName) -> Option<&Departure> {
+        self.departures.get(name)
+    }
+
+    /// All that are remembered, oldest first.
+    pub fn departures(&self) -> impl Iterator<Item = (&InstanceName, &Departure)> {
+        let names = self.indexes.departed.iter().map(|(_, name)| name);
+        names.filter_map(|name| self.departures.get_key_value(name))
+    }
+
+    /// Allocations that are `Reserved`, in order of name.
+    pub fn reserved(&self) -> impl Iterator<Item = &Arc<Allocation>> {
+        self.indexes.reserved.iter().filter_map(|name| self.allocations.get(name))
+    }
+
+    /// Allocations that are `Lingering`, in order of name.
+    pub fn lingering(&self) -> impl Iterator<Item = &Arc<Allocation>> {
+        self.indexes.lingering.iter().filter_map(|name| self.allocations.get(name))
+    }
+
+    pub fn phase_count(&self, phase: Phase) -> usize {
+        let Indexes { reserved, lingering, .. } = &self.indexes;
+        match phase {
+            Phase::Reserved => reserved.len(),
+            Phase::Lingering => lingering.len(),
+            Phase::Bound => self.allocations.len() - reserved.len() - lingering.len(),
+        }
     }
 
     pub fn worker_count(&self) -> usize {
@@ -163,15 +218,72 @@ impl State {
         self.indexes.replace(old.as_deref(), None);
     }
 
+    /// Puts an allocation in the place of the one it had under this name, on its lease too.
     pub(super) fn put_allocation(&mut self, allocation: Allocation) -> Arc<Allocation> {
         let allocation = Arc::new(allocation);
-        self.allocations.insert(allocation.name().clone(), allocation.clone());
+        let old = self.allocations.insert(allocation.name().clone(), allocation.clone());
+        self.follow(old.as_deref(), Some(&allocation));
         allocation
+    }
+
+    pub(super) fn drop_allocation(&mut self, name: &InstanceName) {
+        let old = self.allocations.remove(name);
+        self.follow(old.as_deref(), None);
+    }
+
+    /// Keeps the indexes of the allocations and the names on the leases true.
+    fn follow(&mut self, old: Option<&Allocation>, new: Option<&Allocation>) {
+        let Some(name) = new.or(old).map(Allocation::name) else { return };
+        let is = |a: Option<&Allocation>, phase| a.is_some_and(|a| a.phase == phase);
+        for (phase, set) in [
+            (Phase::Reserved, &mut self.indexes.reserved),
+            (Phase::Lingering, &mut self.indexes.lingering),
+        ] {
+            match (is(old, phase), is(new, phase)) {
+                (false, true) => drop(set.insert(name.clone())),
+                (true, false) => drop(set.remove(name)),
+                _ => {}
+            }
+        }
+        let (before, after) = (old.and_then(|a| a.lease), new.and_then(|a| a.lease));
+        if before == after {
+            return;
+        }
+        let mut names_on = |id: Option<LeaseId>, change: &dyn Fn(&mut OrdMap<InstanceName, ()>)| {
+            if let Some(lease) = id.and_then(|id| self.leases.get_mut(&id)) {
+                change(&mut Arc::make_mut(lease).allocations);
+            }
+        };
+        names_on(before, &|names| {
+            names.remove(name);
+        });
+        names_on(after, &|names| {
+            names.insert(name.clone(), ());
+        });
+    }
+
+    /// Remembers how a name left, and forgets the oldest of too many.
+    pub(super) fn remember_departure(&mut self, name: InstanceName, departure: Departure) {
+        self.forget_departure(&name);
+        self.indexes.departed.insert((departure.revision, name.clone()));
+        self.departures.insert(name, departure);
+        if self.departures.len() > DEPARTURES_MAX
+            && let Some((_, oldest)) = self.indexes.departed.get_min().cloned()
+        {
+            self.forget_departure(&oldest);
+        }
+    }
+
+    /// The name is held again.
+    pub(super) fn forget_departure(&mut self, name: &InstanceName) {
+        if let Some(departure) = self.departures.remove(name) {
+            self.indexes.departed.remove(&(departure.revision, name.clone()));
+        }
     }
 }
 
-/// A state that is being read back: workers first, then allocations, which take their places
-/// again. What the records say is checked, so that a damaged snapshot is refused and not served.
+/// A state that is being read back: workers and leases first, then allocations, which take their
+/// places again. What the records say is checked, so that a damaged snapshot is refused and not served.
 #[derive(Debug, Default)]
 pub struct Restore {
     state: State,
@@ -187,10 +299,9 @@ impl Restore {
         &mut self,
         name: WorkerName,
         spec: WorkerSpec,
-        phase: WorkerPhase,
+        (phase, phase_before): (WorkerPhase, WorkerPhase),
         pools: Vec<Pool>,
-        created: Revision,
-        version: Revision,
+        [created, version, booted]: [Revision; 3],
     ) -> Result<(), String> {
         spec.validate().map_err(|e| format!("worker {name}: {e}"))?;
         let fits = pools.len() == spec.ranges.len()
@@ -204,7 +315,8 @@ impl Restore {
         if self.state.worker(&name).is_some() {
             return Err(format!("worker {name} is recorded twice"));
         }
-        let worker = Worker { phase, pools, version, ..Worker::new(name, spec, created) };
+        let new = Worker::new(name, spec, created);
+        let worker = Worker { phase, phase_before, pools, version, booted, ..new };
         self.state.put_worker(worker);
         Ok(())
     }
@@ -218,6 +330,9 @@ impl Restore {
         let Some(worker) = self.state.workers.get(&allocation.worker) else {
             return fail("its worker does not exist");
         };
+        if allocation.lease.is_some_and(|lease| self.state.lease(lease).is_none()) {
+            return fail("its lease does not exist");
+        }
         let mut worker = Worker::clone(worker);
         for port in &allocation.ports {
             let pool = worker.pools.iter_mut().find(|p| p.name == port.range);
@@ -241,6 +356,27 @@ impl Restore {
         worker.allocations.insert(name, ());
         self.state.put_worker(worker);
         self.state.put_allocation(allocation);
+        Ok(())
+    }
+
+    /// Without the allocations on it, which name it themselves.
+    pub fn lease(&mut self, id: LeaseId, ttl: Millis) -> Result<(), String> {
+        let lease = Lease { id, ttl, allocations: OrdMap::new() };
+        match self.state.leases.insert(id, Arc::new(lease)) {
+            None => Ok(()),
+            Some(_) => Err(format!("lease {id} is recorded twice")),
+        }
+    }
+
+    /// From the oldest on.
+    pub fn departure(&mut self, name: InstanceName, departure: Departure) -> Result<(), String> {
+        let newest = self.state.indexes.departed.get_max().map(|(revision, _)| *revision);
+        if newest.is_some_and(|newest| departure.revision < newest)
+            || self.state.departures.contains_key(&name)
+        {
+            return Err(format!("the departure of {name} is out of order"));
+        }
+        self.state.remember_departure(name, departure);
         Ok(())
     }
 

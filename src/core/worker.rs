@@ -171,6 +171,7 @@ pub struct WorkerPatch {
     pub ranges: Option<Vec<RangeSpec>>,
     pub reserved: Option<BTreeSet<Port>>,
     pub gpus: Option<Vec<GpuSpec>>,
+    pub identity: Option<Identity>,
 }
 
 impl WorkerPatch {
@@ -196,7 +197,7 @@ impl WorkerPatch {
             ranges: p.ranges.unwrap_or_else(|| spec.ranges.clone()),
             reserved: p.reserved.unwrap_or_else(|| spec.reserved.clone()),
             gpus: p.gpus.unwrap_or_else(|| spec.gpus.clone()),
-            identity: spec.identity.clone(),
+            identity: p.identity.or_else(|| spec.identity.clone()),
         }
     }
 }
@@ -268,6 +269,8 @@ pub struct Worker {
     pub name: WorkerName,
     pub spec: Arc<WorkerSpec>,
     pub phase: WorkerPhase,
+    /// While it is `Lost`: the phase that it has again when its agent reports. Else the same.
+    pub phase_before: WorkerPhase,
     /// In the order of `spec.ranges`.
     pub pools: Vec<Pool>,
     /// In the order of `spec.gpus`.
@@ -278,6 +281,9 @@ pub struct Worker {
     pub created: Revision,
     /// Revision of the last change of spec, phase or quarantines.
     pub version: Revision,
+    /// Revision at which the agent first named the present boot; 0 without an agent. What was
+    /// granted and confirmed before did not live through the boot.
+    pub booted: Revision,
 }
 
 impl Worker {
@@ -286,8 +292,10 @@ impl Worker {
         let gpus = spec.gpus.iter().map(Gpu::new).collect();
         Worker {
             name,
+            booted: if spec.identity.is_some() { revision } else { Revision(0) },
             spec: Arc::new(spec),
             phase: WorkerPhase::Ready,
+            phase_before: WorkerPhase::Ready,
             pools,
             gpus,
             allocations: OrdMap::new(),
@@ -321,7 +329,9 @@ impl Worker {
                 gpu
             })
             .collect();
-        Worker { spec: Arc::new(spec), pools, gpus, version: revision, ..self.clone() }
+        let boot = |spec: &WorkerSpec| spec.identity.as_ref().map(|i| i.boot_id.clone());
+        let booted = if boot(&spec) == boot(&self.spec) { self.booted } else { revision };
+        Worker { spec: Arc::new(spec), pools, gpus, version: revision, booted, ..self.clone() }
     }
 
     /// What is held and would have no place under another spec, in words; `None` if nothing.
@@ -340,6 +350,16 @@ impl Worker {
                     ));
                 }
             }
+        }
+        if let (Some(old), Some(new), Some((holder, ()))) =
+            (&self.spec.identity, &spec.identity, self.allocations.get_min())
+            && (old.machine_id != new.machine_id
+                || (old.boot_id == new.boot_id && old.namespace != new.namespace))
+        {
+            return Some(format!(
+                "it is network namespace {} of machine {}, and {holder} is held there",
+                old.namespace, old.machine_id
+            ));
         }
         for (gpu, old) in self.gpus.iter().zip(&self.spec.gpus) {
             let Some((holder, _)) = gpu.holders().next() else { continue };
@@ -362,6 +382,11 @@ impl Worker {
             }
         }
         None
+    }
+
+    /// Then silence proves nothing: what it holds goes on evidence alone.
+    pub fn has_agent(&self) -> bool {
+        self.spec.identity.is_some()
     }
 
     pub fn pool(&self, name: &RangeName) -> Option<&Pool> {

@@ -26,7 +26,6 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Node;
-use super::telemetry::ApplyMetrics;
 use crate::core::{Applied, Checkpoint, Command, Digest, Event, Revision, State, digest};
 use crate::proto::peer;
 use crate::raft::{ApplyObserver, CommandAt, NodeId};
@@ -195,9 +194,7 @@ fn disagree(node: NodeId, own: &Taken, theirs: &Taken) -> ! {
 }
 
 impl ApplyObserver for Agreement {
-    fn applied(&self, command: &Command, applied: &Applied, events: &[Event]) {
-        ApplyMetrics.applied(command, applied, events);
-    }
+    fn applied(&self, _: &Command, _: &Applied, _: &[Event]) {}
 
     fn checkpoint(&self, at: CommandAt, checkpoint: &Checkpoint, state: &State) {
         match *checkpoint {
@@ -213,10 +210,6 @@ impl ApplyObserver for Agreement {
                 self.heed(verdict);
             }
         }
-    }
-
-    fn installed(&self) {
-        ApplyMetrics.installed();
     }
 }
 

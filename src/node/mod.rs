@@ -11,6 +11,7 @@
 mod agreement;
 mod bootstrap;
 mod compaction;
+mod observers;
 mod outcome;
 mod proposer;
 mod reads;
@@ -19,6 +20,8 @@ mod status;
 pub mod telemetry;
 #[cfg(test)]
 mod tests;
+mod timers;
+mod wall_clock;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -38,7 +41,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tonic::transport::server::TcpIncoming;
 use tracing::{error, info, warn};
 
-use crate::core::{Applied, Command, Revision, State};
+use crate::core::{Applied, Command, Millis, Revision, State};
 use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
@@ -66,6 +69,31 @@ pub struct NodeConfig {
     /// Log entries after which a snapshot is written.
     pub snapshot_every: u64,
     pub upkeep: Upkeep,
+    pub lifecycle: Lifecycle,
+}
+
+/// When the leader acts on what nobody said, and on what agents saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lifecycle {
+    /// How long an allocation may stay unconfirmed if its claim does not say.
+    pub confirm_within: Duration,
+    /// How long the ports of what was confirmed must be seen closed until it counts as gone.
+    pub zombie_after: Duration,
+    /// How long an agent may be silent until its worker is lost.
+    pub worker_lost_after: Duration,
+    /// How long a conflict keeps a port from being given on a worker that no agent watches.
+    pub quarantine: Duration,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Lifecycle {
+            confirm_within: Duration::from_secs(600),
+            zombie_after: Duration::from_secs(600),
+            worker_lost_after: Duration::from_secs(30),
+            quarantine: Duration::from_secs(300),
+        }
+    }
 }
 
 /// What a node does by itself, beside serving calls.
@@ -139,6 +167,7 @@ struct Inner {
     network: PeerNetwork,
     proposer: proposer::Proposer,
     reads: reads::Reads,
+    timers: timers::Timers,
     space: space::Space,
     agreement: agreement::Agreement,
     calls: Arc<OnceLock<Arc<dyn LocalCalls>>>,
@@ -197,7 +226,13 @@ impl Node {
         };
         let network = PeerNetwork::new(local, cluster.clone());
         let agreement = agreement::Agreement::new(config.id);
-        let (machine, view) = StateMachine::open(snapshots.clone(), Arc::new(agreement.clone()))?;
+        let timers = timers::Timers::default();
+        let observers = observers::Observers(vec![
+            Arc::new(telemetry::ApplyMetrics),
+            Arc::new(agreement.clone()),
+            Arc::new(timers.clone()),
+        ]);
+        let (machine, view) = StateMachine::open(snapshots.clone(), Arc::new(observers))?;
         let space = space::Space::new(&config.data_dir, config.upkeep.low_space_bytes);
 
         let calls = Arc::new(OnceLock::new());
@@ -247,6 +282,7 @@ impl Node {
                 network,
                 proposer,
                 reads,
+                timers,
                 space,
                 agreement,
                 calls,
@@ -261,6 +297,7 @@ impl Node {
         cell.set(raft);
         tokio::spawn(watch_recovery(node.clone()));
         tokio::spawn(telemetry::report(node.clone()));
+        tokio::spawn(timers::run(node.clone()));
         tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
         if upkeep.low_space_bytes > 0 {
             tokio::spawn(space::look_after(node.clone()));
@@ -342,6 +379,11 @@ impl Node {
         // A leader has applied all that came before its own entries.
         self.inner.recovered.store(true, Ordering::Release);
         Ok(applied)
+    }
+
+    /// How long an allocation may stay unconfirmed if its claim does not say.
+    pub fn confirm_within(&self) -> Millis {
+        Millis(self.inner.config.lifecycle.confirm_within.as_millis() as u64)
     }
 
     /// On the leader: a view with everything that was acknowledged before the call.

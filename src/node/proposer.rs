@@ -13,7 +13,7 @@
 //!   whenever it is said.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use fail::fail_point;
@@ -21,6 +21,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::outcome::{CallError, of_write};
+use super::wall_clock::wall_clock;
 use crate::core::{Applied, Command};
 use crate::raft::{Batch, Raft};
 
@@ -39,6 +40,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(100);
 pub(super) struct Proposer {
     urgent: mpsc::Sender<Waiting>,
     normal: mpsc::Sender<Waiting>,
+    /// The urgent lane was full since somebody last asked.
+    urgent_full: Arc<AtomicBool>,
 }
 
 struct Waiting {
@@ -62,11 +65,18 @@ impl Proposer {
     pub fn new(raft: Raft) -> (Proposer, impl Future<Output = ()> + Send) {
         let (urgent, urgent_queue) = mpsc::channel(LANE_COMMANDS_MAX);
         let (normal, normal_queue) = mpsc::channel(LANE_COMMANDS_MAX);
-        (Proposer { urgent, normal }, pack(raft, urgent_queue, normal_queue))
+        let proposer = Proposer { urgent, normal, urgent_full: Arc::default() };
+        (proposer, pack(raft, urgent_queue, normal_queue))
+    }
+
+    /// Was a confirmation, or what is as urgent, turned away since the last call?
+    pub fn turned_urgent_away(&self) -> bool {
+        self.urgent_full.swap(false, Ordering::Relaxed)
     }
 
     pub async fn propose(&self, command: Command, deadline: Instant) -> Result<Applied, CallError> {
-        let lane = if is_urgent(&command) { &self.urgent } else { &self.normal };
+        let urgent = is_urgent(&command);
+        let lane = if urgent { &self.urgent } else { &self.normal };
         let kind = command.kind();
         fail_point!("propose-full", |_| Err(CallError::Overloaded { retry_after: RETRY_AFTER }));
         fail_point!("propose-not-leader", |_| Err(CallError::NotLeader { leader: None }));
@@ -77,6 +87,7 @@ impl Proposer {
                 .increment(1);
             match e {
                 mpsc::error::TrySendError::Full(_) => {
+                    self.urgent_full.fetch_or(urgent, Ordering::Relaxed);
                     CallError::Overloaded { retry_after: RETRY_AFTER }
                 }
                 mpsc::error::TrySendError::Closed(_) => {
@@ -103,10 +114,14 @@ fn is_urgent(command: &Command) -> bool {
     matches!(
         command,
         Command::Confirm { .. }
+            | Command::Attach { .. }
             | Command::Release { .. }
             | Command::ReportConflict { .. }
+            | Command::Reclaim { .. }
             | Command::Quarantine { .. }
             | Command::LiftQuarantine { .. }
+            | Command::RevokeLease { .. }
+            | Command::ExpireLease { .. }
     )
 }
 
@@ -175,7 +190,7 @@ impl Entry {
         fail_point!("propose");
         // As where this task dies: whoever waits for an answer gets none.
         fail_point!("propose-before-append", |_| ());
-        let result = raft.client_write(Batch(commands)).await;
+        let result = raft.client_write(Batch { at: wall_clock(), commands }).await;
         fail_point!("propose-after-append", |_| ());
         metrics::histogram!("portwarden_proposal_seconds").record(started.elapsed().as_secs_f64());
         match result {
@@ -213,7 +228,7 @@ fn weight_bytes(command: &Command) -> usize {
                 + patch.labels.as_ref().map_or(0, |labels| labels.len())
                 + patch.reserved.as_ref().map_or(0, |reserved| reserved.len() / 16)
         }
-        Command::Allocate { claims } => {
+        Command::Allocate { claims, .. } => {
             claims.iter().map(|c| 8 + c.ports.len() + c.labels.len()).sum()
         }
         Command::Quarantine { ports, .. } | Command::LiftQuarantine { ports, .. } => {

@@ -130,7 +130,7 @@ fn refusal(
 /// Would it make the table grow? `Allocate` of names that are all held is an answer, not a change.
 fn grows(command: &Command, state: &State) -> bool {
     match command {
-        Command::Allocate { claims } => {
+        Command::Allocate { claims, .. } => {
             claims.iter().any(|claim| state.allocation(&claim.name).is_none())
         }
         Command::RegisterWorker { .. } | Command::UpdateWorker { .. } => true,

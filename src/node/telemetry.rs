@@ -92,7 +92,9 @@ impl ApplyObserver for ApplyMetrics {
             Ok(_) => "ok",
             Err(Refusal::Invalid(_)) => "invalid",
             Err(Refusal::NothingFits { .. } | Refusal::TableFull { .. }) => "full",
-            Err(Refusal::NoWorker(_) | Refusal::NoAllocation(_)) => "not_found",
+            Err(Refusal::NoWorker(_) | Refusal::NoAllocation { .. } | Refusal::NoLease(_)) => {
+                "not_found"
+            }
             Err(_) => "conflict",
         };
         let kind = command.kind();

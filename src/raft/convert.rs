@@ -67,7 +67,7 @@ fn membership(record: MembershipRecord) -> Result<Membership, CodecError> {
 pub fn encode_entry(entry: &Entry) -> Vec<u8> {
     codec::encode_payload(&match &entry.payload {
         Payload::Blank => PayloadRef::Blank,
-        Payload::Normal(Batch(commands)) => PayloadRef::Batch(commands),
+        Payload::Normal(Batch { at, commands }) => PayloadRef::Batch { at: *at, commands },
         Payload::Membership(membership) => PayloadRef::Membership(membership_record(membership)),
     })
 }
@@ -75,7 +75,7 @@ pub fn encode_entry(entry: &Entry) -> Vec<u8> {
 pub fn decode_entry(at: LogId, bytes: &[u8]) -> Result<Entry, CodecError> {
     let payload = match codec::decode_payload(bytes)? {
         codec::Payload::Blank => Payload::Blank,
-        codec::Payload::Batch(commands) => Payload::Normal(Batch(commands)),
+        codec::Payload::Batch { at, commands } => Payload::Normal(Batch { at, commands }),
         codec::Payload::Membership(record) => Payload::Membership(membership(record)?),
     };
     Ok(Entry::new(at, payload))

@@ -22,7 +22,7 @@ use super::convert;
 use super::types::{
     Batch, BatchReply, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
 };
-use crate::core::{self, Applied, Checkpoint, Command, Event};
+use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin};
 use crate::store::{SnapshotFile, SnapshotStore, StoreError};
 
 /// Before a snapshot for which there was no room is tried again.
@@ -118,13 +118,15 @@ impl StateMachine {
             }
             self.table.membership = StoredMembership::new(Some(at), membership);
         }
-        let EntryPayload::Normal(Batch(commands)) = payload else {
+        let EntryPayload::Normal(Batch { at: proposed_at, commands }) = payload else {
             return BatchReply::default();
         };
+        let leader = Leader { term: at.leader_id.term, node: at.leader_id.node_id };
+        let origin = Origin { leader, at: *proposed_at };
         let apply = |(command, number): (&Command, u32)| {
             #[cfg(feature = "planted-bugs")]
             let command = &planted_bug(command);
-            let (applied, events) = core::apply(&mut self.table.state, command);
+            let (applied, events) = core::apply(&mut self.table.state, &origin, command);
             self.observer.applied(command, &applied, &events);
             if let Command::Checkpoint(checkpoint) = command {
                 self.observer.checkpoint((at.index, number), checkpoint, &self.table.state);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::core::{Applied, Command};
+use crate::core::{Applied, Command, Millis};
 
 /// A member's id; never used again after its removal.
 pub type NodeId = u64;
@@ -23,11 +23,15 @@ pub struct Member {
 
 /// The commands of one log entry, applied in order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Batch(pub Vec<Command>);
+pub struct Batch {
+    /// When the leader proposed it, by its wall clock. For people: nothing is decided by it.
+    pub at: Millis,
+    pub commands: Vec<Command>,
+}
 
 impl fmt::Display for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} commands", self.0.len())
+        write!(f, "{} commands", self.commands.len())
     }
 }
 

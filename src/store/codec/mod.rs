@@ -13,7 +13,7 @@ mod v1;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::core::{Command, Restore, State};
+use crate::core::{Command, Millis, Restore, State};
 
 /// The version that this build writes, and the highest that it reads.
 pub const VERSION: u8 = 1;
@@ -73,7 +73,11 @@ pub struct MembershipRecord {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
     Blank,
-    Batch(Vec<Command>),
+    /// When the leader proposed it, by its wall clock.
+    Batch {
+        at: Millis,
+        commands: Vec<Command>,
+    },
     Membership(MembershipRecord),
 }
 
@@ -81,7 +85,7 @@ pub enum Payload {
 #[derive(Debug, Clone)]
 pub enum PayloadRef<'a> {
     Blank,
-    Batch(&'a [Command]),
+    Batch { at: Millis, commands: &'a [Command] },
     Membership(MembershipRecord),
 }
 
@@ -204,7 +208,7 @@ pub fn decode_head(bytes: &[u8]) -> Result<SnapshotHead, CodecError> {
 }
 
 /// Writes a state as blocks of records, each a value of its own of about `block_bytes`: a header,
-/// the workers, the allocations, both in order of name, and then the members of the cluster.
+/// the leases, the workers, the allocations, the departures, and then the members of the cluster.
 pub fn encode_state<E>(
     state: &State,
     block_bytes: usize,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bincode::{BorrowDecode, Decode, Encode};
 
 use super::{MemberRecord, MembershipRecord, PayloadRef};
-use crate::core::{self as table, Invalid, Port, Quarantine, Revision, Token};
+use crate::core::{self as table, Invalid, LeaseId, Millis, Port, Quarantine, Revision, Token};
 
 /// Why something that was read is not what it should be.
 #[derive(Debug)]
@@ -145,7 +145,11 @@ impl Membership<'_> {
 #[derive(Debug, Encode, BorrowDecode)]
 pub enum Payload<'a> {
     Blank,
-    Batch(Vec<Command<'a>>),
+    Batch {
+        /// Milliseconds since the epoch.
+        at: u64,
+        commands: Vec<Command<'a>>,
+    },
     Membership(Membership<'a>),
 }
 
@@ -153,8 +157,8 @@ impl<'a> From<&'a PayloadRef<'a>> for Payload<'a> {
     fn from(payload: &'a PayloadRef<'a>) -> Self {
         match payload {
             PayloadRef::Blank => Payload::Blank,
-            PayloadRef::Batch(commands) => {
-                Payload::Batch(commands.iter().map(Command::from).collect())
+            PayloadRef::Batch { at, commands } => {
+                Payload::Batch { at: at.0, commands: commands.iter().map(Command::from).collect() }
             }
             PayloadRef::Membership(membership) => Payload::Membership(membership.into()),
         }
@@ -165,7 +169,10 @@ impl Payload<'_> {
     pub fn restore(self) -> Checked<super::Payload> {
         Ok(match self {
             Payload::Blank => super::Payload::Blank,
-            Payload::Batch(commands) => super::Payload::Batch(each(commands, Command::restore)?),
+            Payload::Batch { at, commands } => super::Payload::Batch {
+                at: Millis(at),
+                commands: each(commands, Command::restore)?,
+            },
             Payload::Membership(membership) => super::Payload::Membership(membership.restore()),
         })
     }
@@ -177,22 +184,156 @@ impl Payload<'_> {
 pub enum Command<'a> {
     RegisterWorker { name: &'a str, spec: WorkerSpec<'a> },
     UpdateWorker { name: &'a str, patch: WorkerPatch<'a> },
-    SetWorkerPhase { name: &'a str, phase: WorkerPhase },
-    RemoveWorker { name: &'a str },
-    Allocate { claims: Vec<Claim<'a>> },
-    Confirm { name: &'a str, token: u64, version: u64 },
+    SetWorkerPhase { name: &'a str, phase: WorkerPhase, by: Actor },
+    RemoveWorker { name: &'a str, force: Option<&'a str> },
+    Allocate { claims: Vec<Claim<'a>>, confirm_within: u64 },
+    Confirm { name: &'a str, guard: Guard, liveness: Option<Liveness<'a>>, lease: Option<u64> },
+    Attach { name: &'a str, guard: Guard, lease: Option<u64> },
     Release { name: &'a str, authority: Authority<'a> },
-    ReportConflict { name: &'a str, token: u64, version: u64, port: u16 },
-    Quarantine { worker: &'a str, ports: Vec<u16>, reason: &'a str },
-    LiftQuarantine { worker: &'a str, ports: Vec<u16> },
+    ReportConflict { name: &'a str, guard: Guard, port: u16 },
+    Reclaim { name: &'a str, guard: Guard, ground: Ground<'a>, under: Leader },
+    Quarantine { worker: &'a str, ports: Vec<u16>, reason: &'a str, by: Actor },
+    LiftQuarantine { worker: &'a str, ports: Vec<u16>, by: Actor, seen: u64 },
+    GrantLease { ttl: u64 },
+    RevokeLease { id: u64 },
+    ExpireLease { id: u64, under: Leader },
     TakeDigest,
     CompareDigest { entry: u64, command: u32, revision: u64, digest: [u8; 32] },
+}
+
+/// The allocation that a command means.
+#[derive(Debug, Encode, Decode)]
+pub struct Guard {
+    token: u64,
+    version: u64,
+}
+
+impl Guard {
+    fn of(token: Token, version: Revision) -> Guard {
+        Guard { token: token.0, version: version.0 }
+    }
+}
+
+#[derive(Debug, Encode, Decode)]
+pub struct Leader {
+    term: u64,
+    node: u64,
+}
+
+impl From<table::Leader> for Leader {
+    fn from(table::Leader { term, node }: table::Leader) -> Self {
+        Leader { term, node }
+    }
+}
+
+impl From<Leader> for table::Leader {
+    fn from(Leader { term, node }: Leader) -> Self {
+        table::Leader { term, node }
+    }
+}
+
+#[derive(Debug, Encode, Decode)]
+pub enum Actor {
+    Operator,
+    Leader(Leader),
+}
+
+impl From<table::Actor> for Actor {
+    fn from(actor: table::Actor) -> Self {
+        match actor {
+            table::Actor::Operator => Actor::Operator,
+            table::Actor::Leader(leader) => Actor::Leader(leader.into()),
+        }
+    }
+}
+
+impl From<Actor> for table::Actor {
+    fn from(actor: Actor) -> Self {
+        match actor {
+            Actor::Operator => table::Actor::Operator,
+            Actor::Leader(leader) => table::Actor::Leader(leader.into()),
+        }
+    }
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub enum Ground<'a> {
+    Unconfirmed,
+    Gone { identity: Identity<'a>, seen: u64, reason: &'a str },
+}
+
+impl<'a> From<&'a table::Ground> for Ground<'a> {
+    fn from(ground: &'a table::Ground) -> Self {
+        match ground {
+            table::Ground::Unconfirmed => Ground::Unconfirmed,
+            table::Ground::Gone { identity, seen, reason } => {
+                Ground::Gone { identity: identity.into(), seen: seen.0, reason }
+            }
+        }
+    }
+}
+
+impl Ground<'_> {
+    fn restore(self) -> table::Ground {
+        match self {
+            Ground::Unconfirmed => table::Ground::Unconfirmed,
+            Ground::Gone { identity, seen, reason } => table::Ground::Gone {
+                identity: identity.restore(),
+                seen: Revision(seen),
+                reason: reason.into(),
+            },
+        }
+    }
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct Liveness<'a> {
+    boot_id: &'a str,
+    handle: Handle<'a>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+enum Handle<'a> {
+    Process { pid: u32, start_ticks: u64 },
+    Cgroup(&'a str),
+    Container(&'a str),
+}
+
+impl<'a> From<&'a table::Liveness> for Liveness<'a> {
+    fn from(table::Liveness { boot_id, handle }: &'a table::Liveness) -> Self {
+        let handle = match handle {
+            table::Handle::Process { pid, start_ticks } => {
+                Handle::Process { pid: *pid, start_ticks: *start_ticks }
+            }
+            table::Handle::Cgroup(path) => Handle::Cgroup(path),
+            table::Handle::Container(id) => Handle::Container(id),
+        };
+        Liveness { boot_id, handle }
+    }
+}
+
+impl Liveness<'_> {
+    fn restore(self) -> Checked<table::Liveness> {
+        let Liveness { boot_id, handle } = self;
+        let handle = match handle {
+            Handle::Process { pid, start_ticks } => table::Handle::Process { pid, start_ticks },
+            Handle::Cgroup(path) => table::Handle::Cgroup(path.into()),
+            Handle::Container(id) => table::Handle::Container(id.into()),
+        };
+        let liveness = table::Liveness { boot_id: boot_id.into(), handle };
+        liveness.validate()?;
+        Ok(liveness)
+    }
 }
 
 #[derive(Debug, Encode, BorrowDecode)]
 pub enum Authority<'a> {
     Holder(u64),
     Operator(&'a str),
+}
+
+fn lease(id: &Option<LeaseId>) -> Option<u64> {
+    id.map(|id| id.0)
 }
 
 impl<'a> From<&'a table::Command> for Command<'a> {
@@ -205,16 +346,31 @@ impl<'a> From<&'a table::Command> for Command<'a> {
             table::Command::UpdateWorker { name, patch } => {
                 Command::UpdateWorker { name: name.as_str(), patch: patch.into() }
             }
-            table::Command::SetWorkerPhase { name, phase } => {
-                Command::SetWorkerPhase { name: name.as_str(), phase: (*phase).into() }
+            table::Command::SetWorkerPhase { name, phase, by } => Command::SetWorkerPhase {
+                name: name.as_str(),
+                phase: (*phase).into(),
+                by: (*by).into(),
+            },
+            table::Command::RemoveWorker { name, force } => {
+                Command::RemoveWorker { name: name.as_str(), force: force.as_deref() }
             }
-            table::Command::RemoveWorker { name } => Command::RemoveWorker { name: name.as_str() },
-            table::Command::Allocate { claims } => {
-                Command::Allocate { claims: claims.iter().map(Claim::from).collect() }
+            table::Command::Allocate { claims, confirm_within } => Command::Allocate {
+                claims: claims.iter().map(Claim::from).collect(),
+                confirm_within: confirm_within.0,
+            },
+            table::Command::Confirm { name, token, version, liveness, lease: id } => {
+                Command::Confirm {
+                    name: name.as_str(),
+                    guard: Guard::of(*token, *version),
+                    liveness: liveness.as_ref().map(Liveness::from),
+                    lease: lease(id),
+                }
             }
-            table::Command::Confirm { name, token, version } => {
-                Command::Confirm { name: name.as_str(), token: token.0, version: version.0 }
-            }
+            table::Command::Attach { name, token, version, lease: id } => Command::Attach {
+                name: name.as_str(),
+                guard: Guard::of(*token, *version),
+                lease: lease(id),
+            },
             table::Command::Release { name, authority } => Command::Release {
                 name: name.as_str(),
                 authority: match authority {
@@ -225,16 +381,32 @@ impl<'a> From<&'a table::Command> for Command<'a> {
             table::Command::ReportConflict { name, token, version, port } => {
                 Command::ReportConflict {
                     name: name.as_str(),
-                    token: token.0,
-                    version: version.0,
+                    guard: Guard::of(*token, *version),
                     port: port.get(),
                 }
             }
-            table::Command::Quarantine { worker, ports, reason } => {
-                Command::Quarantine { worker: worker.as_str(), ports: numbers(ports), reason }
-            }
-            table::Command::LiftQuarantine { worker, ports } => {
-                Command::LiftQuarantine { worker: worker.as_str(), ports: numbers(ports) }
+            table::Command::Reclaim { name, token, version, ground, under } => Command::Reclaim {
+                name: name.as_str(),
+                guard: Guard::of(*token, *version),
+                ground: ground.into(),
+                under: (*under).into(),
+            },
+            table::Command::Quarantine { worker, ports, reason, by } => Command::Quarantine {
+                worker: worker.as_str(),
+                ports: numbers(ports),
+                reason,
+                by: (*by).into(),
+            },
+            table::Command::LiftQuarantine { worker, ports, by, seen } => Command::LiftQuarantine {
+                worker: worker.as_str(),
+                ports: numbers(ports),
+                by: (*by).into(),
+                seen: seen.0,
+            },
+            table::Command::GrantLease { ttl } => Command::GrantLease { ttl: ttl.0 },
+            table::Command::RevokeLease { id } => Command::RevokeLease { id: id.0 },
+            table::Command::ExpireLease { id, under } => {
+                Command::ExpireLease { id: id.0, under: (*under).into() }
             }
             table::Command::Checkpoint(table::Checkpoint::Take) => Command::TakeDigest,
             table::Command::Checkpoint(table::Checkpoint::Compare {
@@ -263,20 +435,36 @@ impl Command<'_> {
             Command::UpdateWorker { name, patch } => {
                 table::Command::UpdateWorker { name: worker_name(name)?, patch: patch.restore()? }
             }
-            Command::SetWorkerPhase { name, phase } => {
-                table::Command::SetWorkerPhase { name: worker_name(name)?, phase: phase.into() }
-            }
-            Command::RemoveWorker { name } => {
-                table::Command::RemoveWorker { name: worker_name(name)? }
-            }
-            Command::Allocate { claims } => {
-                table::Command::Allocate { claims: each(claims, Claim::restore)? }
-            }
-            Command::Confirm { name, token, version } => table::Command::Confirm {
-                name: instance(name)?,
-                token: Token(token),
-                version: Revision(version),
+            Command::SetWorkerPhase { name, phase, by } => table::Command::SetWorkerPhase {
+                name: worker_name(name)?,
+                phase: phase.into(),
+                by: by.into(),
             },
+            Command::RemoveWorker { name, force } => table::Command::RemoveWorker {
+                name: worker_name(name)?,
+                force: force.map(String::from),
+            },
+            Command::Allocate { claims, confirm_within } => table::Command::Allocate {
+                claims: each(claims, Claim::restore)?,
+                confirm_within: Millis(confirm_within),
+            },
+            Command::Confirm { name, guard: Guard { token, version }, liveness, lease } => {
+                table::Command::Confirm {
+                    name: instance(name)?,
+                    token: Token(token),
+                    version: Revision(version),
+                    liveness: optional(liveness, Liveness::restore)?,
+                    lease: lease.map(LeaseId),
+                }
+            }
+            Command::Attach { name, guard: Guard { token, version }, lease } => {
+                table::Command::Attach {
+                    name: instance(name)?,
+                    token: Token(token),
+                    version: Revision(version),
+                    lease: lease.map(LeaseId),
+                }
+            }
             Command::Release { name, authority } => table::Command::Release {
                 name: instance(name)?,
                 authority: match authority {
@@ -286,7 +474,7 @@ impl Command<'_> {
                     }
                 },
             },
-            Command::ReportConflict { name, token, version, port: number } => {
+            Command::ReportConflict { name, guard: Guard { token, version }, port: number } => {
                 table::Command::ReportConflict {
                     name: instance(name)?,
                     token: Token(token),
@@ -294,15 +482,32 @@ impl Command<'_> {
                     port: port(number)?,
                 }
             }
-            Command::Quarantine { worker, ports, reason } => table::Command::Quarantine {
+            Command::Reclaim { name, guard: Guard { token, version }, ground, under } => {
+                table::Command::Reclaim {
+                    name: instance(name)?,
+                    token: Token(token),
+                    version: Revision(version),
+                    ground: ground.restore(),
+                    under: under.into(),
+                }
+            }
+            Command::Quarantine { worker, ports, reason, by } => table::Command::Quarantine {
                 worker: worker_name(worker)?,
                 ports: each(ports, port)?,
                 reason: reason.into(),
+                by: by.into(),
             },
-            Command::LiftQuarantine { worker, ports } => table::Command::LiftQuarantine {
+            Command::LiftQuarantine { worker, ports, by, seen } => table::Command::LiftQuarantine {
                 worker: worker_name(worker)?,
                 ports: each(ports, port)?,
+                by: by.into(),
+                seen: Revision(seen),
             },
+            Command::GrantLease { ttl } => table::Command::GrantLease { ttl: Millis(ttl) },
+            Command::RevokeLease { id } => table::Command::RevokeLease { id: LeaseId(id) },
+            Command::ExpireLease { id, under } => {
+                table::Command::ExpireLease { id: LeaseId(id), under: under.into() }
+            }
             Command::TakeDigest => table::Command::Checkpoint(table::Checkpoint::Take),
             Command::CompareDigest { entry, command, revision, digest } => {
                 table::Command::Checkpoint(table::Checkpoint::Compare {
@@ -383,6 +588,7 @@ pub struct WorkerPatch<'a> {
     ranges: Option<Vec<RangeSpec<'a>>>,
     reserved: Option<Vec<u16>>,
     gpus: Option<Vec<GpuSpec<'a>>>,
+    identity: Option<Identity<'a>>,
 }
 
 #[derive(Debug, Encode, BorrowDecode)]
@@ -441,26 +647,28 @@ impl WorkerSpec<'_> {
 
 impl<'a> From<&'a table::WorkerPatch> for WorkerPatch<'a> {
     fn from(patch: &'a table::WorkerPatch) -> Self {
-        let table::WorkerPatch { address, labels, ranges, reserved, gpus } = patch;
+        let table::WorkerPatch { address, labels, ranges, reserved, gpus, identity } = patch;
         WorkerPatch {
             address: address.as_deref(),
             labels: labels.as_ref().map(pairs),
             ranges: ranges.as_ref().map(|list| list.iter().map(RangeSpec::from).collect()),
             reserved: reserved.as_ref().map(numbers),
             gpus: gpus.as_ref().map(|list| list.iter().map(GpuSpec::from).collect()),
+            identity: identity.as_ref().map(Identity::from),
         }
     }
 }
 
 impl WorkerPatch<'_> {
     fn restore(self) -> Checked<table::WorkerPatch> {
-        let WorkerPatch { address, labels: pairs, ranges, reserved, gpus } = self;
+        let WorkerPatch { address, labels: pairs, ranges, reserved, gpus, identity } = self;
         Ok(table::WorkerPatch {
             address: address.map(String::from),
             labels: optional(pairs, labels)?,
             ranges: optional(ranges, |list| each(list, RangeSpec::restore))?,
             reserved: optional(reserved, distinct_ports)?,
             gpus: gpus.map(|list| list.into_iter().map(GpuSpec::restore).collect()),
+            identity: identity.map(Identity::restore),
         })
     }
 }
@@ -519,6 +727,8 @@ pub struct Claim<'a> {
     placement: Placement<'a>,
     ports: Vec<PortRequest<'a>>,
     gpus: Option<GpuRequest>,
+    lease: Option<u64>,
+    confirm_within: Option<u64>,
     bound: bool,
     labels: Pairs<'a>,
 }
@@ -572,7 +782,17 @@ enum GpuShare {
 
 impl<'a> From<&'a table::Claim> for Claim<'a> {
     fn from(claim: &'a table::Claim) -> Self {
-        let table::Claim { name, uid, placement, ports, gpus, bound, labels } = claim;
+        let table::Claim {
+            name,
+            uid,
+            placement,
+            ports,
+            gpus,
+            lease: id,
+            confirm_within,
+            bound,
+            labels,
+        } = claim;
         Claim {
             name: name.as_str(),
             uid: uid.as_str(),
@@ -588,6 +808,8 @@ impl<'a> From<&'a table::Claim> for Claim<'a> {
             },
             ports: ports.iter().map(PortRequest::from).collect(),
             gpus: gpus.as_ref().map(GpuRequest::from),
+            lease: lease(id),
+            confirm_within: confirm_within.map(|span| span.0),
             bound: *bound,
             labels: pairs(labels),
         }
@@ -596,7 +818,17 @@ impl<'a> From<&'a table::Claim> for Claim<'a> {
 
 impl Claim<'_> {
     fn restore(self) -> Checked<table::Claim> {
-        let Claim { name, uid, placement, ports, gpus, bound, labels: pairs } = self;
+        let Claim {
+            name,
+            uid,
+            placement,
+            ports,
+            gpus,
+            lease,
+            confirm_within,
+            bound,
+            labels: pairs,
+        } = self;
         let select = |terms, policy| {
             let terms = each(terms, Term::restore)?;
             let selector = table::Selector::new(terms)?;
@@ -614,6 +846,8 @@ impl Claim<'_> {
             },
             ports: each(ports, PortRequest::restore)?,
             gpus: gpus.map(GpuRequest::restore),
+            lease: lease.map(LeaseId),
+            confirm_within: confirm_within.map(Millis),
             bound,
             labels: labels(pairs)?,
         })
@@ -741,20 +975,34 @@ impl SnapshotHead<'_> {
     }
 }
 
-/// The header comes first, then the workers, then the allocations, each in order of name. At the
-/// end the members there ever were, in order of id; left out where there were none.
+/// The header comes first, then the leases in order of id, the workers and the allocations, each in
+/// order of name, and the departures from the oldest on. At the end the members there ever were, in
+/// order of id; left out where there were none.
 #[derive(Debug, Encode, BorrowDecode)]
 pub enum Record<'a> {
     Header {
         feature_level: u32,
         revision: u64,
-        workers: u64,
-        allocations: u64,
+        counts: Counts,
+    },
+    Lease {
+        id: u64,
+        ttl: u64,
     },
     Worker(Worker<'a>),
     Allocation(Allocation<'a>),
+    Departure(Departure<'a>),
     /// Ids, and the incarnation that each is bound to (empty: pending).
     Members(Vec<(u64, &'a str)>),
+}
+
+/// How many records of each kind follow.
+#[derive(Debug, Encode, Decode)]
+pub struct Counts {
+    leases: u64,
+    workers: u64,
+    allocations: u64,
+    departures: u64,
 }
 
 #[derive(Debug, Encode, BorrowDecode)]
@@ -762,9 +1010,11 @@ pub struct Worker<'a> {
     name: &'a str,
     spec: WorkerSpec<'a>,
     phase: WorkerPhase,
+    phase_before: WorkerPhase,
     pools: Vec<Pool<'a>>,
     created: u64,
     version: u64,
+    booted: u64,
 }
 
 /// What is not in the range's spec and not in the allocations.
@@ -773,8 +1023,22 @@ struct Pool<'a> {
     cursor: u32,
     next_freed: u64,
     freed: Vec<(u64, u16)>,
-    /// Port, reason and since when.
-    quarantined: Vec<(u16, &'a str, u64)>,
+    quarantined: Vec<Quarantined<'a>>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+struct Quarantined<'a> {
+    port: u16,
+    reason: &'a str,
+    source: Source,
+    since: u64,
+}
+
+#[derive(Debug, Encode, Decode)]
+enum Source {
+    Operator,
+    Conflict,
+    Observed,
 }
 
 #[derive(Debug, Encode, BorrowDecode)]
@@ -786,14 +1050,22 @@ pub struct Allocation<'a> {
     token: u64,
     version: u64,
     phase: Phase,
+    confirmed: bool,
+    reason: Option<&'a str>,
+    lease: Option<u64>,
+    liveness: Option<Liveness<'a>>,
+    confirm_within: u64,
+    granted_at: u64,
+    changed_at: u64,
     swaps: u32,
     last_change: Option<LastChange>,
 }
 
-#[derive(Debug, Encode, BorrowDecode)]
+#[derive(Debug, Encode, Decode)]
 enum Phase {
     Reserved,
     Bound,
+    Lingering,
 }
 
 #[derive(Debug, Encode, BorrowDecode)]
@@ -821,7 +1093,34 @@ struct LastChange {
 #[derive(Debug, Encode, Decode)]
 enum ChangeKind {
     Confirmed,
+    Attached,
+    Lingered,
     Swapped(u16),
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+pub struct Departure<'a> {
+    name: &'a str,
+    revision: u64,
+    at: u64,
+    worker: &'a str,
+    token: u64,
+    why: ReleaseReason<'a>,
+}
+
+#[derive(Debug, Encode, BorrowDecode)]
+enum ReleaseReason<'a> {
+    ByHolder,
+    Forced(&'a str),
+    Reclaimed { cause: Cause, reason: &'a str },
+}
+
+#[derive(Debug, Encode, Decode)]
+enum Cause {
+    Conflict,
+    Unconfirmed,
+    LeaseEnded,
+    Gone,
 }
 
 /// All records of a state, in their order.
@@ -829,29 +1128,52 @@ pub fn records(state: &table::State) -> impl Iterator<Item = Record<'_>> {
     let header = Record::Header {
         feature_level: state.feature_level,
         revision: state.revision.0,
-        workers: state.worker_count() as u64,
-        allocations: state.allocation_count() as u64,
+        counts: Counts {
+            leases: state.lease_count() as u64,
+            workers: state.worker_count() as u64,
+            allocations: state.allocation_count() as u64,
+            departures: state.departures().count() as u64,
+        },
     };
+    let leases = state.leases_after(None).map(|l| Record::Lease { id: l.id.0, ttl: l.ttl.0 });
     let workers = state.workers_after(None).map(|w| Record::Worker(Worker::from(&**w)));
     let allocations =
         state.allocations_after(None).map(|a| Record::Allocation(Allocation::from(&**a)));
+    let departures = state.departures().map(|d| Record::Departure(Departure::from(d)));
     let members: Vec<_> = state.members().collect();
     let members = (!members.is_empty()).then_some(Record::Members(members));
-    std::iter::once(header).chain(workers).chain(allocations).chain(members)
+    std::iter::once(header)
+        .chain(leases)
+        .chain(workers)
+        .chain(allocations)
+        .chain(departures)
+        .chain(members)
 }
 
 impl<'a> From<&'a table::Worker> for Worker<'a> {
     fn from(worker: &'a table::Worker) -> Self {
         // Who holds what on it is said by the allocations.
-        let table::Worker { name, spec, phase, pools, gpus: _, allocations: _, created, version } =
-            worker;
+        let table::Worker {
+            name,
+            spec,
+            phase,
+            phase_before,
+            pools,
+            gpus: _,
+            allocations: _,
+            created,
+            version,
+            booted,
+        } = worker;
         Worker {
             name: name.as_str(),
             spec: (&**spec).into(),
             phase: (*phase).into(),
+            phase_before: (*phase_before).into(),
             pools: pools.iter().map(Pool::from).collect(),
             created: created.0,
             version: version.0,
+            booted: booted.0,
         }
     }
 }
@@ -865,7 +1187,16 @@ impl<'a> From<&'a table::Pool> for Pool<'a> {
             freed: pool.freed_order().collect(),
             quarantined: pool
                 .quarantines()
-                .map(|(port, Quarantine { reason, since })| (port, reason.as_str(), since.0))
+                .map(|(port, Quarantine { reason, source, since })| Quarantined {
+                    port,
+                    reason,
+                    source: match source {
+                        table::Source::Operator => Source::Operator,
+                        table::Source::Conflict => Source::Conflict,
+                        table::Source::Observed => Source::Observed,
+                    },
+                    since: since.0,
+                })
                 .collect(),
         }
     }
@@ -883,7 +1214,7 @@ impl Pool<'_> {
         }
         let reserved: BTreeSet<u16> = spec.reserved.iter().map(|p| p.get()).collect();
         let mut out_of_use = BTreeSet::new();
-        for (port, _, _) in &quarantined {
+        for Quarantined { port, .. } in &quarantined {
             let inside = (first..=last).contains(port) && !reserved.contains(port);
             if !inside || !out_of_use.insert(*port) {
                 return fail(&format!("port {port} cannot be quarantined"));
@@ -900,8 +1231,14 @@ impl Pool<'_> {
         }
         let empty =
             table::Pool::new(name.clone(), range.first, range.last, spec.reserved.iter().copied());
-        let quarantined = quarantined.into_iter().map(|(port, reason, since)| {
-            (port, Quarantine { reason: reason.into(), since: Revision(since) })
+        let quarantined = quarantined.into_iter().map(|quarantined| {
+            let Quarantined { port, reason, source, since } = quarantined;
+            let source = match source {
+                Source::Operator => table::Source::Operator,
+                Source::Conflict => table::Source::Conflict,
+                Source::Observed => table::Source::Observed,
+            };
+            (port, Quarantine { reason: reason.into(), source, since: Revision(since) })
         });
         Ok(table::Pool::restore(empty, cursor, next_freed, freed, quarantined))
     }
@@ -909,7 +1246,7 @@ impl Pool<'_> {
 
 impl Worker<'_> {
     fn restore(self, into: &mut table::Restore) -> Checked<table::WorkerName> {
-        let Worker { name, spec, phase, pools, created, version } = self;
+        let Worker { name, spec, phase, phase_before, pools, created, version, booted } = self;
         let name = table::WorkerName::parse(name)?;
         let spec = spec.restore()?;
         spec.validate().map_err(|e| format!("worker {name}: {e}"))?;
@@ -922,8 +1259,8 @@ impl Worker<'_> {
             .map(|(pool, range)| pool.restore(range, &spec))
             .collect::<Result<_, _>>()
             .map_err(|Why(why)| Why(format!("worker {name}: {why}")))?;
-        let (created, version) = (Revision(created), Revision(version));
-        into.worker(name.clone(), spec, phase.into(), pools, created, version)?;
+        let phases = (phase.into(), phase_before.into());
+        into.worker(name.clone(), spec, phases, pools, [created, version, booted].map(Revision))?;
         Ok(name)
     }
 }
@@ -938,6 +1275,13 @@ impl<'a> From<&'a table::Allocation> for Allocation<'a> {
             token,
             version,
             phase,
+            confirmed,
+            reason,
+            lease: id,
+            liveness,
+            confirm_within,
+            granted_at,
+            changed_at,
             swaps,
             last_change,
         } = allocation;
@@ -967,12 +1311,22 @@ impl<'a> From<&'a table::Allocation> for Allocation<'a> {
             phase: match phase {
                 table::Phase::Reserved => Phase::Reserved,
                 table::Phase::Bound => Phase::Bound,
+                table::Phase::Lingering => Phase::Lingering,
             },
+            confirmed: *confirmed,
+            reason: reason.as_deref(),
+            lease: lease(id),
+            liveness: liveness.as_ref().map(Liveness::from),
+            confirm_within: confirm_within.0,
+            granted_at: granted_at.0,
+            changed_at: changed_at.0,
             swaps: *swaps,
             last_change: last_change.as_ref().map(|table::LastChange { from, kind }| LastChange {
                 from: from.0,
                 kind: match kind {
                     table::ChangeKind::Confirmed => ChangeKind::Confirmed,
+                    table::ChangeKind::Attached => ChangeKind::Attached,
+                    table::ChangeKind::Lingered => ChangeKind::Lingered,
                     table::ChangeKind::Swapped { port } => ChangeKind::Swapped(*port),
                 },
             }),
@@ -982,8 +1336,24 @@ impl<'a> From<&'a table::Allocation> for Allocation<'a> {
 
 impl Allocation<'_> {
     fn restore(self, into: &mut table::Restore) -> Checked<table::InstanceName> {
-        let Allocation { claim, worker, ports, gpus, token, version, phase, swaps, last_change } =
-            self;
+        let Allocation {
+            claim,
+            worker,
+            ports,
+            gpus,
+            token,
+            version,
+            phase,
+            confirmed,
+            reason,
+            lease,
+            liveness,
+            confirm_within,
+            granted_at,
+            changed_at,
+            swaps,
+            last_change,
+        } = self;
         let claim = claim.restore()?;
         claim.validate().map_err(|e| format!("allocation {}: {e}", claim.name))?;
         let name = claim.name.clone();
@@ -1000,17 +1370,82 @@ impl Allocation<'_> {
             phase: match phase {
                 Phase::Reserved => table::Phase::Reserved,
                 Phase::Bound => table::Phase::Bound,
+                Phase::Lingering => table::Phase::Lingering,
             },
+            confirmed,
+            reason: reason.map(String::from),
+            lease: lease.map(LeaseId),
+            liveness: optional(liveness, Liveness::restore)?,
+            confirm_within: Millis(confirm_within),
+            granted_at: Millis(granted_at),
+            changed_at: Millis(changed_at),
             swaps,
             last_change: last_change.map(|LastChange { from, kind }| table::LastChange {
                 from: Revision(from),
                 kind: match kind {
                     ChangeKind::Confirmed => table::ChangeKind::Confirmed,
+                    ChangeKind::Attached => table::ChangeKind::Attached,
+                    ChangeKind::Lingered => table::ChangeKind::Lingered,
                     ChangeKind::Swapped(port) => table::ChangeKind::Swapped { port },
                 },
             }),
         })?;
         Ok(name)
+    }
+}
+
+impl<'a> From<(&'a table::InstanceName, &'a table::Departure)> for Departure<'a> {
+    fn from((name, departure): (&'a table::InstanceName, &'a table::Departure)) -> Self {
+        let table::Departure { revision, at, worker, token, why } = departure;
+        Departure {
+            name: name.as_str(),
+            revision: revision.0,
+            at: at.0,
+            worker: worker.as_str(),
+            token: token.0,
+            why: match why {
+                table::ReleaseReason::ByHolder => ReleaseReason::ByHolder,
+                table::ReleaseReason::Forced { reason } => ReleaseReason::Forced(reason),
+                table::ReleaseReason::Reclaimed { cause, reason } => ReleaseReason::Reclaimed {
+                    cause: match cause {
+                        table::Cause::Conflict => Cause::Conflict,
+                        table::Cause::Unconfirmed => Cause::Unconfirmed,
+                        table::Cause::LeaseEnded => Cause::LeaseEnded,
+                        table::Cause::Gone => Cause::Gone,
+                    },
+                    reason,
+                },
+            },
+        }
+    }
+}
+
+impl Departure<'_> {
+    fn restore(self, into: &mut table::Restore) -> Checked<()> {
+        let Departure { name, revision, at, worker, token, why } = self;
+        let departure = table::Departure {
+            revision: Revision(revision),
+            at: Millis(at),
+            worker: table::WorkerName::parse(worker)?,
+            token: Token(token),
+            why: match why {
+                ReleaseReason::ByHolder => table::ReleaseReason::ByHolder,
+                ReleaseReason::Forced(reason) => {
+                    table::ReleaseReason::Forced { reason: reason.into() }
+                }
+                ReleaseReason::Reclaimed { cause, reason } => table::ReleaseReason::Reclaimed {
+                    cause: match cause {
+                        Cause::Conflict => table::Cause::Conflict,
+                        Cause::Unconfirmed => table::Cause::Unconfirmed,
+                        Cause::LeaseEnded => table::Cause::LeaseEnded,
+                        Cause::Gone => table::Cause::Gone,
+                    },
+                    reason: reason.into(),
+                },
+            },
+        };
+        into.departure(table::InstanceName::parse(name)?, departure)?;
+        Ok(())
     }
 }
 
@@ -1037,8 +1472,8 @@ impl HeldGpu<'_> {
 #[derive(Debug)]
 pub struct Progress {
     restore: table::Restore,
-    workers_left: u64,
-    allocations_left: u64,
+    left: Counts,
+    last_lease: Option<LeaseId>,
     last_worker: Option<table::WorkerName>,
     last_allocation: Option<table::InstanceName>,
     /// They have come.
@@ -1048,8 +1483,8 @@ pub struct Progress {
 /// Takes the next record; the first must be the header.
 pub fn take_record(progress: &mut Option<Progress>, record: Record<'_>) -> Checked<()> {
     let out_of_place = |what: &str| Err(Why(format!("{what} is out of place")));
-    match (record, progress) {
-        (Record::Header { feature_level, revision, workers, allocations }, slot @ None) => {
+    let progress = match (record, progress) {
+        (Record::Header { feature_level, revision, counts }, slot @ None) => {
             if feature_level > table::FEATURE_LEVEL {
                 return Err(Why(format!(
                     "it has feature level {feature_level}, this build knows {}",
@@ -1058,66 +1493,93 @@ pub fn take_record(progress: &mut Option<Progress>, record: Record<'_>) -> Check
             }
             *slot = Some(Progress {
                 restore: table::Restore::new(feature_level, Revision(revision)),
-                workers_left: workers,
-                allocations_left: allocations,
+                left: counts,
+                last_lease: None,
                 last_worker: None,
                 last_allocation: None,
                 members: false,
             });
-            Ok(())
+            return Ok(());
         }
-        (Record::Header { .. }, Some(_)) => out_of_place("a second header"),
-        (_, None) => out_of_place("a record before the header"),
-        (Record::Worker(worker), Some(progress)) => {
-            if progress.workers_left == 0 {
-                return out_of_place("a worker too many");
+        (Record::Header { .. }, Some(_)) => return out_of_place("a second header"),
+        (_, None) => return out_of_place("a record before the header"),
+        (record, Some(progress)) => (record, progress),
+    };
+    let (record, Progress { restore, left, last_lease, last_worker, last_allocation, members }) =
+        progress;
+    let Counts { leases, workers, allocations, departures } = left;
+    // Each kind begins when those before it have all come.
+    let (what, due, before) = match &record {
+        Record::Header { .. } => return out_of_place("a header"),
+        Record::Lease { .. } => ("a lease", Some(&mut *leases), 0),
+        Record::Worker(_) => ("a worker", Some(&mut *workers), *leases),
+        Record::Allocation(_) => ("an allocation", Some(&mut *allocations), *leases + *workers),
+        Record::Departure(_) => {
+            ("a departure", Some(&mut *departures), *leases + *workers + *allocations)
+        }
+        Record::Members(_) => {
+            ("a list of members", None, *leases + *workers + *allocations + *departures)
+        }
+    };
+    if before > 0 {
+        return out_of_place(what);
+    }
+    if let Some(due) = due {
+        *due = match due.checked_sub(1) {
+            Some(left) => left,
+            None => return out_of_place(what),
+        };
+    }
+    match record {
+        Record::Header { .. } => {}
+        Record::Lease { id, ttl } => {
+            if last_lease.is_some_and(|last| LeaseId(id) <= last) {
+                return out_of_place("a lease that does not follow in order");
             }
-            progress.workers_left -= 1;
-            let name = Some(worker.restore(&mut progress.restore)?);
-            if name <= progress.last_worker {
+            restore.lease(LeaseId(id), Millis::span("ttl", ttl)?)?;
+            *last_lease = Some(LeaseId(id));
+        }
+        Record::Worker(worker) => {
+            let name = Some(worker.restore(restore)?);
+            if name <= *last_worker {
                 return out_of_place("a worker that does not follow in order");
             }
-            progress.last_worker = name;
-            Ok(())
+            *last_worker = name;
         }
-        (Record::Allocation(allocation), Some(progress)) => {
-            if progress.workers_left > 0 || progress.allocations_left == 0 {
-                return out_of_place("an allocation");
-            }
-            progress.allocations_left -= 1;
+        Record::Allocation(allocation) => {
             // Before it is restored: core relies on it that a name comes once.
             let name = table::InstanceName::parse(allocation.claim.name)?;
-            if progress.last_allocation.as_ref().is_some_and(|last| name <= *last) {
+            if last_allocation.as_ref().is_some_and(|last| name <= *last) {
                 return out_of_place("an allocation that does not follow in order");
             }
-            progress.last_allocation = Some(allocation.restore(&mut progress.restore)?);
-            Ok(())
+            *last_allocation = Some(allocation.restore(restore)?);
         }
-        (Record::Members(members), Some(progress)) => {
-            let early = progress.workers_left > 0 || progress.allocations_left > 0;
-            if early || progress.members {
-                return out_of_place("a list of members");
+        Record::Departure(departure) => departure.restore(restore)?,
+        Record::Members(list) => {
+            if *members {
+                return out_of_place(what);
             }
-            if members.is_empty() || !members.is_sorted_by(|(a, _), (b, _)| a < b) {
+            if list.is_empty() || !list.is_sorted_by(|(a, _), (b, _)| a < b) {
                 return Err(Why("the list of members is empty or out of order".into()));
             }
-            progress.members = true;
-            for (id, incarnation) in members {
-                progress.restore.member(id, incarnation);
+            *members = true;
+            for (id, incarnation) in list {
+                restore.member(id, incarnation);
             }
-            Ok(())
         }
     }
+    Ok(())
 }
 
 impl Progress {
     pub fn complete(self) -> Checked<table::Restore> {
-        let Progress { restore, workers_left, allocations_left, .. } = self;
-        if workers_left > 0 || allocations_left > 0 {
+        let Counts { leases, workers, allocations, departures } = self.left;
+        if leases + workers + allocations + departures > 0 {
             return Err(Why(format!(
-                "{workers_left} workers and {allocations_left} allocations are missing"
+                "{leases} leases, {workers} workers, {allocations} allocations and {departures} \
+                 departures are missing"
             )));
         }
-        Ok(restore)
+        Ok(self.restore)
     }
 }

@@ -1,0 +1,436 @@
+//! Deadlines of leases and of confirmations, on the leader.
+//!
+//! They run on a clock of the leader's own, which stands still while the leader could not have heard
+//! a holder: it was paused or starved (a gap between two ticks), it had no quorum (the round that
+//! precedes every expiry took long), or it turned confirmations away. A new leader starts every
+//! deadline anew, in full. So a holder that does its part is never cut short; nobody is promised
+//! that a silent one is found out at once.
+//!
+//! A deadline that has passed proves nothing by itself: what is proposed is a guarded command, which
+//! the table refuses under another leader or after any change.
+//!
+//! A keepalive is acknowledged after a read round that began when it had come, so by a leader that
+//! was one then and has applied all that came before; and only while the end of the lease is not
+//! proposed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::future::join_all;
+use openraft::ServerState;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tracing::{debug, info, warn};
+
+use super::Node;
+use super::outcome::CallError;
+use crate::core::{
+    Allocation, Applied, Command, Event, Ground, InstanceName, Leader, Lease, LeaseId, Millis,
+    Phase, State,
+};
+use crate::raft::ApplyObserver;
+
+/// How often deadlines are looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// A tick that comes so late was held up: what holders sent meanwhile may still be queued.
+const GAP: Duration = Duration::from_millis(500);
+/// Deadlines that are acted on in one tick.
+const DUE_MAX: usize = 1024;
+/// How long a proposal may take; without an answer it is made again, which its guard makes safe.
+const PROPOSAL_MAX: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Lease(LeaseId),
+    Confirm(InstanceName),
+}
+
+#[derive(Debug, Clone)]
+struct Deadline {
+    /// On the leader's own clock.
+    at: Duration,
+    /// The command that it proposes.
+    command: Command,
+    /// It is proposed: too late for a keepalive.
+    ending: bool,
+}
+
+#[derive(Clone, Default)]
+pub(super) struct Timers(Arc<Mutex<Book>>);
+
+#[derive(Default)]
+struct Book {
+    /// What this node leads as; nothing is timed while it does not.
+    reign: Option<Reign>,
+    deadlines: BTreeMap<Key, Deadline>,
+    /// The same by time.
+    queue: BTreeSet<(Duration, Key)>,
+}
+
+struct Reign {
+    leader: Leader,
+    since: Instant,
+    /// For how long its clock stood still.
+    lost: Duration,
+}
+
+impl Reign {
+    fn now(&self) -> Duration {
+        self.since.elapsed().saturating_sub(self.lost)
+    }
+}
+
+/// What became of a keepalive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Renewal {
+    Renewed,
+    /// The end of the lease is under way.
+    Ending,
+    /// This node does not lead or has not begun to; or the lease has just ended. Ask again.
+    NotLeading,
+}
+
+impl Timers {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn renew(&self, lease: &Lease) -> Renewal {
+        self.book().renew(lease)
+    }
+}
+
+impl Book {
+    fn renew(&mut self, lease: &Lease) -> Renewal {
+        match self.deadlines.get(&Key::Lease(lease.id)) {
+            _ if self.reign.is_none() => Renewal::NotLeading,
+            // Not in the books yet, or ended since the table was read.
+            None => Renewal::NotLeading,
+            Some(deadline) if deadline.ending => Renewal::Ending,
+            Some(_) => {
+                self.start_lease(lease);
+                Renewal::Renewed
+            }
+        }
+    }
+
+    fn start(&mut self, key: Key, within: Millis, command: impl FnOnce(Leader) -> Command) {
+        let Some(reign) = &self.reign else { return };
+        let at = reign.now() + Duration::from_millis(within.0);
+        let command = command(reign.leader);
+        self.stop(&key);
+        self.queue.insert((at, key.clone()));
+        self.deadlines.insert(key, Deadline { at, command, ending: false });
+    }
+
+    fn stop(&mut self, key: &Key) {
+        if let Some(old) = self.deadlines.remove(key) {
+            self.queue.remove(&(old.at, key.clone()));
+        }
+    }
+
+    fn start_lease(&mut self, lease: &Lease) {
+        let id = lease.id;
+        self.start(Key::Lease(id), lease.ttl, |under| Command::ExpireLease { id, under });
+    }
+
+    /// Of an allocation as it is now; every version has a deadline of its own.
+    fn follow(&mut self, allocation: &Allocation) {
+        let key = Key::Confirm(allocation.name().clone());
+        if allocation.phase != Phase::Reserved {
+            return self.stop(&key);
+        }
+        self.start(key, allocation.confirm_within, |under| Command::Reclaim {
+            name: allocation.name().clone(),
+            token: allocation.token,
+            version: allocation.version,
+            ground: Ground::Unconfirmed,
+            under,
+        });
+    }
+
+    fn heed(&mut self, event: &Event) {
+        match event {
+            Event::Allocated(allocation) | Event::Changed(allocation) => self.follow(allocation),
+            Event::Released { allocation, .. } => {
+                self.stop(&Key::Confirm(allocation.name().clone()));
+            }
+            Event::LeaseGranted(lease) => self.start_lease(lease),
+            Event::LeaseEnded { lease, .. } => self.stop(&Key::Lease(lease.id)),
+            Event::Worker(_) | Event::WorkerRemoved(_) => {}
+        }
+    }
+
+    fn begin(&mut self, leader: Leader) {
+        let reign = Some(Reign { leader, since: Instant::now(), lost: Duration::ZERO });
+        *self = Book { reign, ..Book::default() };
+    }
+
+    /// Everything that the table has and no event told of since the reign began.
+    fn catch_up(&mut self, state: &State) {
+        for lease in state.leases_after(None) {
+            if !self.deadlines.contains_key(&Key::Lease(lease.id)) {
+                self.start_lease(lease);
+            }
+        }
+        for allocation in state.reserved() {
+            if !self.deadlines.contains_key(&Key::Confirm(allocation.name().clone())) {
+                self.follow(allocation);
+            }
+        }
+    }
+
+    fn stand_still(&mut self, span: Duration) {
+        if let Some(reign) = &mut self.reign {
+            reign.lost += span;
+        }
+    }
+
+    fn is_due(&self) -> bool {
+        let Some(reign) = &self.reign else { return false };
+        self.queue.first().is_some_and(|(at, _)| *at <= reign.now())
+    }
+
+    /// Takes what is due off the queue; until [`Book::settle`] no keepalive is taken for it.
+    fn take_due(&mut self) -> Vec<(Key, Command)> {
+        let Some(now) = self.reign.as_ref().map(Reign::now) else { return Vec::new() };
+        let mut due = Vec::new();
+        while due.len() < DUE_MAX
+            && let Some((at, key)) = self.queue.first().cloned()
+            && at <= now
+        {
+            self.queue.pop_first();
+            if let Some(deadline) = self.deadlines.get_mut(&key) {
+                deadline.ending = true;
+                due.push((key, deadline.command.clone()));
+            }
+        }
+        due
+    }
+
+    /// After a proposal: what was decided is gone from the books already, or is not ours to decide.
+    fn settle(&mut self, key: &Key, command: &Command, answer: &Result<Applied, CallError>) {
+        let Some(deadline) = self.deadlines.get_mut(key) else { return };
+        if deadline.command != *command || !deadline.ending {
+            return;
+        }
+        match answer {
+            // The table has taken it, or refused it for a change that its event told of.
+            Ok(_) => self.stop(key),
+            // It may still come: it stays under way, and is proposed again.
+            Err(CallError::Unknown(_)) => drop(self.queue.insert((deadline.at, key.clone()))),
+            // It was not done. A holder may come back meanwhile.
+            Err(_) => {
+                deadline.ending = false;
+                self.queue.insert((deadline.at, key.clone()));
+            }
+        }
+    }
+}
+
+impl ApplyObserver for Timers {
+    fn applied(&self, _: &Command, _: &Applied, events: &[Event]) {
+        if events.is_empty() {
+            return;
+        }
+        let mut book = self.book();
+        if book.reign.is_some() {
+            events.iter().for_each(|event| book.heed(event));
+        }
+    }
+}
+
+impl Node {
+    /// On the leader: keeps a lease alive, and says what its time to live is.
+    pub async fn keep_alive(
+        &self,
+        id: LeaseId,
+        deadline: super::Deadline,
+    ) -> Result<Option<Millis>, CallError> {
+        let state = self.read(deadline).await?;
+        let Some(lease) = state.lease(id) else { return Ok(None) };
+        match self.inner.timers.renew(lease) {
+            Renewal::Renewed => Ok(Some(lease.ttl)),
+            Renewal::Ending => Ok(None),
+            Renewal::NotLeading => Err(CallError::NotLeader { leader: None }),
+        }
+    }
+
+    /// What this node leads as, if it does.
+    pub(super) fn leads(&self) -> Option<Leader> {
+        let metrics = self.inner.metrics();
+        let leads = metrics.state == ServerState::Leader;
+        leads.then_some(Leader { term: metrics.current_term, node: self.id() })
+    }
+}
+
+/// Runs the deadlines whenever this node leads.
+pub(super) async fn run(node: Node) {
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let timers = node.inner.timers.clone();
+    let mut last = Instant::now();
+    while node.runs() {
+        ticks.tick().await;
+        let since = std::mem::replace(&mut last, Instant::now()).elapsed();
+        let reigning = timers.book().reign.as_ref().map(|reign| reign.leader);
+        let leads = node.leads();
+        if leads != reigning {
+            timers.book().reign = None;
+            if let Some(leader) = leads {
+                begin(&node, &timers, leader).await;
+            }
+            continue;
+        }
+        if leads.is_none() {
+            continue;
+        }
+        let turned_away = node.inner.proposer.turned_urgent_away();
+        if since > GAP || turned_away {
+            debug!(?since, turned_away, "deadlines are put off");
+            timers.book().stand_still(since);
+            continue;
+        }
+        if timers.book().is_due() {
+            act(&node, &timers).await;
+        }
+    }
+}
+
+/// Everything is timed anew, once this leader has applied all that came before it.
+async fn begin(node: &Node, timers: &Timers, leader: Leader) {
+    if node.read(Instant::now() + PROPOSAL_MAX).await.is_err() || node.leads() != Some(leader) {
+        return;
+    }
+    timers.book().begin(leader);
+    // Taken after the events began to come: what is in neither was never there.
+    let table = node.table();
+    timers.book().catch_up(&table.state);
+    info!(
+        leases = table.state.lease_count(),
+        unconfirmed = table.state.phase_count(Phase::Reserved),
+        "leading as {leader}: all deadlines start anew"
+    );
+}
+
+/// Proposes what is due, if a quorum still stands behind this leader.
+async fn act(node: &Node, timers: &Timers) {
+    let asked = Instant::now();
+    let quorum = node.read(asked + PROPOSAL_MAX).await;
+    let took = asked.elapsed();
+    if took > GAP {
+        timers.book().stand_still(took);
+    }
+    if quorum.is_err() {
+        // No holder could be answered meanwhile either.
+        timers.book().stand_still(took.min(GAP));
+        return;
+    }
+    let due = timers.book().take_due();
+    join_all(due.into_iter().map(|(key, command)| async move {
+        let by = Instant::now() + PROPOSAL_MAX;
+        let answer = node.inner.proposer.propose(command.clone(), by).await;
+        match &answer {
+            Ok(Applied { outcome: Ok(_), revision }) => {
+                info!(?key, %revision, "a deadline has passed");
+            }
+            Ok(Applied { outcome: Err(why), .. }) => debug!(?key, %why, "a deadline came too late"),
+            Err(why) => warn!(?key, %why, "a deadline has passed and could not be acted on"),
+        }
+        timers.book().settle(&key, &command, &answer);
+    }))
+    .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::{Origin, apply};
+
+    const LEADER: Leader = Leader { term: 3, node: 1 };
+
+    fn lease(id: u64, ttl_ms: u64) -> Lease {
+        Lease { id: LeaseId(id), ttl: Millis(ttl_ms), allocations: Default::default() }
+    }
+
+    fn leading() -> Book {
+        let mut book = Book::default();
+        book.begin(LEADER);
+        book
+    }
+
+    async fn pass(ms: u64) {
+        tokio::time::advance(Duration::from_millis(ms)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_due_after_its_time_and_no_sooner() {
+        let mut book = leading();
+        book.start_lease(&lease(7, 2_000));
+        pass(1_999).await;
+        assert!(!book.is_due());
+        pass(1).await;
+        assert!(book.is_due());
+        let due = book.take_due();
+        let expire = Command::ExpireLease { id: LeaseId(7), under: LEADER };
+        assert_eq!(due, [(Key::Lease(LeaseId(7)), expire)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_keepalive_starts_the_time_anew_until_the_end_is_under_way() {
+        let mut book = leading();
+        book.start_lease(&lease(7, 2_000));
+        pass(1_500).await;
+        assert_eq!(book.renew(&lease(7, 2_000)), Renewal::Renewed);
+        pass(1_500).await;
+        assert!(!book.is_due());
+        pass(500).await;
+        let due = book.take_due();
+        assert_eq!(book.renew(&lease(7, 2_000)), Renewal::Ending);
+        // Whether it was proposed is not known: it stays under way, and is proposed again.
+        let (key, command) = &due[0];
+        book.settle(key, command, &Err(CallError::Unknown(String::new())));
+        assert_eq!(book.renew(&lease(7, 2_000)), Renewal::Ending);
+        assert_eq!(book.take_due(), due);
+        // It surely was not: the holder may come back.
+        book.settle(key, command, &Err(CallError::Expired));
+        assert_eq!(book.renew(&lease(7, 2_000)), Renewal::Renewed);
+        assert!(!book.is_due());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_in_which_nobody_could_be_heard_does_not_count() {
+        let mut book = leading();
+        book.start_lease(&lease(7, 2_000));
+        pass(60_000).await;
+        book.stand_still(Duration::from_secs(59));
+        assert!(!book.is_due());
+        pass(999).await;
+        assert!(!book.is_due());
+        pass(1).await;
+        assert!(book.is_due());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_new_leader_times_everything_in_full_and_keeps_nothing_of_an_old_one() {
+        let mut state = State::default();
+        let grant = Command::GrantLease { ttl: Millis(2_000) };
+        apply(&mut state, &Origin::default(), &grant).0.outcome.unwrap();
+        let mut book = leading();
+        book.start_lease(&lease(7, 1_000));
+        pass(60_000).await;
+        book.begin(Leader { term: 4, node: 1 });
+        book.catch_up(&state);
+        pass(1_999).await;
+        assert!(!book.is_due());
+        pass(1).await;
+        let under = Leader { term: 4, node: 1 };
+        let expire = Command::ExpireLease { id: LeaseId(1), under };
+        assert_eq!(book.take_due(), [(Key::Lease(LeaseId(1)), expire)]);
+    }
+
+    #[test]
+    fn who_does_not_lead_renews_nothing() {
+        assert_eq!(Book::default().renew(&lease(7, 1_000)), Renewal::NotLeading);
+    }
+}
