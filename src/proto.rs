@@ -38,6 +38,11 @@ pub mod reason {
     pub const NAME_TAKEN: &str = "NAME_TAKEN";
     /// A GPU or network namespace is another worker's.
     pub const IDENTITY_TAKEN: &str = "IDENTITY_TAKEN";
+    /// The revisions from which on a watch should go are no longer kept (`oldest_revision` says which
+    /// are): list anew, and watch from there.
+    pub const COMPACTED: &str = "COMPACTED";
+    /// A watcher did not read, and was cut off.
+    pub const SLOW_WATCHER: &str = "SLOW_WATCHER";
     /// The listing's revision is no longer kept: start over.
     pub const PAGE_EXPIRED: &str = "PAGE_EXPIRED";
 }

@@ -388,9 +388,9 @@ impl v1::allocator_server::Allocator for Api {
 
     async fn watch(
         &self,
-        _: Request<v1::WatchRequest>,
+        request: Request<v1::WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        Err(errors::unimplemented("Watch: streams of changes are"))
+        self.serve_watch(request).await
     }
 
     type SessionStream = Responses<v1::SessionResponse>;

@@ -30,8 +30,9 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::pages::{PageToken, Views};
-use super::{allocator, errors, leases, workers};
+use super::{allocator, errors, leases, watch as changes, workers};
 use crate::core::{Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, State};
+use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
 use crate::proto::v1;
 
@@ -60,6 +61,8 @@ pub trait Backend: Send + Sync + 'static {
         deadline: Deadline,
     ) -> Result<Result<Vec<u8>, Status>, ForwardError>;
     async fn status(&self, deadline: Deadline) -> StatusReport;
+    /// What changes in the node's own copy.
+    fn hub(&self) -> &Hub;
     /// The confirm deadline of claims that do not say their own.
     fn confirm_within(&self) -> Millis;
     /// On the leader: the time to live that the lease has again; `None` where it is gone or its end
@@ -102,6 +105,9 @@ impl Backend for Node {
     }
     async fn status(&self, deadline: Deadline) -> StatusReport {
         Node::status(self, deadline).await
+    }
+    fn hub(&self) -> &Hub {
+        Node::hub(self)
     }
     fn confirm_within(&self) -> Millis {
         Node::confirm_within(self)
@@ -343,7 +349,7 @@ impl Api {
         self.observed(M::PATH, metadata, |deadline| self.dispatch::<M>(message, deadline)).await
     }
 
-    async fn dispatch<M: Method>(
+    pub(super) async fn dispatch<M: Method>(
         &self,
         request: M::Request,
         deadline: Deadline,
@@ -470,6 +476,7 @@ impl Api {
             Writing<workers::LiftQuarantine>,
             Reading<workers::Get>,
             Reading<workers::List>,
+            Reading<changes::Current>,
         ];
         Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::core::{Allocation, Invalid, Lack, Refusal, Shortage};
+use crate::core::{Allocation, Invalid, Lack, Refusal, Revision, Shortage};
 use crate::node::CallError;
 use crate::proto::{DOMAIN, reason};
 
@@ -203,6 +203,20 @@ pub fn low_space(why: &str, retry_after: Duration) -> Status {
 pub fn page_expired() -> Status {
     let text = "the revision of this listing is no longer kept on this node; start over";
     reasoned(Code::Aborted, text, reason::PAGE_EXPIRED)
+}
+
+pub fn compacted(oldest: Revision) -> Status {
+    let text = format!(
+        "what came before revision {oldest} is not kept any more: list anew, and watch from there"
+    );
+    let facts = metadata([("oldest_revision", oldest.to_string())]);
+    let details = ErrorDetails::with_error_info(reason::COMPACTED, DOMAIN, facts);
+    Status::with_error_details(Code::OutOfRange, text, details)
+}
+
+pub fn slow_watcher() -> Status {
+    let text = "the watcher did not keep up and was cut off; watch on from the last revision";
+    reasoned(Code::Aborted, text, reason::SLOW_WATCHER)
 }
 
 /// Did a peer refuse a forwarded call because it does not lead?

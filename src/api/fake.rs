@@ -7,7 +7,8 @@ use tonic::Status;
 
 use super::convert;
 use super::dispatch::{Api, Backend};
-use crate::core::{Applied, Command, Revision, State, apply};
+use crate::core::{Applied, Command, LeaseId, Millis, Origin, Revision, State, apply};
+use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, NodeId, StatusReport};
 use crate::proto::v1;
 
@@ -62,6 +63,7 @@ pub(crate) struct Fake {
     /// Answers of `forward`; while there are any, node 2 leads.
     pub forwards: Mutex<VecDeque<Forwarded>>,
     pub proposed: Mutex<usize>,
+    pub hub: Hub,
 }
 
 #[tonic::async_trait]
@@ -93,6 +95,9 @@ impl Backend for Fake {
     }
     async fn status(&self, _: Deadline) -> StatusReport {
         StatusReport::default()
+    }
+    fn hub(&self) -> &Hub {
+        &self.hub
     }
     fn confirm_within(&self) -> Millis {
         Millis(600_000)

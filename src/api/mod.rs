@@ -23,6 +23,7 @@ mod pages;
 mod server;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod workers;
 
 pub use connections::{CONNECTIONS_MAX, tcp_incoming};

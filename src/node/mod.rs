@@ -22,6 +22,7 @@ pub mod telemetry;
 mod tests;
 mod timers;
 mod wall_clock;
+pub mod watch;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -35,7 +36,7 @@ use openraft::async_runtime::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{RaftMetrics, ServerState};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::watch::Sender;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::transport::server::TcpIncoming;
@@ -45,8 +46,8 @@ use crate::core::{Applied, Command, Millis, Revision, State};
 use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
-    self, ClusterCell, ClusterMismatch, LocalIdentity, PeerHooks, PeerNetwork, Raft, RaftCell,
-    RaftOptions, StateMachine, TableView, peer_service, raft_config,
+    self, ApplyObserver as _, ClusterCell, ClusterMismatch, LocalIdentity, PeerHooks, PeerNetwork,
+    Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service, raft_config,
 };
 use crate::store::{DataDir, StoreError};
 pub use agreement::DISAGREES_EXIT;
@@ -168,6 +169,7 @@ struct Inner {
     proposer: proposer::Proposer,
     reads: reads::Reads,
     timers: timers::Timers,
+    hub: watch::Hub,
     space: space::Space,
     agreement: agreement::Agreement,
     calls: Arc<OnceLock<Arc<dyn LocalCalls>>>,
@@ -177,7 +179,7 @@ struct Inner {
     recovered: AtomicBool,
     /// Where the log ended at the start: nothing after it can have been applied before.
     ended_at: Option<u64>,
-    stop_peers: watch::Sender<bool>,
+    stop_peers: Sender<bool>,
     peer_server: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -227,19 +229,23 @@ impl Node {
         let network = PeerNetwork::new(local, cluster.clone());
         let agreement = agreement::Agreement::new(config.id);
         let timers = timers::Timers::default();
+        let hub = watch::Hub::default();
         let observers = observers::Observers(vec![
             Arc::new(telemetry::ApplyMetrics),
             Arc::new(agreement.clone()),
             Arc::new(timers.clone()),
+            Arc::new(hub.clone()),
         ]);
         let (machine, view) = StateMachine::open(snapshots.clone(), Arc::new(observers))?;
+        // What the snapshot has is not told again.
+        hub.installed(&view.table().state);
         let space = space::Space::new(&config.data_dir, config.upkeep.low_space_bytes);
 
         let calls = Arc::new(OnceLock::new());
         let cell = RaftCell::default();
         let hooks = Arc::new(Hooks { calls: calls.clone(), node: OnceLock::new() });
         let addr = listener.local_addr().map_err(|e| StartError::Raft(e.to_string()))?;
-        let (stop_peers, mut stop) = watch::channel(false);
+        let (stop_peers, mut stop) = tokio::sync::watch::channel(false);
         let service = peer_service(cell.clone(), network.clone(), hooks.clone(), snapshots);
         // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -283,6 +289,7 @@ impl Node {
                 proposer,
                 reads,
                 timers,
+                hub,
                 space,
                 agreement,
                 calls,
@@ -410,6 +417,11 @@ impl Node {
                 Err(CallError::NotReady(why))
             }
         }
+    }
+
+    /// What changes in this node's own copy, for those who watch.
+    pub fn hub(&self) -> &watch::Hub {
+        &self.inner.hub
     }
 
     /// Where a call should run: `None` here, else at that peer. Waits for a leader to be known.

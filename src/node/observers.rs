@@ -16,7 +16,11 @@ impl ApplyObserver for Observers {
         self.0.iter().for_each(|observer| observer.checkpoint(at, checkpoint, state));
     }
 
-    fn installed(&self) {
-        self.0.iter().for_each(|observer| observer.installed());
+    fn published(&self, state: &State) {
+        self.0.iter().for_each(|observer| observer.published(state));
+    }
+
+    fn installed(&self, state: &State) {
+        self.0.iter().for_each(|observer| observer.installed(state));
     }
 }

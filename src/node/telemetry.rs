@@ -8,7 +8,7 @@ use openraft::ServerState;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Node;
-use crate::core::{Applied, Command, Event, Refusal, ReleaseReason};
+use crate::core::{Applied, Command, Event, Refusal, ReleaseReason, State};
 use crate::raft::ApplyObserver;
 
 /// How often gauges are brought up to date.
@@ -124,7 +124,7 @@ impl ApplyObserver for ApplyMetrics {
         }
     }
 
-    fn installed(&self) {
+    fn installed(&self, _: &State) {
         counter!("portwarden_snapshots_installed_total").increment(1);
     }
 }

@@ -37,8 +37,11 @@ pub trait ApplyObserver: Send + Sync + 'static {
     /// A checkpoint was applied, to this table. Comes after `applied`.
     fn checkpoint(&self, _at: CommandAt, _checkpoint: &Checkpoint, _state: &core::State) {}
 
+    /// What was applied since the last call is in the view, as this table.
+    fn published(&self, _state: &core::State) {}
+
     /// The whole table was replaced by a peer's snapshot, and the view shows it.
-    fn installed(&self) {}
+    fn installed(&self, _state: &core::State) {}
 }
 
 /// Where a command lies: the index of its entry in the log, and its number in the entry, from 0.
@@ -223,6 +226,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             answers.extend(responder.map(|responder| (responder, reply)));
         }
         self.publish();
+        self.observer.published(&self.table.state);
         for (responder, reply) in answers {
             responder.send(reply);
         }
@@ -250,7 +254,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         })
         .await?;
         self.publish();
-        self.observer.installed();
+        self.observer.installed(&self.table.state);
         Ok(())
     }
 

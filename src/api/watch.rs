@@ -1,0 +1,308 @@
+//! `Allocator.Watch`: the changes of the table as a stream.
+//!
+//! A node serves its watchers from its own copy. When a watch begins, and every few seconds after,
+//! it asks the leader how far the table is by now, waits until its own copy is there, and tells the
+//! watcher so: a progress message is proof. A node that cannot prove it for
+//! [`UNPROVEN_MAX`] ends the stream, and the watcher goes on at another node from where it is.
+
+use std::time::Duration;
+
+use prost::Message;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::dispatch::{Api, Freshness, Read, Reading, Responses};
+use super::{convert, errors};
+use crate::core::{
+    self, Allocation, ChangeKind, Event, ReleaseReason, Revision, Selector, State, WorkerName,
+    limits,
+};
+use crate::node::Deadline;
+use crate::node::watch::{Batch, End, NoWatch, Subscription};
+use crate::proto::{peer, v1};
+
+const PATH: &str = "/portwarden.v1.Allocator/Watch";
+/// From one progress message to the next.
+const PROGRESS_EVERY: Duration = Duration::from_secs(3);
+/// A stream whose node cannot say for so long how far the table is ends.
+const UNPROVEN_MAX: Duration = Duration::from_secs(10);
+/// A watcher that takes nothing for so long is cut off.
+const SEND_MAX: Duration = Duration::from_secs(30);
+/// A message is closed once it is this large; one event is at most ~1.6 MiB, an answer 4 MiB.
+const MESSAGE_SOFT_BYTES: usize = 512 << 10;
+/// Messages that wait to be sent.
+const MESSAGES_AHEAD: usize = 4;
+
+/// How far the table is, asked of the leader: what nodes ask one another for their watchers.
+pub(super) struct Current;
+
+impl Read for Current {
+    type Request = peer::RevisionRequest;
+    type Response = peer::RevisionResponse;
+    type Query = ();
+    const PATH: &'static str = "/portwarden.peer.v1.Peer/Revision";
+
+    fn query(_: &peer::RevisionRequest) -> Result<(Freshness, ()), Status> {
+        Ok((Freshness::Linearizable, ()))
+    }
+
+    fn answer(_: &Api, view: &State, (): &()) -> Result<peer::RevisionResponse, Status> {
+        Ok(peer::RevisionResponse { revision: view.revision.0 })
+    }
+}
+
+/// What a watcher wants to hear of.
+struct Filter {
+    worker: Option<WorkerName>,
+    selector: Selector,
+    prefix: String,
+}
+
+impl Filter {
+    fn parse(request: &v1::WatchRequest) -> Result<Filter, Status> {
+        core::check_text("name_prefix", &request.name_prefix, limits::NAME_MAX_BYTES)
+            .map_err(errors::invalid)?;
+        let worker = Some(request.worker.as_str()).filter(|name| !name.is_empty());
+        Ok(Filter {
+            worker: worker.map(|name| convert::worker_name("worker", name)).transpose()?,
+            selector: convert::selector(&request.selector)?,
+            prefix: request.name_prefix.clone(),
+        })
+    }
+
+    fn matches(&self, event: &Event) -> bool {
+        let Filter { worker, selector, prefix } = self;
+        let of_allocation = |allocation: &Allocation| {
+            worker.as_ref().is_none_or(|worker| *worker == allocation.worker)
+                && selector.matches(&allocation.claim.labels)
+                && allocation.name().as_str().starts_with(prefix.as_str())
+        };
+        let of_worker = |name: &WorkerName| match worker {
+            Some(worker) => worker == name,
+            None => selector.terms().is_empty() && prefix.is_empty(),
+        };
+        match event {
+            Event::Allocated(allocation)
+            | Event::Changed(allocation)
+            | Event::Released { allocation, .. } => of_allocation(allocation),
+            Event::Worker(worker) => of_worker(&worker.name),
+            Event::WorkerRemoved(name) => of_worker(name),
+            Event::LeaseGranted(_) | Event::LeaseEnded { .. } => {
+                worker.is_none() && selector.terms().is_empty() && prefix.is_empty()
+            }
+        }
+    }
+}
+
+/// `view` knows the workers' addresses.
+fn shown(event: &Event, revision: Revision, view: &State) -> v1::WatchEvent {
+    let shown = |kind: &str| v1::WatchEvent {
+        r#type: kind.into(),
+        revision: revision.0,
+        ..Default::default()
+    };
+    let of = |kind: &str, allocation: &Allocation, reason: String| v1::WatchEvent {
+        allocation: Some(convert::allocation(allocation, view)),
+        reason,
+        ..shown(kind)
+    };
+    match event {
+        Event::Allocated(allocation) => of("allocated", allocation, String::new()),
+        Event::Changed(allocation) => {
+            let kind = match allocation.last_change.as_ref().map(|last| &last.kind) {
+                Some(ChangeKind::Attached) => "attached",
+                Some(ChangeKind::Lingered) => "lingering",
+                Some(ChangeKind::Swapped { .. }) => "swapped",
+                Some(ChangeKind::Confirmed) | None => "confirmed",
+            };
+            of(kind, allocation, allocation.reason.clone().unwrap_or_default())
+        }
+        Event::Released { allocation, why } => {
+            let kind = match why {
+                ReleaseReason::Reclaimed { .. } => "reclaimed",
+                ReleaseReason::ByHolder | ReleaseReason::Forced { .. } => "released",
+            };
+            of(kind, allocation, why.to_string())
+        }
+        Event::Worker(worker) => {
+            v1::WatchEvent { worker: Some(convert::worker(worker)), ..shown("worker") }
+        }
+        Event::WorkerRemoved(name) => {
+            let worker = v1::Worker { name: name.to_string(), ..Default::default() };
+            v1::WatchEvent { worker: Some(worker), ..shown("worker_removed") }
+        }
+        Event::LeaseGranted(lease) => {
+            v1::WatchEvent { lease: Some(convert::lease_message(lease)), ..shown("lease_granted") }
+        }
+        Event::LeaseEnded { lease, expired } => v1::WatchEvent {
+            lease: Some(convert::lease_message(lease)),
+            reason: if *expired { "expired" } else { "revoked" }.into(),
+            ..shown("lease_ended")
+        },
+    }
+}
+
+/// One stream.
+struct Watcher {
+    api: Api,
+    filter: Filter,
+    subscription: Subscription,
+    from: Revision,
+    /// All up to here is in messages that were made.
+    told: Revision,
+    out: mpsc::Sender<Result<v1::WatchResponse, Status>>,
+}
+
+impl Watcher {
+    async fn run(mut self) {
+        let (api, out) = (self.api.clone(), self.out.clone());
+        metrics::gauge!("portwarden_watchers").increment(1);
+        let end = tokio::select! {
+            end = self.follow() => Some(end),
+            () = api.stopping() => Some(errors::not_ready("this node is stopping")),
+            () = out.closed() => None,
+        };
+        if let Some(status) = end {
+            let _ = timeout(SEND_MAX, out.send(Err(status))).await; // the watcher may have left
+        }
+        metrics::gauge!("portwarden_watchers").decrement(1);
+    }
+
+    /// Until there is a reason to end.
+    async fn follow(&mut self) -> Status {
+        match self.follow_on().await {
+            Ok(never) => match never {},
+            Err(status) => status,
+        }
+    }
+
+    async fn follow_on(&mut self) -> Result<std::convert::Infallible, Status> {
+        self.send(self.progress()).await?;
+        loop {
+            let api = self.api.clone();
+            let mut proof = std::pin::pin!(async move {
+                sleep(PROGRESS_EVERY).await;
+                api.current(Instant::now() + UNPROVEN_MAX).await
+            });
+            let reached = loop {
+                tokio::select! {
+                    batch = self.subscription.next() => self.tell(batch).await?,
+                    reached = &mut proof => break reached?,
+                }
+            };
+            // All up to there is in the queue.
+            while let Some(batch) = self.subscription.try_next() {
+                self.tell(batch).await?;
+            }
+            self.told = self.told.max(reached);
+            self.send(self.progress()).await?;
+        }
+    }
+
+    fn progress(&self) -> v1::WatchResponse {
+        v1::WatchResponse { revision: self.told.0, ..Default::default() }
+    }
+
+    async fn tell(&mut self, batch: Result<Batch, End>) -> Result<(), Status> {
+        let batch = batch.map_err(|end| match end {
+            End::Slow => slow(),
+            End::Gap => errors::compacted(self.api.inner.node.hub().oldest()),
+        })?;
+        let view = self.api.inner.node.read_stale(Revision(0), Instant::now() + UNPROVEN_MAX);
+        let view = view.await.map_err(errors::call)?;
+        for message in self.messages(&batch, &view) {
+            self.send(message).await?;
+        }
+        Ok(())
+    }
+
+    /// One revision is split over messages only where it is too large for one.
+    fn messages(&mut self, batch: &Batch, view: &State) -> Vec<v1::WatchResponse> {
+        let mut done = Vec::new();
+        let (mut events, mut bytes, mut split) = (Vec::new(), 0, false);
+        let mut close = |events: &mut Vec<_>, told: Revision, partial: bool| {
+            let events = std::mem::take(events);
+            done.push(v1::WatchResponse { revision: told.0, events, partial });
+        };
+        for group in batch.iter().filter(|group| group.revision >= self.from) {
+            for event in group.events.iter().filter(|event| self.filter.matches(event)) {
+                if bytes >= MESSAGE_SOFT_BYTES {
+                    close(&mut events, self.told, true);
+                    (bytes, split) = (0, true);
+                }
+                let event = shown(event, group.revision, view);
+                bytes += event.encoded_len();
+                events.push(event);
+            }
+            self.told = self.told.max(group.revision);
+            if split || bytes >= MESSAGE_SOFT_BYTES {
+                close(&mut events, self.told, false);
+                (bytes, split) = (0, false);
+            }
+        }
+        if !events.is_empty() {
+            close(&mut events, self.told, false);
+        }
+        done
+    }
+
+    async fn send(&self, message: v1::WatchResponse) -> Result<(), Status> {
+        match timeout(SEND_MAX, self.out.send(Ok(message))).await {
+            Ok(_) => Ok(()), // one that has left ends this elsewhere
+            Err(_) => Err(slow()),
+        }
+    }
+}
+
+fn slow() -> Status {
+    metrics::counter!("portwarden_watchers_cut_off_total").increment(1);
+    errors::slow_watcher()
+}
+
+impl Api {
+    /// How far the table is, once this node's own copy is there.
+    async fn current(&self, deadline: Deadline) -> Result<Revision, Status> {
+        let request = peer::RevisionRequest {};
+        let answer = self.dispatch::<Reading<Current>>(request, deadline).await?;
+        let revision = Revision(answer.revision);
+        match timeout_at(deadline, self.inner.node.hub().reached(revision)).await {
+            Ok(()) => Ok(revision),
+            Err(_) => Err(errors::not_ready("this node's copy is behind the leader's")),
+        }
+    }
+
+    async fn begin_watch(
+        &self,
+        request: v1::WatchRequest,
+        deadline: Deadline,
+    ) -> Result<mpsc::Receiver<Result<v1::WatchResponse, Status>>, Status> {
+        let filter = Filter::parse(&request)?;
+        let now = self.current(deadline).await?;
+        let from = match request.from_revision {
+            0 => Revision(now.0 + 1),
+            from => Revision(from),
+        };
+        let subscription = self.inner.node.hub().subscribe(from, filter.worker.clone());
+        let subscription = subscription.map_err(|why| match why {
+            NoWatch::TooOld { oldest } => errors::compacted(oldest),
+            NoWatch::TooMany => Api::overloaded(),
+        })?;
+        let (out, messages) = mpsc::channel(MESSAGES_AHEAD);
+        let told = Revision(from.0 - 1);
+        let api = self.clone();
+        tokio::spawn(Watcher { api, filter, subscription, from, told, out }.run());
+        Ok(messages)
+    }
+
+    pub(super) async fn serve_watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Responses<v1::WatchResponse>>, Status> {
+        let (metadata, _, message) = request.into_parts();
+        let begun = |deadline| self.begin_watch(message, deadline);
+        let messages = self.observed(PATH, &metadata, begun).await?.into_inner();
+        Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
+    }
+}
