@@ -36,6 +36,8 @@ pub mod reason {
     pub const NOT_LEADER: &str = "NOT_LEADER";
     /// The name is held by another uid or for another request.
     pub const NAME_TAKEN: &str = "NAME_TAKEN";
+    /// The worker is another network namespace, or another boot, than the agent that reports.
+    pub const OTHER_IDENTITY: &str = "OTHER_IDENTITY";
     /// A GPU or network namespace is another worker's.
     pub const IDENTITY_TAKEN: &str = "IDENTITY_TAKEN";
     /// The revisions from which on a watch should go are no longer kept (`oldest_revision` says which

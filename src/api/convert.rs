@@ -12,13 +12,20 @@ use crate::core::{
     Allocation, Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, Handle, HeldGpu, HeldPort,
     Identity, InstanceName, Invalid, LabelKey, LabelValue, Labels, Lease, LeaseId, Liveness,
     Millis, Phase, Placement, Policy, Pool, Port, PortName, PortRequest, Ports, RangeName,
-    RangeSpec, Selector, Source, State, Uid, Worker, WorkerName, WorkerPatch, WorkerPhase,
-    WorkerSpec, limits,
+    RangeSpec, Revision, Selector, Source, State, Token, Uid, Worker, WorkerName, WorkerPatch,
+    WorkerPhase, WorkerSpec, limits,
 };
+use crate::node::sweeper::{Drift, InUse, Sample};
 use crate::proto::v1;
 
 /// Quarantined ports shown of one worker.
 pub const QUARANTINED_SHOWN_MAX: usize = 2048;
+/// Ports in use in one report of an agent: all there are.
+pub const REPORTED_PORTS_MAX: usize = 65_535;
+/// Liveness handles in one report.
+pub const REPORTED_HANDLES_MAX: usize = 16_384;
+/// Differences between host and table in one report.
+pub const REPORTED_DRIFT_MAX: usize = 1024;
 /// Holders shown of one GPU.
 pub const HOLDERS_SHOWN_MAX: usize = 64;
 
@@ -177,6 +184,61 @@ fn required_spec(spec: Option<&v1::WorkerSpec>) -> Result<&v1::WorkerSpec, Statu
     spec.ok_or_else(|| errors::invalid(Invalid::new("spec", "", "given")))
 }
 
+fn identity(identity: &v1::Identity) -> Identity {
+    Identity {
+        machine_id: identity.machine_id.clone(),
+        boot_id: identity.boot_id.clone(),
+        namespace: identity.namespace,
+    }
+}
+
+/// What an agent saw.
+pub fn sample(request: &v1::ReportRequest) -> Result<Sample, Invalid> {
+    let most = |field: &str, n: usize, max: usize| match n > max {
+        true => Err(Invalid::new(field, n, format!("at most {max}"))),
+        false => Ok(()),
+    };
+    most("ports", request.ports.len(), REPORTED_PORTS_MAX)?;
+    most("handles", request.handles.len(), REPORTED_HANDLES_MAX)?;
+    most("gpus", request.gpus.len(), limits::GPUS_PER_WORKER_MAX)?;
+    most("drift", request.drift.len(), REPORTED_DRIFT_MAX)?;
+    let missing = || Invalid::new("identity", "", "given: it tells workers apart");
+    let in_use = each("ports", &request.ports, |port| {
+        let v1::PortInUse { number, listening, pid } = *port;
+        let number = Port::new("number", number.into())?.get();
+        Ok((number, InUse { listening, pid }))
+    })?;
+    let handles = each("handles", &request.handles, |handle| {
+        Ok((InstanceName::parse(&handle.name)?, (Token(handle.token), handle.alive)))
+    })?;
+    Ok(Sample {
+        worker: WorkerName::parse(&request.worker)?,
+        identity: identity(request.identity.as_ref().ok_or_else(missing)?),
+        revision: Revision(request.revision),
+        number: request.sample,
+        in_use: in_use.into_iter().collect(),
+        handles: handles.into_iter().collect(),
+        gpus: request.gpus.iter().map(|gpu| (gpu.index, gpu.processes)).collect(),
+        drift: drift(&request.drift)?,
+    })
+}
+
+fn drift(list: &[v1::Drift]) -> Result<Drift, Invalid> {
+    let mut counts = Drift::default();
+    for (i, drift) in list.iter().enumerate() {
+        match v1::DriftKind::try_from(drift.kind) {
+            Ok(v1::DriftKind::BoundButClosed) => counts.bound_but_closed += 1,
+            Ok(v1::DriftKind::OpenButUnknown) => counts.open_but_unknown += 1,
+            Ok(v1::DriftKind::HeldByAnother) => counts.held_by_another += 1,
+            Ok(v1::DriftKind::Unspecified) | Err(_) => {
+                let limit = "BOUND_BUT_CLOSED, OPEN_BUT_UNKNOWN or HELD_BY_ANOTHER";
+                return Err(Invalid::new(format!("drift[{i}].kind"), drift.kind, limit));
+            }
+        }
+    }
+    Ok(counts)
+}
+
 fn parse_spec(spec: &v1::WorkerSpec) -> Result<WorkerSpec, Invalid> {
     let parsed = WorkerSpec {
         address: spec.address.clone(),
@@ -184,11 +246,7 @@ fn parse_spec(spec: &v1::WorkerSpec) -> Result<WorkerSpec, Invalid> {
         ranges: each("ranges", &spec.ranges, parse_range)?,
         reserved: parse_reserved(&spec.reserved)?,
         gpus: spec.gpus.iter().map(parse_gpu_spec).collect(),
-        identity: spec.identity.as_ref().map(|identity| Identity {
-            machine_id: identity.machine_id.clone(),
-            boot_id: identity.boot_id.clone(),
-            namespace: identity.namespace,
-        }),
+        identity: spec.identity.as_ref().map(identity),
     };
     parsed.validate()?;
     Ok(parsed)

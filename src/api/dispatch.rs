@@ -32,6 +32,7 @@ use tonic::{Request, Response, Status};
 use super::pages::{PageToken, Views};
 use super::{allocator, errors, leases, watch as changes, workers};
 use crate::core::{Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, State};
+use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
 use crate::proto::v1;
@@ -72,6 +73,8 @@ pub trait Backend: Send + Sync + 'static {
         id: LeaseId,
         deadline: Deadline,
     ) -> Result<Option<Millis>, CallError>;
+    /// On the leader: takes what an agent saw.
+    async fn report(&self, sample: Sample, deadline: Deadline) -> Result<Heard, Unheard>;
 }
 
 /// What a method answers with a stream.
@@ -118,6 +121,9 @@ impl Backend for Node {
         deadline: Deadline,
     ) -> Result<Option<Millis>, CallError> {
         Node::keep_alive(self, id, deadline).await
+    }
+    async fn report(&self, sample: Sample, deadline: Deadline) -> Result<Heard, Unheard> {
+        Node::report(self, sample, deadline).await
     }
 }
 
@@ -474,6 +480,7 @@ impl Api {
             Writing<workers::Remove>,
             Writing<workers::Quarantine>,
             Writing<workers::LiftQuarantine>,
+            workers::Report,
             Reading<workers::Get>,
             Reading<workers::List>,
             Reading<changes::Current>,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::core::{Allocation, Invalid, Lack, Refusal, Revision, Shortage};
+use crate::core::{Allocation, Invalid, Lack, Refusal, Revision, Shortage, WorkerName};
 use crate::node::CallError;
 use crate::proto::{DOMAIN, reason};
 
@@ -203,6 +203,18 @@ pub fn low_space(why: &str, retry_after: Duration) -> Status {
 pub fn page_expired() -> Status {
     let text = "the revision of this listing is no longer kept on this node; start over";
     reasoned(Code::Aborted, text, reason::PAGE_EXPIRED)
+}
+
+/// An agent speaks for a worker that is another namespace, or another boot.
+pub fn other_identity(worker: &WorkerName, text: &str) -> Status {
+    let text = format!("{text}; after a boot an agent registers its worker anew");
+    let mut details = ErrorDetails::with_precondition_failure_violation(
+        "IDENTITY",
+        worker.as_str(),
+        text.as_str(),
+    );
+    details.set_error_info(reason::OTHER_IDENTITY, DOMAIN, HashMap::new());
+    Status::with_error_details(Code::FailedPrecondition, text, details)
 }
 
 pub fn compacted(oldest: Revision) -> Status {

@@ -2,10 +2,12 @@
 
 use tonic::{Request, Response, Status};
 
-use super::dispatch::{Api, Freshness, Read, Reading, Write, Writing};
+use super::dispatch::{Api, Failure, Freshness, Method, Read, Reading, Write, Writing};
 use super::pages::{PageToken, fill, page_size};
 use super::{convert, errors};
 use crate::core::{Actor, Command, Outcome, Refusal, Revision, Selector, State, WorkerName};
+use crate::node::Deadline;
+use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::proto::v1;
 
 fn worker_answer(revision: u64, outcome: Outcome) -> Option<v1::WorkerResponse> {
@@ -79,6 +81,42 @@ worker_write!(
         })
     }
 );
+
+/// A sample leaves nothing behind by itself, so that it may be repeated.
+pub(super) struct Report;
+
+impl Method for Report {
+    type Request = v1::ReportRequest;
+    type Response = v1::ReportResponse;
+    type Parsed = Sample;
+    const PATH: &'static str = "/portwarden.v1.Workers/Report";
+    const WRITES: bool = false;
+
+    fn parse(request: &v1::ReportRequest) -> Result<Sample, Status> {
+        convert::sample(request).map_err(errors::invalid)
+    }
+
+    async fn run(
+        api: &Api,
+        sample: &Sample,
+        deadline: Deadline,
+    ) -> Result<v1::ReportResponse, Failure> {
+        match api.inner.node.report(sample.clone(), deadline).await {
+            Ok(Heard { ignored, revision }) => Ok(v1::ReportResponse {
+                ignored: ignored.unwrap_or_default().into(),
+                revision: revision.0,
+            }),
+            Err(Unheard::Call(error)) => Err(Failure::Call(error)),
+            Err(Unheard::NoWorker(name)) => {
+                Err(Failure::Answer(errors::refusal(Refusal::NoWorker(name))))
+            }
+            Err(Unheard::OtherIdentity { worker, held, given }) => {
+                let why = Unheard::OtherIdentity { worker: worker.clone(), held, given };
+                Err(Failure::Answer(errors::other_identity(&worker, &why.to_string())))
+            }
+        }
+    }
+}
 
 pub(super) struct Remove;
 
@@ -220,9 +258,9 @@ impl v1::workers_server::Workers for Api {
 
     async fn report(
         &self,
-        _: Request<v1::ReportRequest>,
+        request: Request<v1::ReportRequest>,
     ) -> Result<Response<v1::ReportResponse>, Status> {
-        Err(errors::unimplemented("Report: agents are"))
+        self.serve_unary::<Report>(request).await
     }
 
     async fn lift_quarantine(

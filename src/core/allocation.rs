@@ -1,5 +1,6 @@
 //! A granted claim.
 
+use std::fmt;
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -105,6 +106,18 @@ pub enum Handle {
     Cgroup(String),
     /// Its id: 12 to 64 hexadecimal digits.
     Container(String),
+}
+
+impl fmt::Display for Liveness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.handle {
+            Handle::Process { pid, start_ticks } => {
+                write!(f, "process {pid} (started at tick {start_ticks})")
+            }
+            Handle::Cgroup(path) => write!(f, "cgroup {path}"),
+            Handle::Container(id) => write!(f, "container {id}"),
+        }
+    }
 }
 
 impl Liveness {

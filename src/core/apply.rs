@@ -520,6 +520,8 @@ impl Change<'_> {
                     pool.quarantine(number, quarantine);
                     changed = true;
                 }
+                // It was given to somebody since it was looked at.
+                Some(_) if source == Source::Observed => {}
                 Some(taken) => return Err(not_free(name, *port, taken)),
             }
         }

@@ -17,6 +17,7 @@ mod proposer;
 mod reads;
 mod space;
 mod status;
+pub mod sweeper;
 pub mod telemetry;
 #[cfg(test)]
 mod tests;
@@ -169,6 +170,7 @@ struct Inner {
     proposer: proposer::Proposer,
     reads: reads::Reads,
     timers: timers::Timers,
+    sweeper: sweeper::Sweeper,
     hub: watch::Hub,
     space: space::Space,
     agreement: agreement::Agreement,
@@ -228,12 +230,14 @@ impl Node {
         };
         let network = PeerNetwork::new(local, cluster.clone());
         let agreement = agreement::Agreement::new(config.id);
-        let timers = timers::Timers::default();
+        let timers = timers::Timers::new(config.lifecycle.clone());
         let hub = watch::Hub::default();
+        let sweeper = sweeper::Sweeper::default();
         let observers = observers::Observers(vec![
             Arc::new(telemetry::ApplyMetrics),
             Arc::new(agreement.clone()),
             Arc::new(timers.clone()),
+            Arc::new(sweeper.clone()),
             Arc::new(hub.clone()),
         ]);
         let (machine, view) = StateMachine::open(snapshots.clone(), Arc::new(observers))?;
@@ -289,6 +293,7 @@ impl Node {
                 proposer,
                 reads,
                 timers,
+                sweeper,
                 hub,
                 space,
                 agreement,

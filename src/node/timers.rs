@@ -1,4 +1,5 @@
-//! Deadlines of leases and of confirmations, on the leader.
+//! Deadlines on the leader: of leases, of confirmations, of agents that are silent, and of
+//! quarantines that no agent watches.
 //!
 //! They run on a clock of the leader's own, which stands still while the leader could not have heard
 //! a holder: it was paused or starved (a gap between two ticks), it had no quorum (the round that
@@ -22,11 +23,11 @@ use openraft::ServerState;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
 
-use super::Node;
 use super::outcome::CallError;
+use super::{Lifecycle, Node};
 use crate::core::{
-    Allocation, Applied, Command, Event, Ground, InstanceName, Leader, Lease, LeaseId, Millis,
-    Phase, State,
+    Actor, Allocation, Applied, Command, Event, Ground, InstanceName, Leader, Lease, LeaseId,
+    Millis, Phase, Port, Revision, Source, State, Worker, WorkerName, WorkerPhase,
 };
 use crate::raft::ApplyObserver;
 
@@ -43,6 +44,10 @@ const PROPOSAL_MAX: Duration = Duration::from_secs(5);
 enum Key {
     Lease(LeaseId),
     Confirm(InstanceName),
+    /// An agent that does not report.
+    Silent(WorkerName),
+    /// A port that was in conflict, on a worker that no agent watches.
+    Quarantine(WorkerName, u16),
 }
 
 #[derive(Debug, Clone)]
@@ -55,11 +60,12 @@ struct Deadline {
     ending: bool,
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(super) struct Timers(Arc<Mutex<Book>>);
 
 #[derive(Default)]
 struct Book {
+    lifecycle: Lifecycle,
     /// What this node leads as; nothing is timed while it does not.
     reign: Option<Reign>,
     deadlines: BTreeMap<Key, Deadline>,
@@ -95,8 +101,22 @@ impl Timers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub fn new(lifecycle: Lifecycle) -> Timers {
+        Timers(Arc::new(Mutex::new(Book { lifecycle, ..Book::default() })))
+    }
+
     pub fn renew(&self, lease: &Lease) -> Renewal {
         self.book().renew(lease)
+    }
+
+    /// The agent of this worker has just been heard.
+    pub fn heard(&self, worker: &Worker) {
+        self.book().heard(worker);
+    }
+
+    /// What this node leads as, once it times what there is.
+    pub fn leader(&self) -> Option<Leader> {
+        self.book().reign.as_ref().map(|reign| reign.leader)
     }
 }
 
@@ -149,6 +169,65 @@ impl Book {
         });
     }
 
+    /// Of a worker as it is now.
+    fn follow_worker(&mut self, worker: &Worker) {
+        let key = Key::Silent(worker.name.clone());
+        match watched(worker) {
+            true if self.deadlines.contains_key(&key) => {}
+            true => self.start_silence(worker),
+            false => self.stop(&key),
+        }
+        let name = &worker.name;
+        let suspects: BTreeMap<u16, Revision> = match worker.has_agent() {
+            true => BTreeMap::new(),
+            false => {
+                let all = worker.pools.iter().flat_map(|pool| pool.quarantines());
+                let suspects = all.filter(|(_, q)| q.source != Source::Operator);
+                suspects.map(|(number, q)| (number, q.since)).collect()
+            }
+        };
+        for key in self.quarantines_on(name) {
+            if matches!(&key, Key::Quarantine(_, number) if !suspects.contains_key(number)) {
+                self.stop(&key);
+            }
+        }
+        let within = self.lifecycle.quarantine;
+        for (number, seen) in suspects {
+            let key = Key::Quarantine(name.clone(), number);
+            let Ok(port) = Port::new("port", u64::from(number)) else { continue };
+            let lift = |leader| {
+                let (worker, ports) = (name.clone(), vec![port]);
+                Command::LiftQuarantine { worker, ports, by: Actor::Leader(leader), seen }
+            };
+            let timed = self.deadlines.get(&key).is_some_and(|deadline| {
+                matches!(deadline.command, Command::LiftQuarantine { seen: timed, .. } if timed == seen)
+            });
+            if !timed {
+                self.start(key, millis(within), lift);
+            }
+        }
+    }
+
+    fn quarantines_on(&self, worker: &WorkerName) -> Vec<Key> {
+        let of = |number| Key::Quarantine(worker.clone(), number);
+        self.deadlines.range(of(0)..=of(u16::MAX)).map(|(key, _)| key.clone()).collect()
+    }
+
+    fn start_silence(&mut self, worker: &Worker) {
+        let name = worker.name.clone();
+        self.start(Key::Silent(name.clone()), millis(self.lifecycle.worker_lost_after), |leader| {
+            let (phase, by) = (WorkerPhase::Lost, Actor::Leader(leader));
+            Command::SetWorkerPhase { name, phase, by }
+        });
+    }
+
+    fn heard(&mut self, worker: &Worker) {
+        let key = Key::Silent(worker.name.clone());
+        if self.deadlines.get(&key).is_some_and(|deadline| !deadline.ending) {
+            self.start_silence(worker);
+        }
+    }
+
     fn heed(&mut self, event: &Event) {
         match event {
             Event::Allocated(allocation) | Event::Changed(allocation) => self.follow(allocation),
@@ -157,13 +236,17 @@ impl Book {
             }
             Event::LeaseGranted(lease) => self.start_lease(lease),
             Event::LeaseEnded { lease, .. } => self.stop(&Key::Lease(lease.id)),
-            Event::Worker(_) | Event::WorkerRemoved(_) => {}
+            Event::Worker(worker) => self.follow_worker(worker),
+            Event::WorkerRemoved(name) => {
+                self.stop(&Key::Silent(name.clone()));
+                self.quarantines_on(name).iter().for_each(|key| self.stop(key));
+            }
         }
     }
 
     fn begin(&mut self, leader: Leader) {
         let reign = Some(Reign { leader, since: Instant::now(), lost: Duration::ZERO });
-        *self = Book { reign, ..Book::default() };
+        *self = Book { reign, lifecycle: self.lifecycle.clone(), ..Book::default() };
     }
 
     /// Everything that the table has and no event told of since the reign began.
@@ -173,6 +256,7 @@ impl Book {
                 self.start_lease(lease);
             }
         }
+        state.workers_after(None).for_each(|worker| self.follow_worker(worker));
         for allocation in state.reserved() {
             if !self.deadlines.contains_key(&Key::Confirm(allocation.name().clone())) {
                 self.follow(allocation);
@@ -228,6 +312,16 @@ impl Book {
     }
 }
 
+/// Does an agent have to report there? Nobody waits for one that is lost already, or that did not
+/// come yet after a restore.
+fn watched(worker: &Worker) -> bool {
+    worker.has_agent() && !matches!(worker.phase, WorkerPhase::Lost | WorkerPhase::Unverified)
+}
+
+fn millis(span: Duration) -> Millis {
+    Millis(span.as_millis() as u64)
+}
+
 impl ApplyObserver for Timers {
     fn applied(&self, _: &Command, _: &Applied, events: &[Event]) {
         if events.is_empty() {
@@ -277,6 +371,7 @@ pub(super) async fn run(node: Node) {
         let leads = node.leads();
         if leads != reigning {
             timers.book().reign = None;
+            node.inner.sweeper.end();
             if let Some(leader) = leads {
                 begin(&node, &timers, leader).await;
             }
