@@ -325,9 +325,18 @@ impl Sweeper {
         sweeps.show_drift();
     }
 
-    /// How often hosts and table differ.
-    pub fn drift(&self) -> Drift {
-        self.sweeps().drift
+    /// How hosts and table differ, in words.
+    pub fn problems(&self) -> Vec<String> {
+        let Drift { bound_but_closed, open_but_unknown, held_by_another } = self.sweeps().drift;
+        [
+            (bound_but_closed, "held and BOUND, and nobody listens there"),
+            (open_but_unknown, "in use and held by nobody"),
+            (held_by_another, "held, and in use by another process than the holder's"),
+        ]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("drift: agents see {count} managed ports that are {what}"))
+        .collect()
     }
 }
 
