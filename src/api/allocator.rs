@@ -54,7 +54,11 @@ impl Method for Allocate {
 }
 
 impl Allocate {
-    pub(super) fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::AllocateResponse> {
+    pub(super) fn answer(
+        revision: u64,
+        outcome: Outcome,
+        view: &State,
+    ) -> Option<v1::AllocateResponse> {
         let Outcome::Allocated { allocations, repeated } = outcome else { return None };
         Some(v1::AllocateResponse {
             allocations: allocations.iter().map(|a| convert::allocation(a, view)).collect(),

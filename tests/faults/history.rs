@@ -96,6 +96,12 @@ pub enum Record {
         node: u64,
         why: String,
     },
+    /// A node ended, and nobody had told it to.
+    Ended {
+        at: Nanos,
+        node: u64,
+        code: i32,
+    },
     /// What was done to the cluster; for people.
     Fault {
         at: Nanos,
@@ -239,7 +245,7 @@ fn finish(
     Ok(())
 }
 
-/// Writes a history while it happens; what is recorded survives a crash of the harness.
+/// Writes a history while it happens.
 pub struct Recorder {
     began: Instant,
     out: Mutex<Out>,

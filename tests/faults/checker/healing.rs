@@ -1,5 +1,5 @@
 //! Once nothing is done to it any more, everything works again in time, and what everybody gave back
-//! is free.
+//! is free. No node ends that nobody ended.
 
 use portwarden::api::meaning::Response;
 
@@ -21,6 +21,9 @@ pub fn check(history: &History) -> Vec<String> {
                         history.header.available_within_ms
                     ));
                 }
+            }
+            Record::Ended { node, code, .. } => {
+                broken.push(format!("node {node} ended by itself, with exit status {code}"));
             }
             _ => {}
         }

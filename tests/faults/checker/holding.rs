@@ -88,9 +88,11 @@ fn things(allocation: &v1::Allocation) -> impl Iterator<Item = (Thing, u64, bool
     let worker = &allocation.worker;
     let ports = allocation.ports.iter();
     let ports = ports.map(move |port| (Thing::Port(worker.clone(), port.number), 0, true));
-    ports.chain(allocation.gpus.iter().map(move |gpu| {
-        (Thing::Gpu(worker.clone(), gpu.index), gpu.memory_bytes, gpu.exclusive)
-    }))
+    ports.chain(
+        allocation.gpus.iter().map(move |gpu| {
+            (Thing::Gpu(worker.clone(), gpu.index), gpu.memory_bytes, gpu.exclusive)
+        }),
+    )
 }
 
 /// By name: the calls after which it is not certain any more who holds what.

@@ -291,7 +291,8 @@ impl Search<'_> {
         // Places from which there were other ways, with those that are not tried yet.
         let mut turns: Vec<(Place, Vec<Maker>)> = Vec::new();
         let mut untried = None;
-        while place.state.revision.0 < self.facts.last {
+        // After the last revision that anybody knew, what is unknown may still explain a refusal.
+        while place.state.revision.0 < self.facts.last || !place.open.is_empty() {
             let makers = untried.take().unwrap_or_else(|| self.makers(&place.state, &place.spent));
             if let Some((next, others)) = self.step(&place, makers) {
                 let before = std::mem::replace(&mut place, next);
@@ -307,9 +308,7 @@ impl Search<'_> {
                 return (vec![self.deepest.1.clone()], self.note(false));
             }
         }
-        let left = place.open.iter().map(|at| self.facts.op(*at));
-        let broken = left.map(|op| format!("no state explains the answer of {}", shown(op)));
-        (broken.collect(), self.note(false))
+        (Vec::new(), self.note(false))
     }
 
     /// The first maker that leads on, and what else is worth a try if that way ends.
@@ -332,8 +331,12 @@ impl Search<'_> {
                 Err(why) => whys.push(why),
             }
         }
-        if self.deepest.0 < revision || self.deepest.1.is_empty() {
-            self.deepest = (revision, self.unexplained(revision, whys));
+        if self.deepest.0 < revision {
+            let why = match place.open.first() {
+                Some(at) if revision > self.facts.last => unexplained_answer(self.facts.op(*at)),
+                _ => self.unexplained(revision, whys),
+            };
+            self.deepest = (revision, why);
         }
         None
     }
@@ -449,7 +452,7 @@ impl Search<'_> {
     fn closed(&self, place: &Place) -> Result<(), String> {
         let left = place.open.iter().map(|at| self.facts.op(*at));
         match left.into_iter().find(|op| op.returned < place.latest) {
-            Some(op) => Err(format!("no state explains the answer of {}", shown(op))),
+            Some(op) => Err(unexplained_answer(op)),
             None => Ok(()),
         }
     }
@@ -531,6 +534,10 @@ fn in_time(op: &Op, latest: Nanos) -> Result<(), String> {
     Ok(())
 }
 
+fn unexplained_answer(op: &Op) -> String {
+    format!("no state explains the answer of {}", shown(op))
+}
+
 fn shown(op: &Op) -> String {
     format!(
         "op {} of process {} ({} to {} ns) {:?}, ended {:?}",
@@ -542,7 +549,8 @@ fn shown(op: &Op) -> String {
 fn by_itself(state: &State, events: &[v1::WatchEvent]) -> Vec<Command> {
     let mut commands = Vec::new();
     for event in events {
-        if let Some(name) = event.allocation.as_ref().and_then(|a| InstanceName::parse(&a.name).ok())
+        if let Some(name) =
+            event.allocation.as_ref().and_then(|a| InstanceName::parse(&a.name).ok())
         {
             commands.extend(unconfirmed(state, &name));
             commands.extend(gone(state, &name, &event.reason));

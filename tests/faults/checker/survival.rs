@@ -40,11 +40,13 @@ fn lost(history: &History) -> Vec<String> {
     });
     let mut broken = Vec::new();
     for op in history.ops.iter().filter(|op| known::stale(&op.request).is_none()) {
-        let during =
-            |firm: &&&Firm| firm.from < op.invoked && op.returned < firm.until;
+        let during = |firm: &&&Firm| firm.from < op.invoked && op.returned < firm.until;
         let missed = |firm: &Firm| {
             let Firm { name, token, .. } = firm;
-            format!("{name} (token {token}) was acknowledged, and is not in the answer of op {}", op.id)
+            format!(
+                "{name} (token {token}) was acknowledged, and is not in the answer of op {}",
+                op.id
+            )
         };
         match (&op.request, &op.end) {
             (Request::List(r), End::Ok(Response::List(list))) => {
@@ -79,7 +81,7 @@ fn firm(history: &History) -> Vec<Firm<'_>> {
     }
     for op in &history.ops {
         let ends = |firm: &Firm| known::may_free(op, firm.allocation) || loosens(op, firm);
-        let mut end = |firm: &mut Firm| {
+        let end = |firm: &mut Firm| {
             if ends(firm) {
                 firm.until = firm.until.min(op.invoked);
             }
@@ -144,9 +146,8 @@ fn returned(history: &History) -> Vec<String> {
     let mut broken = Vec::new();
     for known::Sight { op, allocation } in known::sights(history) {
         let before = gone.get(allocation.name.as_str()).into_iter().flatten();
-        let back = before.filter(|(ended, revision, _)| {
-            *ended < op.invoked && allocation.token <= *revision
-        });
+        let back = before
+            .filter(|(ended, revision, _)| *ended < op.invoked && allocation.token <= *revision);
         broken.extend(back.map(|(_, _, release)| {
             let (name, token) = (&allocation.name, allocation.token);
             format!("{name} (token {token}) was released by op {release}, and op {} sees it", op.id)

@@ -153,10 +153,8 @@ impl Script {
 }
 
 fn wants(name: &str, bound: bool) -> v1::AllocateRequest {
-    let ports = v1::PortRequest {
-        ports: Some(v1::port_request::Ports::Count(1)),
-        ..Default::default()
-    };
+    let ports =
+        v1::PortRequest { ports: Some(v1::port_request::Ports::Count(1)), ..Default::default() };
     let claim = v1::Claim {
         name: name.into(),
         uid: format!("{name}-uid"),
@@ -483,7 +481,8 @@ fn two_refusals_in_an_order_that_time_forbids() {
     let not_held = s.happens(&get("a"));
     let grant = s.invoke(&Request::Allocate(wants("a", false)));
     let granted = s.happens(&Request::Allocate(wants("a", false)));
-    let wrong = Request::Confirm(v1::ConfirmRequest { name: "a".into(), token: 9, ..Default::default() });
+    let wrong =
+        Request::Confirm(v1::ConfirmRequest { name: "a".into(), token: 9, ..Default::default() });
     let held = s.happens(&wrong);
     // It is seen to be held, and afterwards not to be, while its grant is under way.
     let first = s.invoke(&wrong);
@@ -515,19 +514,14 @@ fn what_was_answered_as_not_done_was_done() {
 fn a_read_of_what_was_not_there_yet() {
     let mut s = Script::new();
     s.worker("w", 40_009);
-    let stale = Request::Get(v1::GetRequest {
-        name: "a".into(),
-        read: Some(v1::ReadOptions { stale: true, min_revision: 0 }),
-    });
-    let (mut future, op) = (Script::new(), s.invoke(&stale));
+    let read = Some(v1::ReadOptions { stale: true, min_revision: 0 });
+    let stale = Request::GetWorker(v1::GetWorkerRequest { name: "later".into(), read });
+    let mut future = Script::new();
     future.worker("w", 40_009);
-    future.grant("a");
+    future.worker("later", 40_009);
+    let op = s.invoke(&stale);
     s.end(op, future.happens(&stale));
-    s.good(); // torn off before anything else happened, it could still be
-    s.records.pop();
-    let answer = future.happens(&stale);
-    s.end(op, answer);
-    s.grant("a");
+    s.worker("later", 40_009);
     assert!(s.breaks(Rule::Linear).contains("began only"));
 }
 
@@ -610,6 +604,7 @@ fn a_released_grant_that_comes_back() {
     };
     s.answered(get("a"), again(7));
     s.good();
+    s.records.truncate(s.records.len() - 2);
     s.answered(get("a"), again(5));
     assert!(s.breaks(Rule::Survival).contains("was released"));
 }
@@ -710,6 +705,13 @@ fn what_heals_too_late_or_not_at_all() {
     with(Some(100)).good();
     assert!(with(Some(101)).breaks(Rule::Healing).contains("101 ms"));
     assert!(with(None).breaks(Rule::Healing).contains("never available"));
+}
+
+#[test]
+fn a_node_that_ends_by_itself() {
+    let mut s = Script::torn();
+    s.records.push(Record::Ended { at: MS, node: 2, code: 101 });
+    assert!(s.breaks(Rule::Healing).contains("exit status 101"));
 }
 
 #[test]

@@ -1,0 +1,296 @@
+//! What is done to the cluster while clients work: faults, chosen and timed by the seed.
+//!
+//! A [`Kind`] is a name and a function that begins the fault and returns how it ends. To add one is
+//! to add a line to [`KINDS`] and that function. Several may be under way at once.
+
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use itertools::Itertools as _;
+use rand::Rng as _;
+use rand::rngs::StdRng;
+use rand::seq::{IndexedRandom as _, IteratorRandom as _, SliceRandom as _};
+
+use crate::forgetting::Cut;
+use crate::rig::net::{cut, lose};
+use crate::rig::{Life, Rig};
+
+/// How a fault ends.
+type End = Box<dyn FnOnce(&mut Rig) + Send>;
+/// `None` where it cannot be now.
+type Begin = fn(&mut Rig, &mut StdRng, &Clients) -> Option<(String, End)>;
+
+pub struct Kind {
+    pub name: &'static str,
+    begin: Begin,
+}
+
+/// Addresses of those who are not nodes: they are on one side of a partition too.
+pub type Clients = Vec<Ipv4Addr>;
+
+pub const KINDS: &[Kind] = &[
+    Kind { name: "kill", begin: kill_one },
+    Kind { name: "kill-majority", begin: kill_majority },
+    Kind { name: "kill-all", begin: kill_all },
+    Kind { name: "pause", begin: pause },
+    Kind { name: "isolate", begin: isolate },
+    Kind { name: "halves", begin: halves },
+    Kind { name: "ring", begin: ring },
+    Kind { name: "one-way", begin: one_way },
+    Kind { name: "bridge", begin: bridge },
+    Kind { name: "lossy", begin: lossy },
+    Kind { name: "slow-disk", begin: slow_disk },
+    Kind { name: "full-disk", begin: full_disk },
+    Kind { name: "forget", begin: forget },
+    Kind { name: "torn", begin: torn },
+    Kind { name: "clock", begin: clock },
+    Kind { name: "restart", begin: rolling_restart },
+];
+
+pub fn by_name(name: &str) -> Result<&'static Kind, String> {
+    let known = KINDS.iter().map(|kind| kind.name).join(", ");
+    let found = KINDS.iter().find(|kind| kind.name == name);
+    found.ok_or_else(|| format!("no nemesis {name:?}; there are {known}"))
+}
+
+/// When which fault begins, and how long it lasts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Planned {
+    pub at: Duration,
+    pub lasts: Duration,
+    pub kind: &'static str,
+    /// Of what else it chooses.
+    pub seed: u64,
+}
+
+/// Faults over so long a time; the last ones end before it is over.
+pub fn plan(rng: &mut StdRng, kinds: &[&'static Kind], over: Duration) -> Vec<Planned> {
+    let mut plan = Vec::new();
+    let mut at = Duration::from_millis(rng.random_range(1_000..3_000));
+    while let Some(kind) = kinds.choose(rng) {
+        let lasts = Duration::from_millis(rng.random_range(300..5_000));
+        if at + lasts > over {
+            break;
+        }
+        plan.push(Planned { at, lasts, kind: kind.name, seed: rng.random() });
+        at += Duration::from_millis(rng.random_range(500..4_500));
+    }
+    plan
+}
+
+impl Kind {
+    pub fn begin(&self, rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<End> {
+        let (what, end) = (self.begin)(rig, rng, clients)?;
+        rig.recorder.fault(format!("{}: {what}", self.name));
+        let name = self.name;
+        Some(Box::new(move |rig| {
+            end(rig);
+            rig.recorder.fault(format!("{name}: over ({what})"));
+        }))
+    }
+}
+
+// Processes.
+
+fn kill(rig: &mut Rig, nodes: Vec<usize>, mut cut: impl FnMut(&mut Rig, usize)) -> (String, End) {
+    nodes.iter().for_each(|at| cut(rig, *at));
+    let what = ids(rig, &nodes);
+    let end = move |rig: &mut Rig| {
+        for at in nodes {
+            if rig.nodes[at].life == Life::Dead {
+                rig.start(at);
+            }
+        }
+    };
+    (what, Box::new(end))
+}
+
+fn ids(rig: &Rig, nodes: &[usize]) -> String {
+    format!("nodes {}", nodes.iter().map(|at| rig.nodes[*at].id).join(", "))
+}
+
+fn kill_some(rig: &mut Rig, rng: &mut StdRng, count: usize) -> Option<(String, End)> {
+    let nodes = rig.running().into_iter().choose_multiple(rng, count);
+    (!nodes.is_empty()).then(|| kill(rig, nodes, |rig, at| rig.kill(at, None)))
+}
+
+fn kill_one(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    kill_some(rig, rng, 1)
+}
+
+fn kill_majority(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    kill_some(rig, rng, rig.majority())
+}
+
+fn kill_all(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    kill_some(rig, rng, rig.nodes.len())
+}
+
+fn pause(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let count = rng.random_range(1..=rig.majority());
+    let nodes = rig.running().into_iter().choose_multiple(rng, count);
+    nodes.iter().for_each(|at| rig.pause(*at));
+    let what = ids(rig, &nodes);
+    let end = move |rig: &mut Rig| nodes.iter().for_each(|at| rig.go_on(*at));
+    (!what.is_empty()).then(|| (what, Box::new(end) as End))
+}
+
+/// One after the other, in order.
+fn rolling_restart(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let mut nodes = rig.running();
+    nodes.shuffle(rng);
+    for at in &nodes {
+        rig.stop(*at);
+        rig.start(*at);
+    }
+    Some((ids(rig, &nodes), Box::new(|_| ())))
+}
+
+/// Power cuts: nodes whose disks forget what was not synced.
+fn power_cut(rig: &mut Rig, rng: &mut StdRng, all: bool) -> Option<(String, End)> {
+    let forgetful = |at: &usize| rig.nodes[*at].disk.forgets();
+    let nodes: Vec<_> = rig.running().into_iter().filter(forgetful).collect();
+    let count = rng.random_range(1..=nodes.len().max(1));
+    let nodes = nodes.into_iter().choose_multiple(rng, count);
+    // All are dead before the first disk forgets.
+    nodes.iter().for_each(|at| rig.kill(*at, None));
+    let cut = |rig: &mut Rig, at: usize| match all {
+        true => rig.nodes[at].disk.cut(Cut::ForgetsAll),
+        false => rig.nodes[at].disk.cut(Cut::ForgetsSome(rng)),
+    };
+    (!nodes.is_empty()).then(|| kill(rig, nodes, cut))
+}
+
+fn forget(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    power_cut(rig, rng, true)
+}
+
+fn torn(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    power_cut(rig, rng, false)
+}
+
+// The network.
+
+fn impede(rig: &mut Rig, rules: Vec<String>) -> End {
+    static FAULTS: AtomicU64 = AtomicU64::new(0);
+    let fault = FAULTS.fetch_add(1, Ordering::Relaxed);
+    rig.net.impede(fault, rules);
+    Box::new(move |rig| rig.net.relieve(fault))
+}
+
+/// Rules of which none lets anything through between two sides.
+fn apart(one: &[Ipv4Addr], other: &[Ipv4Addr]) -> Vec<String> {
+    let pairs = one.iter().cartesian_product(other);
+    pairs.flat_map(|(a, b)| [cut(*a, *b), cut(*b, *a)]).collect()
+}
+
+/// One node (often it leads) sees no other one; clients still see it, or only some do.
+fn isolate(rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<(String, End)> {
+    let alone = rng.random_range(0..rig.nodes.len());
+    let address = rig.nodes[alone].host.address;
+    let mut others = rig.addresses();
+    others.remove(alone);
+    let cut_off = match rng.random_range(0..3) {
+        0 => Vec::new(),
+        1 => clients.clone(),
+        _ => clients.iter().copied().filter(|_| rng.random()).collect(),
+    };
+    let what = format!("node {} from all others and {} clients", alone + 1, cut_off.len());
+    others.extend(cut_off);
+    Some((what, impede(rig, apart(&[address], &others))))
+}
+
+/// Everybody is on one of two sides.
+fn halves(rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<(String, End)> {
+    let mut nodes = rig.addresses();
+    nodes.shuffle(rng);
+    let minority = nodes.split_off(rig.majority());
+    let (more, fewer): (Vec<_>, Vec<_>) = clients.iter().copied().partition(|_| rng.random());
+    let what = format!("{minority:?} and {} clients from the others", fewer.len());
+    let sides = ([nodes, more].concat(), [minority, fewer].concat());
+    Some((what, impede(rig, apart(&sides.0, &sides.1))))
+}
+
+/// Each node sees a majority, and no two see the same one.
+fn ring(rig: &mut Rig, _: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let nodes = rig.addresses();
+    let (count, seen) = (nodes.len(), rig.majority() / 2);
+    let far = (0..count).tuple_combinations().filter(|(a, b): &(usize, usize)| {
+        let steps = b - a;
+        steps.min(count - steps) > seen
+    });
+    let rules: Vec<_> = far.flat_map(|(a, b)| apart(&nodes[a..=a], &nodes[b..=b])).collect();
+    // Of three nodes each sees both others: a ring without one of its sides is a bridge.
+    (!rules.is_empty()).then(|| ("each sees a majority".into(), impede(rig, rules)))
+}
+
+/// A node hears others, or is heard by them, and not both.
+fn one_way(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let mut nodes = rig.addresses();
+    nodes.shuffle(rng);
+    let one = nodes.pop()?;
+    let deaf: bool = rng.random();
+    let others = nodes.iter().take(rng.random_range(1..=nodes.len()));
+    let rules = others.map(|other| if deaf { cut(*other, one) } else { cut(one, *other) });
+    let rules = rules.collect();
+    let what = format!("{one} {}", if deaf { "hears nothing" } else { "is not heard" });
+    Some((what, impede(rig, rules)))
+}
+
+/// Two sides that see only one node in common.
+fn bridge(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let mut nodes = rig.addresses();
+    nodes.shuffle(rng);
+    let middle = nodes.pop()?;
+    let right = nodes.split_off(nodes.len() / 2);
+    Some((format!("only {middle} sees both sides"), impede(rig, apart(&nodes, &right))))
+}
+
+/// Everything between nodes, and to them, loses packets.
+fn lossy(rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<(String, End)> {
+    let percent = rng.random_range(2..25);
+    let nodes = rig.addresses();
+    let all: Vec<_> = nodes.iter().chain(clients).copied().collect();
+    let pairs = nodes.iter().cartesian_product(&all).filter(|(a, b)| a != b);
+    let rules = pairs.flat_map(|(a, b)| [lose(*a, *b, percent), lose(*b, *a, percent)]).collect();
+    Some((format!("{percent} % of all packets"), impede(rig, rules)))
+}
+
+// The host.
+
+fn slow_disk(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let slow = (0..rig.nodes.len()).filter(|at| rig.nodes[*at].disk.forgets()).choose(rng)?;
+    let by = Duration::from_millis(rng.random_range(20..400));
+    rig.nodes[slow].disk.slow(by);
+    let what = format!("each sync of node {} takes {by:?}", slow + 1);
+    Some((what, Box::new(move |rig| rig.nodes[slow].disk.slow(Duration::ZERO))))
+}
+
+fn full_disk(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let full = (0..rig.nodes.len()).filter(|at| rig.nodes[*at].disk.is_small()).choose(rng)?;
+    let leave = [0, 1 << 20, 8 << 20].choose(rng).copied()?;
+    rig.nodes[full].disk.fill(leave);
+    let what = format!("{leave} bytes are left to node {}", full + 1);
+    let end = move |rig: &mut Rig| {
+        rig.nodes[full].disk.make_room();
+        rig.look_after();
+        if rig.nodes[full].life == Life::Dead {
+            rig.start(full);
+        }
+    };
+    Some((what, Box::new(end)))
+}
+
+/// The wall clock jumps; the monotonic one does not.
+fn clock(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    if !rig.has_faketime() {
+        return None;
+    }
+    let wrong = rng.random_range(0..rig.nodes.len());
+    let by: i64 = [-86_400, -3_600, -5, 5, 3_600, 31_536_000].choose(rng).copied()?;
+    let path = rig.clock_path(wrong as u64 + 1);
+    std::fs::write(&path, format!("{by:+}")).ok()?;
+    let end = move |_: &mut Rig| drop(std::fs::write(path, "+0"));
+    Some((format!("the clock of node {} is wrong by {by} s", wrong + 1), Box::new(end)))
+}
