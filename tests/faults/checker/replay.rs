@@ -39,7 +39,7 @@ use crate::history::{End, History, Nanos, Op};
 /// Changes that are tried on the model, beyond one for each revision, before it gives up.
 const TRIES_MAX: u64 = 200_000;
 /// The core's invariants are checked from scratch this often: O(table).
-const INVARIANTS_EVERY: u64 = 256;
+const INVARIANTS_EVERY: u64 = 64;
 
 /// What is broken, and what was done.
 pub fn check(history: &History) -> (Vec<String>, String) {
@@ -62,6 +62,8 @@ struct Facts<'a> {
     /// What was answered without a revision, by when the call began; and from which revision on it
     /// may have been answered.
     floating: Vec<(usize, u64)>,
+    /// The same of those that an old copy may have given, by the least revision that was asked for.
+    old: Vec<(usize, u64)>,
     /// What may have been done although nobody was told, by what it is about.
     unknown: BTreeMap<String, Vec<usize>>,
     events: BTreeMap<u64, Vec<v1::WatchEvent>>,
@@ -82,6 +84,7 @@ impl<'a> Facts<'a> {
             writes: BTreeMap::new(),
             reads: BTreeMap::new(),
             floating: Vec::new(),
+            old: Vec::new(),
             unknown: BTreeMap::new(),
             events: known::events_by_revision(history),
             seen: BTreeMap::new(),
@@ -95,6 +98,7 @@ impl<'a> Facts<'a> {
         facts.last = answered.max().copied().unwrap_or(0);
         facts.bound_times();
         facts.bound_floating();
+        facts.old.sort_by_key(|(_, min)| *min);
         facts
     }
 
@@ -113,7 +117,10 @@ impl<'a> Facts<'a> {
                 }
             }
             (End::Ok(Response::KeepAlive(r)), None) if r.ttl_ms == 0 => {}
-            (End::Ok(_) | End::Refused { .. }, _) => self.floating.push((at, 0)),
+            (End::Ok(_) | End::Refused { .. }, _) => match known::stale(&op.request) {
+                Some(min) => self.old.push((at, min)),
+                None => self.floating.push((at, 0)),
+            },
             (End::Fail | End::Unknown, _) => {}
         }
         let in_doubt = op.end == End::Unknown || (op.repeats && op.end != End::Fail);
@@ -235,6 +242,16 @@ fn subjects(request: &Request) -> Vec<String> {
     }
 }
 
+/// What a read is about, in the same words.
+fn asked_for(request: &Request) -> String {
+    match request {
+        Request::Get(r) => format!("instance {}", r.name),
+        Request::GetWorker(r) => format!("worker {}", r.name),
+        Request::GetLease(r) => format!("lease {}", r.id),
+        _ => String::new(),
+    }
+}
+
 fn subjects_of(events: &[v1::WatchEvent]) -> BTreeSet<String> {
     let of = |event: &v1::WatchEvent| {
         let instance = event.allocation.as_ref().map(|a| format!("instance {}", a.name));
@@ -258,6 +275,9 @@ struct Place {
     next_floating: usize,
     /// Refusals without a state so far.
     open: Vec<usize>,
+    /// The same of `old`.
+    next_old: usize,
+    open_old: Vec<usize>,
     /// Calls of unknown end that were placed; who repeats may be placed again.
     spent: BTreeSet<usize>,
 }
@@ -283,9 +303,11 @@ impl Search<'_> {
             latest: 0,
             next_floating: 0,
             open: Vec::new(),
+            next_old: 0,
+            open_old: Vec::new(),
             spent: BTreeSet::new(),
         };
-        if let Err(why) = self.settle(&mut place, None) {
+        if let Err(why) = self.settle(&mut place, None, &[]) {
             return (vec![why], self.note(false));
         }
         // Places from which there were other ways, with those that are not tried yet.
@@ -428,7 +450,7 @@ impl Search<'_> {
         next.state = after;
         self.as_seen(&next.state)?;
         self.closed(&next)?;
-        self.settle(&mut next, made)?;
+        self.settle(&mut next, made, &events)?;
         Ok(next)
     }
 
@@ -450,7 +472,7 @@ impl Search<'_> {
 
     /// No answer may be left that had to come before what is placed now.
     fn closed(&self, place: &Place) -> Result<(), String> {
-        let left = place.open.iter().map(|at| self.facts.op(*at));
+        let left = place.open.iter().chain(&place.open_old).map(|at| self.facts.op(*at));
         match left.into_iter().find(|op| op.returned < place.latest) {
             Some(op) => Err(unexplained_answer(op)),
             None => Ok(()),
@@ -458,7 +480,12 @@ impl Search<'_> {
     }
 
     /// Everything that was answered from the state as it is now.
-    fn settle(&self, place: &mut Place, made: Option<usize>) -> Result<(), String> {
+    fn settle(
+        &self,
+        place: &mut Place,
+        made: Option<usize>,
+        events: &[v1::WatchEvent],
+    ) -> Result<(), String> {
         let facts = self.facts;
         let revision = place.state.revision.0;
         if revision.is_multiple_of(INVARIANTS_EVERY) {
@@ -471,6 +498,7 @@ impl Search<'_> {
             place.next_floating += 1;
         }
         self.explain(place);
+        self.explain_old(place, events);
         let mut latest = place.latest;
         let writes = facts.writes.get(&revision).into_iter().flatten();
         let reads = facts.reads.get(&revision).into_iter().flatten();
@@ -487,6 +515,28 @@ impl Search<'_> {
         }
         place.latest = latest;
         self.closed(place)
+    }
+
+    /// Takes from `open_old` what the state explains. A state is looked at only if it is the first, or
+    /// if the last change was of what was asked for.
+    fn explain_old(&self, place: &mut Place, events: &[v1::WatchEvent]) {
+        let Place { state, open_old, next_old, .. } = place;
+        let explains = |at: &usize| self.facts.agrees(*at, &self.facts.outcome(*at, state).0);
+        if !open_old.is_empty() {
+            let changed = subjects_of(events);
+            open_old.retain(|at| {
+                let asked = asked_for(&self.facts.op(*at).request);
+                !changed.contains(&asked) || !explains(at)
+            });
+        }
+        while let Some((at, min)) = self.facts.old.get(*next_old)
+            && *min <= state.revision.0
+        {
+            if !explains(at) {
+                open_old.push(*at);
+            }
+            *next_old += 1;
+        }
     }
 
     /// Takes from `open` what the state explains, unless it had to come after one that it does not.
