@@ -30,8 +30,9 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::pages::{PageToken, Views};
-use super::{allocator, errors, leases, watch as changes, workers};
+use super::{allocator, cluster, errors, leases, watch as changes, workers};
 use crate::core::{Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, State};
+use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
@@ -73,6 +74,12 @@ pub trait Backend: Send + Sync + 'static {
         id: LeaseId,
         deadline: Deadline,
     ) -> Result<Option<Millis>, CallError>;
+    /// On the leader: changes the membership.
+    async fn change_members(
+        &self,
+        change: MemberChange,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged>;
     /// On the leader: takes what an agent saw.
     async fn report(&self, sample: Sample, deadline: Deadline) -> Result<Heard, Unheard>;
 }
@@ -121,6 +128,13 @@ impl Backend for Node {
         deadline: Deadline,
     ) -> Result<Option<Millis>, CallError> {
         Node::keep_alive(self, id, deadline).await
+    }
+    async fn change_members(
+        &self,
+        change: MemberChange,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged> {
+        Node::change_members(self, change, deadline).await
     }
     async fn report(&self, sample: Sample, deadline: Deadline) -> Result<Heard, Unheard> {
         Node::report(self, sample, deadline).await
@@ -484,6 +498,10 @@ impl Api {
             Reading<workers::Get>,
             Reading<workers::List>,
             Reading<changes::Current>,
+            cluster::AddMember,
+            cluster::PromoteMember,
+            cluster::RemoveMember,
+            cluster::TransferLeader,
         ];
         Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
     }

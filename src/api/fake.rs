@@ -8,6 +8,7 @@ use tonic::Status;
 use super::convert;
 use super::dispatch::{Api, Backend};
 use crate::core::{Applied, Command, LeaseId, Millis, Origin, Revision, State, apply};
+use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, NodeId, StatusReport};
@@ -105,6 +106,9 @@ impl Backend for Fake {
     }
     async fn keep_alive(&self, id: LeaseId, _: Deadline) -> Result<Option<Millis>, CallError> {
         Ok(self.state.lock().unwrap().lease(id).map(|lease| lease.ttl))
+    }
+    async fn change_members(&self, _: MemberChange, _: Deadline) -> Result<(), NotChanged> {
+        Ok(())
     }
     async fn report(&self, sample: Sample, _: Deadline) -> Result<Heard, Unheard> {
         Err(Unheard::NoWorker(sample.worker))

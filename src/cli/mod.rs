@@ -129,7 +129,7 @@ pub enum Command {
     List(list::Args),
     /// Manage workers: the machines that instances run on
     Worker(worker::Args),
-    /// Show the nodes of the cluster
+    /// Show and change the nodes of the cluster
     Member(member::Args),
     /// Show how the cluster is
     Status(status::Args),

@@ -78,6 +78,10 @@ pub mod methods {
             LiftQuarantineRequest => WorkerResponse, Repeatable;
         STATUS: "Cluster/Status", StatusRequest => StatusResponse, Read;
         MEMBERS: "Cluster/ListMembers", ListMembersRequest => ListMembersResponse, Read;
+        MEMBER_ADD: "Cluster/AddMember", AddMemberRequest => ListMembersResponse, Repeatable;
+        MEMBER_PROMOTE: "Cluster/PromoteMember", MemberRequest => ListMembersResponse, Repeatable;
+        MEMBER_REMOVE: "Cluster/RemoveMember", RemoveMemberRequest => ListMembersResponse, Repeatable;
+        TRANSFER_LEADER: "Cluster/TransferLeader", MemberRequest => ListMembersResponse, Repeatable;
     }
 }
 

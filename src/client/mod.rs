@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngCore as _, SeedableRng as _};
+use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::{reason, v1};
@@ -37,6 +38,8 @@ pub use error::{ClientError, Refused};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Below this it is not worth asking once more whether a learner has caught up.
+const PROMOTE_TRY_MIN: Duration = Duration::from_millis(500);
 /// How often a listing is begun again because its revision was no longer kept.
 const LIST_RESTARTS_MAX: usize = 8;
 
@@ -317,6 +320,46 @@ impl Client {
     pub async fn members(&self) -> Result<Vec<v1::Member>, ClientError> {
         let response = self.call(methods::MEMBERS, v1::ListMembersRequest {}).await?;
         Ok(response.members)
+    }
+
+    /// As a learner. Answers with all members, as the following do.
+    pub async fn member_add(
+        &self,
+        id: u64,
+        peer: &str,
+        client: &str,
+    ) -> Result<Vec<v1::Member>, ClientError> {
+        let request = v1::AddMemberRequest { id, peer: peer.into(), client: client.into() };
+        Ok(self.call(methods::MEMBER_ADD, request).await?.members)
+    }
+
+    /// Once it has caught up: waits for that within the timeout.
+    pub async fn member_promote(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let client = self.with_timeout(left.max(PROMOTE_TRY_MIN));
+            match client.call(methods::MEMBER_PROMOTE, v1::MemberRequest { id }).await {
+                Err(error)
+                    if error.reason() == Some(reason::LAGGING)
+                        && Instant::now() + PROMOTE_TRY_MIN < deadline => {}
+                answer => return Ok(answer?.members),
+            }
+        }
+    }
+
+    /// For good. `force`: even if too few of those that are left are live.
+    pub async fn member_remove(
+        &self,
+        id: u64,
+        force: bool,
+    ) -> Result<Vec<v1::Member>, ClientError> {
+        let request = v1::RemoveMemberRequest { id, force };
+        Ok(self.call(methods::MEMBER_REMOVE, request).await?.members)
+    }
+
+    pub async fn transfer_leader(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
+        Ok(self.call(methods::TRANSFER_LEADER, v1::MemberRequest { id }).await?.members)
     }
 
     async fn all_pages<T>(

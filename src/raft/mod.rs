@@ -28,7 +28,7 @@ mod types;
 pub use config::{RaftOptions, raft_config};
 pub use identity::{ClusterCell, ClusterMismatch, LocalIdentity};
 pub use machine::{ApplyObserver, CommandAt, SnapshotBuilder, StateMachine, Table, TableView};
-pub use network::{ForwardError, PeerClient, PeerNetwork};
+pub use network::{ForwardError, JoinError, PeerClient, PeerNetwork};
 pub use service::{PeerHooks, PeerService, RaftCell, peer_service, peer_transport};
 pub use types::*;
 
