@@ -1,12 +1,12 @@
 //! `portwarden.v1.Cluster`: what this node knows of the Raft group, answered by every node itself, and
 //! changes of its membership, made by the leader.
 
-use std::pin::Pin;
-
-use tokio_stream::Stream;
+use futures::StreamExt as _;
+use futures::stream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::dispatch::{Api, Failure, Method};
+use super::dispatch::{Api, Failure, Method, Responses};
 use super::errors;
 use crate::core::{self, Invalid};
 use crate::node::members::{MemberChange, NotChanged};
@@ -171,12 +171,24 @@ impl v1::cluster_server::Cluster for Api {
         self.serve_unary::<TransferLeader>(request).await
     }
 
-    type SnapshotStream = Pin<Box<dyn Stream<Item = Result<v1::SnapshotChunk, Status>> + Send>>;
+    type SnapshotStream = Responses<v1::SnapshotChunk>;
 
     async fn snapshot(
         &self,
-        _: Request<v1::SnapshotRequest>,
+        request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(errors::unimplemented("Snapshot: backups over the API are"))
+        let path = "/portwarden.v1.Cluster/Snapshot";
+        let begun = self.observed(path, request.metadata(), |deadline| async move {
+            // So that everything acknowledged before the call is in it.
+            self.current(deadline).await?;
+            Ok(self.inner.node.backup())
+        });
+        let (head, pieces) = begun.await?.into_inner();
+        let pieces = ReceiverStream::new(pieces).map(|piece| match piece {
+            Ok(data) => Ok(v1::SnapshotChunk { data, ..Default::default() }),
+            Err(error) => Err(errors::not_ready(&format!("the backup broke off: {error}"))),
+        });
+        let chunks = stream::once(std::future::ready(Ok(head))).chain(pieces);
+        Ok(Response::new(Box::pin(chunks.take_until(self.stopping()))))
     }
 }

@@ -49,6 +49,7 @@ pub(super) async fn start(dir: &Path, ports: &[NodePorts]) -> anyhow::Result<Vec
             snapshot_every: SNAPSHOT_EVERY,
             upkeep: Upkeep::default(),
             lifecycle: Lifecycle::default(),
+            backups: None,
         };
         servers.push(Server::start(config, listeners).await?);
     }

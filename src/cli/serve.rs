@@ -12,12 +12,15 @@ use tracing::{info, warn};
 
 use super::{Globals, log_to_stderr, parse, usage};
 use crate::api::assembly::{Listeners, Server};
+use crate::node::backups::BackupPlan;
 use crate::node::{Entry, Lifecycle, NodeConfig, NodeId, Upkeep};
 
 const DEFAULT_LISTEN: &str = "127.0.0.1:7601";
 const DEFAULT_LISTEN_PEER: &str = "127.0.0.1:7701";
 /// What Raft says at `info` is for its own developers.
 const DEFAULT_LOG_LEVEL: &str = "info,openraft=warn";
+const BACKUP_EVERY: Duration = Duration::from_secs(3600);
+const BACKUP_KEEP: usize = 24;
 /// How long a node that was removed says so before it stops.
 const REMOVED_GRACE: Duration = Duration::from_secs(3);
 /// Log entries after which a snapshot is written.
@@ -96,6 +99,15 @@ pub struct Args {
     /// Give a port that was in conflict again after so long, where no agent watches [default: 5m]
     #[arg(long, env = "PORTWARDEN_QUARANTINE", value_name = "DURATION")]
     quarantine: Option<String>,
+    /// Write backups of the table into this directory
+    #[arg(long, env = "PORTWARDEN_BACKUP_DIR", value_name = "DIR")]
+    backup_dir: Option<PathBuf>,
+    /// How often, if anything has changed [default: 1h]
+    #[arg(long, env = "PORTWARDEN_BACKUP_EVERY", value_name = "DURATION")]
+    backup_every: Option<String>,
+    /// Keep so many of them [default: 24]
+    #[arg(long, env = "PORTWARDEN_BACKUP_KEEP", value_name = "N")]
+    backup_keep: Option<usize>,
     /// Listen beyond loopback without TLS: tokens and names travel in the clear
     #[arg(
         long,
@@ -203,6 +215,9 @@ impl Args {
             zombie_after: self.zombie_after.or(file.zombie_after),
             worker_lost_after: self.worker_lost_after.or(file.worker_lost_after),
             quarantine: self.quarantine.or(file.quarantine),
+            backup_dir: self.backup_dir.or(file.backup_dir),
+            backup_every: self.backup_every.or(file.backup_every),
+            backup_keep: self.backup_keep.or(file.backup_keep),
             insecure: self.insecure.or(file.insecure),
             log_level: self.log_level.or(file.log_level),
             config: None,
@@ -264,6 +279,7 @@ impl Args {
                 snapshot_every,
                 upkeep,
                 lifecycle,
+                backups: self.check_backups()?,
             },
             clients,
             peers,
@@ -290,6 +306,30 @@ impl Args {
             )?,
             quarantine: span("--quarantine", &self.quarantine, default.quarantine)?,
         })
+    }
+
+    fn check_backups(&self) -> anyhow::Result<Option<BackupPlan>> {
+        let Some(dir) = self.backup_dir.clone() else {
+            for (flag, given) in [
+                ("--backup-every", self.backup_every.is_some()),
+                ("--backup-keep", self.backup_keep.is_some()),
+            ] {
+                if given {
+                    return Err(usage(format!("{flag}: needs --backup-dir")));
+                }
+            }
+            return Ok(None);
+        };
+        let every = match self.backup_every.as_deref() {
+            None => BACKUP_EVERY,
+            Some(text) => parse::span_of_time(text)
+                .map_err(|why| usage(format!("--backup-every: {text:?} {why}")))?,
+        };
+        let keep = self.backup_keep.unwrap_or(BACKUP_KEEP);
+        if keep == 0 {
+            return Err(usage("--backup-keep: 0 must be 1 or more"));
+        }
+        Ok(Some(BackupPlan { dir, every, keep }))
     }
 
     /// How the node comes to its cluster, and where the other nodes reach it.

@@ -42,6 +42,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const CATCH_UP_PAUSE: Duration = Duration::from_millis(50);
 /// Left of the caller's time for saying how far a learner is.
 const ANSWER_MARGIN: Duration = Duration::from_millis(300);
+const ASK_TIMEOUT: Duration = Duration::from_millis(700);
 const TIDY_MAX: Duration = Duration::from_secs(5);
 /// A node that joins asks again if it takes longer.
 const TAKE_IN_MAX: Duration = Duration::from_secs(4);
@@ -408,15 +409,35 @@ impl Node {
         }
     }
 
-    /// Of what Raft counts as a member's first word, for those that are pending.
-    fn unbound(&self, roll: &Roll) -> BTreeMap<NodeId, Member> {
-        let pending =
-            roll.members().into_iter().filter(|(_, member)| member.incarnation.is_empty());
-        let heard = pending.filter_map(|(id, member)| {
-            let incarnation = self.inner.network.incarnation(id)?;
-            Some((id, Member { incarnation, ..member.clone() }))
-        });
-        heard.collect()
+    /// Asks the members of which the membership does not know all: who they are, and where clients
+    /// reach them.
+    async fn incomplete(&self, roll: &Roll) -> BTreeMap<NodeId, Member> {
+        let mut found = BTreeMap::new();
+        for (id, member) in roll.members() {
+            if !member.incarnation.is_empty() && !member.client.is_empty() {
+                continue;
+            }
+            let answer = match id == self.id() {
+                true => self.own_state(),
+                false => {
+                    let request = peer::ProbeRequest::default();
+                    let asked = self.inner.network.probe(id, &member.peer, request, ASK_TIMEOUT);
+                    match asked.await {
+                        Ok(answer) => answer,
+                        Err(_) => continue, // it has not come yet
+                    }
+                }
+            };
+            let known = Member {
+                incarnation: answer.incarnation,
+                client: answer.client_endpoint,
+                ..member.clone()
+            };
+            if !known.incarnation.is_empty() && known != *member {
+                found.insert(id, known);
+            }
+        }
+        found
     }
 }
 
@@ -438,10 +459,10 @@ pub(super) async fn tidy(node: Node) {
             node.finish(&roll, deadline).await;
             continue;
         }
-        let unbound = node.unbound(&roll);
-        if !unbound.is_empty() {
-            let ids: Vec<_> = unbound.keys().copied().collect();
-            match node.change(&roll, ChangeMembers::SetNodes(unbound), deadline).await {
+        let complete = node.incomplete(&roll).await;
+        if !complete.is_empty() {
+            let ids: Vec<_> = complete.keys().copied().collect();
+            match node.change(&roll, ChangeMembers::SetNodes(complete), deadline).await {
                 Ok(()) => info!(?ids, "members have joined"),
                 Err(error) => warn!(?ids, %error, "members that joined are not written down yet"),
             }

@@ -9,6 +9,7 @@
 //! Time, tasks and timers are tokio's; the network and the disk lie behind `raft` and `store`.
 
 mod agreement;
+pub mod backups;
 mod bootstrap;
 mod compaction;
 pub mod members;
@@ -75,6 +76,7 @@ pub struct NodeConfig {
     pub snapshot_every: u64,
     pub upkeep: Upkeep,
     pub lifecycle: Lifecycle,
+    pub backups: Option<backups::BackupPlan>,
 }
 
 /// How a node that has no data comes to a cluster.
@@ -309,6 +311,7 @@ impl Node {
         tokio::spawn(rounds);
 
         let upkeep = config.upkeep.clone();
+        let backup_plan = config.backups.clone();
         let node = Node {
             inner: Arc::new(Inner {
                 config,
@@ -343,6 +346,9 @@ impl Node {
         tokio::spawn(members::tidy(node.clone()));
         tokio::spawn(timers::run(node.clone()));
         tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
+        if let Some(plan) = backup_plan {
+            tokio::spawn(backups::run(node.clone(), plan));
+        }
         if upkeep.low_space_bytes > 0 {
             tokio::spawn(space::look_after(node.clone()));
             tokio::spawn(space::ask_others(node.clone()));
@@ -519,7 +525,8 @@ impl Node {
         format!("node {} was removed from the cluster: use its other nodes", self.id())
     }
 
-    fn check_member(&self) -> Result<(), CallError> {
+    /// Fails once this node is no member any more.
+    pub fn check_member(&self) -> Result<(), CallError> {
         match *self.inner.network.removed().borrow() {
             true => Err(CallError::NotReady(self.why_removed())),
             false => Ok(()),

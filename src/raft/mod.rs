@@ -16,6 +16,7 @@
 //! - Every call says in which cluster, from whom and to whom it goes, and is refused by others.
 //! - Log reversion is never allowed, and a leader that restarts is elected anew ([`raft_config`]).
 
+mod backup;
 mod config;
 mod convert;
 mod identity;
@@ -25,6 +26,7 @@ mod network;
 mod service;
 mod types;
 
+pub use backup::{Backup, RestoreError, restore, salvage, write_backup};
 pub use config::{RaftOptions, raft_config};
 pub use identity::{ClusterCell, ClusterMismatch, LocalIdentity};
 pub use machine::{ApplyObserver, CommandAt, SnapshotBuilder, StateMachine, Table, TableView};

@@ -131,11 +131,6 @@ impl PeerNetwork {
         }
     }
 
-    /// The incarnation that was heard of under this id, or that it is bound to.
-    pub fn incarnation(&self, id: NodeId) -> Option<String> {
-        self.identities.incarnation(id)
-    }
-
     pub(super) fn refused(&self, why: &str) {
         self.refusal.send_replace(Some(why.into()));
     }
