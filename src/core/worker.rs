@@ -281,8 +281,9 @@ pub struct Worker {
     pub created: Revision,
     /// Revision of the last change of spec, phase or quarantines.
     pub version: Revision,
-    /// Revision at which the agent first named the present boot; 0 without an agent. What was
-    /// granted and confirmed before did not live through the boot.
+    /// Revision at which its agent first named the present boot; that of the registration for the
+    /// first boot that an agent named; 0 without an agent. What was confirmed before did not live
+    /// through the boot.
     pub booted: Revision,
 }
 
@@ -329,8 +330,13 @@ impl Worker {
                 gpu
             })
             .collect();
-        let boot = |spec: &WorkerSpec| spec.identity.as_ref().map(|i| i.boot_id.clone());
-        let booted = if boot(&spec) == boot(&self.spec) { self.booted } else { revision };
+        let booted = match (&self.spec.identity, &spec.identity) {
+            (_, None) => Revision(0),
+            // Nothing is known of the boots before its agent came.
+            (None, Some(_)) => self.created,
+            (Some(old), Some(new)) if old.boot_id == new.boot_id => self.booted,
+            (Some(_), Some(_)) => revision,
+        };
         Worker { spec: Arc::new(spec), pools, gpus, version: revision, booted, ..self.clone() }
     }
 

@@ -17,6 +17,7 @@ mod proposer;
 mod reads;
 mod space;
 mod status;
+mod survey;
 pub mod sweeper;
 pub mod telemetry;
 #[cfg(test)]
@@ -171,6 +172,7 @@ struct Inner {
     reads: reads::Reads,
     timers: timers::Timers,
     sweeper: sweeper::Sweeper,
+    surveys: survey::Surveys,
     hub: watch::Hub,
     space: space::Space,
     agreement: agreement::Agreement,
@@ -294,6 +296,7 @@ impl Node {
                 reads,
                 timers,
                 sweeper,
+                surveys: survey::Surveys::default(),
                 hub,
                 space,
                 agreement,
@@ -309,6 +312,7 @@ impl Node {
         cell.set(raft);
         tokio::spawn(watch_recovery(node.clone()));
         tokio::spawn(telemetry::report(node.clone()));
+        tokio::spawn(survey::report(node.clone()));
         tokio::spawn(timers::run(node.clone()));
         tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
         if upkeep.low_space_bytes > 0 {

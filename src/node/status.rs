@@ -74,7 +74,7 @@ impl Node {
             .filter(|(answer, _)| answer.state == "leader")
             .max_by_key(|(answer, _)| answer.term)
             .map(|(_, id)| id);
-        let space = space_problems(leader, &answers);
+        let own = own_problems(leader, &answers);
         let members: Vec<_> = answers
             .into_iter()
             .map(|(id, member, answer)| {
@@ -99,7 +99,7 @@ impl Node {
             cluster_id: self.inner.cluster.get().unwrap_or_default().to_string(),
             leader,
             revision: table.state.revision.0,
-            problems: [problems(leader, &members), space].concat(),
+            problems: [problems(leader, &members), own, self.table_problems().await].concat(),
             members,
             node: self.id(),
             term,
@@ -107,6 +107,25 @@ impl Node {
             allocations: table.state.allocation_count() as u64,
             feature_level: table.state.feature_level,
         }
+    }
+
+    /// Of this node's own copy.
+    async fn table_problems(&self) -> Vec<String> {
+        let mut problems = self.survey().await.problems();
+        let table = self.table();
+        let mut lingering = table.state.lingering();
+        if let Some(example) = lingering.next() {
+            let (name, worker) = (example.name(), &example.worker);
+            let reason = example.reason.as_deref().unwrap_or_default();
+            problems.push(match lingering.count() {
+                0 => format!("{name} on worker {worker} is LINGERING ({reason})"),
+                more => format!(
+                    "{} allocations are LINGERING, {name} on worker {worker} among them ({reason})",
+                    more + 1
+                ),
+            });
+        }
+        problems
     }
 
     /// What this node answers when a peer asks how it is.
@@ -136,12 +155,14 @@ impl Node {
                 ServerState::Leader => refused.unwrap_or_default(),
                 _ => String::new(),
             },
+            problems: self.inner.sweeper.problems(),
             digest: self.inner.agreement.latest().map(super::agreement::wire_taken),
         }
     }
 }
 
-fn space_problems(
+/// What the members say themselves.
+fn own_problems(
     leader: Option<NodeId>,
     answers: &[(NodeId, &Member, Option<peer::ProbeResponse>)],
 ) -> Vec<String> {
@@ -155,11 +176,14 @@ fn space_problems(
             )
         })
         .collect();
-    let refused = answered().find(|(id, ..)| leader == Some(*id));
-    if let Some((.., answer)) = refused.filter(|(.., answer)| !answer.growth_refused.is_empty()) {
+    if let Some((.., answer)) = answered().find(|(id, ..)| leader == Some(*id)) {
         let why = &answer.growth_refused;
-        problems
-            .push(format!("low on space: only what frees, confirms or keeps is admitted ({why})"));
+        if !why.is_empty() {
+            problems.push(format!(
+                "low on space: only what frees, confirms or keeps is admitted ({why})"
+            ));
+        }
+        problems.extend_from_slice(&answer.problems);
     }
     problems
 }

@@ -8,8 +8,10 @@ use openraft::ServerState;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Node;
-use crate::core::{Applied, Command, Event, Refusal, ReleaseReason, State};
-use crate::raft::ApplyObserver;
+use crate::core::{
+    Applied, Cause, Command, Event, Phase, Refusal, ReleaseReason, State, WorkerPhase,
+};
+use crate::raft::{ApplyObserver, Metrics};
 
 /// How often gauges are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -23,6 +25,12 @@ pub fn describe() {
         ("portwarden_conflicts_total", "Conflicts reported, by what became of the allocation"),
         ("portwarden_releases_total", "Allocations ended, by reason"),
         ("portwarden_quarantines_total", "Commands that quarantined ports"),
+        ("portwarden_reclaims_total", "Allocations that the system took back, by cause"),
+        ("portwarden_lingering_total", "Allocations whose holder fell silent, by cause"),
+        ("portwarden_workers_lost_total", "Workers whose agent fell silent"),
+        ("portwarden_keepalives_total", "Keepalives of leases, by result"),
+        ("portwarden_reports_total", "Samples of agents, by what became of them"),
+        ("portwarden_watchers_cut_off_total", "Watchers that did not keep up"),
         ("portwarden_snapshots_installed_total", "Snapshots taken over from a peer"),
         (
             "portwarden_checkpoints_total",
@@ -44,6 +52,8 @@ pub fn describe() {
     for (name, text) in [
         ("portwarden_proposal_seconds", "From proposal of an entry to its answer"),
         ("portwarden_read_round_seconds", "One read round"),
+        ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
+        ("portwarden_log_flush_seconds", "One flush of the log to the disk"),
         ("portwarden_digest_seconds", "Digest of the table for a checkpoint"),
         ("portwarden_rpc_seconds", "One call of a client, by method and code"),
     ] {
@@ -56,8 +66,21 @@ pub fn describe() {
         ("portwarden_log_last_index", "Last entry of the log"),
         ("portwarden_log_applied_index", "Last entry applied"),
         ("portwarden_revision", "Revision of the table"),
-        ("portwarden_workers", "Workers in the table"),
-        ("portwarden_allocations", "Allocations in the table"),
+        ("portwarden_workers", "Workers in the table, by phase"),
+        ("portwarden_allocations", "Allocations in the table, by phase"),
+        ("portwarden_leases", "Leases in the table"),
+        ("portwarden_ports", "Managed ports, by state"),
+        (
+            "portwarden_ranges",
+            "Port ranges that are full, and that are nearly full (under a tenth free)",
+        ),
+        ("portwarden_gpu_bytes", "Memory of GPUs, by state"),
+        (
+            "portwarden_drift",
+            "Differences between hosts and table that agents see, by kind; on the leader",
+        ),
+        ("portwarden_member_lag_entries", "Log entries that a member is behind; on the leader"),
+        ("portwarden_watchers", "Watch streams that are served"),
         ("portwarden_log_purged_index", "Last entry that the log no longer has"),
         ("portwarden_snapshot_index", "Last entry in the newest snapshot"),
         ("portwarden_checkpoint_revision", "Last revision at which the table was the cluster's"),
@@ -77,6 +100,22 @@ pub fn describe() {
     counter!("portwarden_quarantines_total").absolute(0);
     for outcome in ["swapped", "reclaimed"] {
         counter!("portwarden_conflicts_total", "outcome" => outcome).absolute(0);
+    }
+    for result in ["counted", "ignored", "unknown_worker", "other_identity"] {
+        counter!("portwarden_reports_total", "result" => result).absolute(0);
+    }
+    for result in ["renewed", "gone"] {
+        counter!("portwarden_keepalives_total", "result" => result).absolute(0);
+    }
+    for cause in Cause::ALL {
+        counter!("portwarden_reclaims_total", "cause" => cause.name()).absolute(0);
+        counter!("portwarden_lingering_total", "cause" => cause.name()).absolute(0);
+    }
+    counter!("portwarden_workers_lost_total").absolute(0);
+    counter!("portwarden_watchers_cut_off_total").absolute(0);
+    gauge!("portwarden_watchers").set(0.0);
+    for kind in ["bound_but_closed", "open_but_unknown", "held_by_another"] {
+        gauge!("portwarden_drift", "kind" => kind).set(0.0);
     }
     for reason in ["holder", "forced", "reclaimed"] {
         counter!("portwarden_releases_total", "reason" => reason).absolute(0);
@@ -103,15 +142,13 @@ impl ApplyObserver for ApplyMetrics {
         if matches!(command, Command::Quarantine { .. }) && !events.is_empty() {
             counter!("portwarden_quarantines_total").increment(1);
         }
+        if matches!(command, Command::SetWorkerPhase { phase: WorkerPhase::Lost, .. })
+            && !events.is_empty()
+        {
+            counter!("portwarden_workers_lost_total").increment(1);
+        }
         for event in events {
-            if let Event::Released { why, .. } = event {
-                let reason = match why {
-                    ReleaseReason::ByHolder => "holder",
-                    ReleaseReason::Forced { .. } => "forced",
-                    ReleaseReason::Reclaimed { .. } => "reclaimed",
-                };
-                counter!("portwarden_releases_total", "reason" => reason).increment(1);
-            }
+            count_event(event);
         }
         match &applied.outcome {
             Ok(crate::core::Outcome::Swapped(_)) => {
@@ -126,6 +163,28 @@ impl ApplyObserver for ApplyMetrics {
 
     fn installed(&self, _: &State) {
         counter!("portwarden_snapshots_installed_total").increment(1);
+    }
+}
+
+fn count_event(event: &Event) {
+    match event {
+        Event::Released { why, .. } => {
+            let reason = match why {
+                ReleaseReason::ByHolder => "holder",
+                ReleaseReason::Forced { .. } => "forced",
+                ReleaseReason::Reclaimed { cause, .. } => {
+                    counter!("portwarden_reclaims_total", "cause" => cause.name()).increment(1);
+                    "reclaimed"
+                }
+            };
+            counter!("portwarden_releases_total", "reason" => reason).increment(1);
+        }
+        // It lingers since this change: the next one ends it.
+        Event::Changed(allocation) if allocation.phase == Phase::Lingering => {
+            let cause = if allocation.confirmed { Cause::LeaseEnded } else { Cause::Unconfirmed };
+            counter!("portwarden_lingering_total", "cause" => cause.name()).increment(1);
+        }
+        _ => {}
     }
 }
 
@@ -154,12 +213,27 @@ pub(super) async fn report(node: Node) {
             ("portwarden_log_last_index", raft.last_log_index.unwrap_or(0)),
             ("portwarden_log_applied_index", applied),
             ("portwarden_revision", table.state.revision.0),
-            ("portwarden_workers", table.state.worker_count() as u64),
-            ("portwarden_allocations", table.state.allocation_count() as u64),
+            ("portwarden_leases", table.state.lease_count() as u64),
             ("portwarden_log_purged_index", raft.purged.map_or(0, |id| id.index())),
             ("portwarden_snapshot_index", raft.snapshot.map_or(0, |id| id.index())),
         ] {
             gauge!(name, "node" => id.clone()).set(value as f64);
         }
+        for phase in [Phase::Reserved, Phase::Bound, Phase::Lingering] {
+            let count = table.state.phase_count(phase) as f64;
+            let labels = [("node", id.clone()), ("phase", phase.name().to_string())];
+            gauge!("portwarden_allocations", &labels).set(count);
+        }
+        show_lag(&raft);
+    }
+}
+
+/// How far the members are behind; 0 where this node does not lead.
+fn show_lag(raft: &Metrics) {
+    let last = raft.last_log_index.unwrap_or(0);
+    for (member, _) in raft.membership_config.nodes() {
+        let matched = raft.replication.as_ref().and_then(|matched| matched.get(member));
+        let lag = matched.map_or(0, |id| last - id.as_ref().map_or(0, |id| id.index()).min(last));
+        gauge!("portwarden_member_lag_entries", "member" => member.to_string()).set(lag as f64);
     }
 }

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
+use metrics::counter;
 use openraft::ServerState;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{debug, info, warn};
@@ -342,10 +343,22 @@ impl Node {
         deadline: super::Deadline,
     ) -> Result<Option<Millis>, CallError> {
         let state = self.read(deadline).await?;
-        let Some(lease) = state.lease(id) else { return Ok(None) };
+        let counted = |result| {
+            counter!("portwarden_keepalives_total", "result" => result).increment(1);
+        };
+        let Some(lease) = state.lease(id) else {
+            counted("gone");
+            return Ok(None);
+        };
         match self.inner.timers.renew(lease) {
-            Renewal::Renewed => Ok(Some(lease.ttl)),
-            Renewal::Ending => Ok(None),
+            Renewal::Renewed => {
+                counted("renewed");
+                Ok(Some(lease.ttl))
+            }
+            Renewal::Ending => {
+                counted("gone");
+                Ok(None)
+            }
             Renewal::NotLeading => Err(CallError::NotLeader { leader: None }),
         }
     }

@@ -13,10 +13,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
+use metrics::histogram;
 use openraft::entry::RaftPayload as _;
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::convert;
 use super::types::{
@@ -219,6 +221,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     where
         S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
+        let began = Instant::now();
         let mut answers = Vec::new();
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
@@ -226,6 +229,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             answers.extend(responder.map(|responder| (responder, reply)));
         }
         self.publish();
+        histogram!("portwarden_apply_seconds").record(began.elapsed().as_secs_f64());
         self.observer.published(&self.table.state);
         for (responder, reply) in answers {
             responder.send(reply);

@@ -29,7 +29,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use metrics::histogram;
 
 use super::codec::{self, Ballot, Position};
 use super::coverage::{Coverage, PurgeLimit};
@@ -560,7 +562,9 @@ impl Writer {
         if round.appended.is_empty() && round.changed.is_empty() {
             return; // nobody waits: it rides with the next flush
         }
+        let began = Instant::now();
         self.must(self.db.flush());
+        histogram!("portwarden_log_flush_seconds").record(began.elapsed().as_secs_f64());
         // That of the round before: it had this round's time.
         if let Some(mark) = &mut self.mark {
             mark.end();
