@@ -418,7 +418,7 @@ fn read_config(path: &Path) -> anyhow::Result<Args> {
 /// Most nodes that may begin a cluster: more voters only cost latency.
 const INITIAL_NODES_MAX: usize = 7;
 
-fn parse_initial_cluster(list: &str) -> anyhow::Result<BTreeMap<NodeId, String>> {
+pub(super) fn parse_initial_cluster(list: &str) -> anyhow::Result<BTreeMap<NodeId, String>> {
     let mut nodes = BTreeMap::new();
     for part in list.split(',') {
         let bad = |why: &str| usage(format!("--initial-cluster: {part:?} {why}"));

@@ -78,6 +78,7 @@ pub mod methods {
         WORKER_REGISTER: "Workers/Register", RegisterRequest => WorkerResponse, Repeatable;
         WORKER_UPDATE: "Workers/Update", UpdateRequest => WorkerResponse, Repeatable;
         WORKER_SET_PHASE: "Workers/SetPhase", SetPhaseRequest => WorkerResponse, Repeatable;
+        WORKER_VERIFY: "Workers/Verify", VerifyRequest => WorkerResponse, Repeatable;
         WORKER_REMOVE: "Workers/Remove", RemoveRequest => RemoveResponse, Repeatable;
         // Whoever has the name later may hold things.
         FORCE_WORKER_REMOVE: "Workers/Remove", RemoveRequest => RemoveResponse, Once;

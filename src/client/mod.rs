@@ -20,6 +20,7 @@
 //! Beyond single calls: [`Keeper`] keeps leases alive over one stream, [`Client::watch`] follows the
 //! table without a gap, and [`Client::start_on`] goes from port to port until one is free.
 
+mod backup;
 mod call;
 mod conflicts;
 mod error;
@@ -39,6 +40,7 @@ use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::{reason, v1};
+pub use backup::{BackupError, Copied};
 use call::methods;
 pub use conflicts::{NoPortLeft, StartError, Try};
 pub use error::{ClientError, Refused};
@@ -302,6 +304,11 @@ impl Client {
     ) -> Result<v1::WorkerResponse, ClientError> {
         let request = v1::SetPhaseRequest { name: name.into(), phase: phase.into() };
         self.call(methods::WORKER_SET_PHASE, request).await
+    }
+
+    /// An operator has compared a restored worker with its host.
+    pub async fn worker_verify(&self, name: &str) -> Result<v1::WorkerResponse, ClientError> {
+        self.call(methods::WORKER_VERIFY, v1::VerifyRequest { name: name.into() }).await
     }
 
     /// `removed` is false where there was none.
