@@ -14,7 +14,6 @@
 //!   to repeat, because one that is done already is a success.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver as _;
@@ -40,6 +39,8 @@ pub(super) const LIVE_WITHIN: Duration = Duration::from_millis(1500);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Between two looks at how far a learner is.
 const CATCH_UP_PAUSE: Duration = Duration::from_millis(50);
+/// How long a promotion waits for a member that has not joined.
+const JOIN_MAX: Duration = Duration::from_secs(2);
 /// Left of the caller's time for saying how far a learner is.
 const ANSWER_MARGIN: Duration = Duration::from_millis(300);
 const ASK_TIMEOUT: Duration = Duration::from_millis(700);
@@ -239,20 +240,23 @@ impl Node {
     }
 
     async fn promote(&self, id: NodeId, deadline: Deadline) -> Result<(), NotChanged> {
+        // One that has just been started is about to be written down.
+        let until_joined = (Instant::now() + JOIN_MAX).min(deadline - ANSWER_MARGIN);
         loop {
             let roll = self.roll();
             let member = roll.member(id)?;
             if roll.voters().contains(&id) && !roll.is_joint() {
                 return Ok(());
             }
-            if member.incarnation.is_empty() {
-                return Err(NotChanged::Pending(id));
-            }
             if roll.metrics.state != ServerState::Leader {
                 return Err(CallError::NotLeader { leader: None }.into());
             }
-            let lag = roll.lag(id);
-            if lag <= PROMOTE_LAG_MAX_ENTRIES && roll.is_live(id) {
+            let (lag, live) = (roll.lag(id), roll.is_live(id));
+            let pending = member.incarnation.is_empty();
+            if pending && Instant::now() >= until_joined {
+                return Err(NotChanged::Pending(id));
+            }
+            if lag <= PROMOTE_LAG_MAX_ENTRIES && live && !pending {
                 info!(id, lag, "promoting a member");
                 return self.change(&roll, ChangeMembers::AddVoterIds([id].into()), deadline).await;
             }
@@ -448,9 +452,6 @@ pub(super) async fn tidy(node: Node) {
     while node.runs() {
         every.tick().await;
         let roll = node.roll();
-        if roll.metrics.current_leader.is_some() {
-            node.inner.took_part.store(true, Ordering::Relaxed);
-        }
         if roll.metrics.state != ServerState::Leader {
             continue;
         }
