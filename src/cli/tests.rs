@@ -182,6 +182,8 @@ fn the_json_of_an_allocation_is_that_of_the_design() {
         lease: 0,
         labels: [("k".to_string(), "v".to_string())].into(),
         swaps: 1,
+        reason: "shown to people".into(),
+        ..Default::default()
     };
     let shown = serde_json::to_value(output::Allocation::from(allocation)).unwrap();
     let expected = json!({

@@ -5,11 +5,12 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::Stream;
 use rand::Rng as _;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::AsciiMetadataValue;
-use tonic::{Code, Request};
+use tonic::{Code, Request, Streaming};
 use tonic_prost::ProstCodec;
 
 use super::Client;
@@ -24,10 +25,14 @@ const ANSWER_MAX_BYTES: usize = 16 << 20;
 /// What a method leaves behind, and so what may be done when an attempt is in doubt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// Nothing.
+    /// Nothing, or nothing that a repeat would do twice.
     Read,
-    /// A change under a token: a repeat is safe, and its refusal is the last word.
+    /// A change under a token or an id that is never used again: a repeat is safe, and its refusal
+    /// is the last word.
     Fenced,
+    /// A change that goes away by itself where nobody knows of it (a lease): repeated, and a refusal
+    /// is the last word for the caller, who has nothing then.
+    Expiring,
     /// A change that is safe to repeat; a refused repeat says nothing of the attempt before.
     Repeatable,
     /// A change that is not safe to repeat.
@@ -60,7 +65,10 @@ pub mod methods {
 
     methods! {
         ALLOCATE: "Allocator/Allocate", AllocateRequest => AllocateResponse, Repeatable;
+        DRY_RUN: "Allocator/Allocate", AllocateRequest => AllocateResponse, Read;
+        EXPLAIN: "Allocator/Explain", ExplainRequest => ExplainResponse, Read;
         CONFIRM: "Allocator/Confirm", ConfirmRequest => ConfirmResponse, Fenced;
+        ATTACH: "Allocator/Attach", AttachRequest => AttachResponse, Fenced;
         RELEASE: "Allocator/Release", ReleaseRequest => ReleaseResponse, Fenced;
         FORCE_RELEASE: "Allocator/Release", ReleaseRequest => ReleaseResponse, Once;
         REPORT_CONFLICT: "Allocator/ReportConflict",
@@ -70,14 +78,27 @@ pub mod methods {
         WORKER_REGISTER: "Workers/Register", RegisterRequest => WorkerResponse, Repeatable;
         WORKER_UPDATE: "Workers/Update", UpdateRequest => WorkerResponse, Repeatable;
         WORKER_SET_PHASE: "Workers/SetPhase", SetPhaseRequest => WorkerResponse, Repeatable;
+        WORKER_VERIFY: "Workers/Verify", VerifyRequest => WorkerResponse, Repeatable;
         WORKER_REMOVE: "Workers/Remove", RemoveRequest => RemoveResponse, Repeatable;
+        // Whoever has the name later may hold things.
+        FORCE_WORKER_REMOVE: "Workers/Remove", RemoveRequest => RemoveResponse, Once;
         WORKER_GET: "Workers/Get", GetWorkerRequest => WorkerResponse, Read;
         WORKER_LIST: "Workers/List", ListWorkersRequest => ListWorkersResponse, Read;
         WORKER_QUARANTINE: "Workers/Quarantine", QuarantineRequest => WorkerResponse, Repeatable;
         WORKER_LIFT_QUARANTINE: "Workers/LiftQuarantine",
             LiftQuarantineRequest => WorkerResponse, Repeatable;
+        // The table keeps no sample, and the leader counts none twice.
+        WORKER_REPORT: "Workers/Report", ReportRequest => ReportResponse, Read;
+        LEASE_GRANT: "Leases/Grant", GrantRequest => GrantResponse, Expiring;
+        LEASE_REVOKE: "Leases/Revoke", RevokeRequest => RevokeResponse, Fenced;
+        LEASE_GET: "Leases/Get", GetLeaseRequest => GetLeaseResponse, Read;
+        LEASE_LIST: "Leases/List", ListLeasesRequest => ListLeasesResponse, Read;
         STATUS: "Cluster/Status", StatusRequest => StatusResponse, Read;
         MEMBERS: "Cluster/ListMembers", ListMembersRequest => ListMembersResponse, Read;
+        MEMBER_ADD: "Cluster/AddMember", AddMemberRequest => ListMembersResponse, Repeatable;
+        MEMBER_PROMOTE: "Cluster/PromoteMember", MemberRequest => ListMembersResponse, Repeatable;
+        MEMBER_REMOVE: "Cluster/RemoveMember", RemoveMemberRequest => ListMembersResponse, Repeatable;
+        TRANSFER_LEADER: "Cluster/TransferLeader", MemberRequest => ListMembersResponse, Repeatable;
     }
 }
 
@@ -91,10 +112,9 @@ impl Client {
         Req: prost::Message + Clone + 'static,
         Res: prost::Message + Default + 'static,
     {
-        let endpoints = self.shared.endpoints.len();
         let deadline = Instant::now() + self.timeout;
         let request_id = AsciiMetadataValue::try_from(self.fresh_uid()).ok();
-        let mut at = self.shared.preferred.load(Ordering::Relaxed) % endpoints;
+        let mut tour = self.tour();
         let mut doubt = None;
         let mut last = String::from("the timeout is too short for one attempt");
         for attempt in 1.. {
@@ -106,42 +126,34 @@ impl Client {
             if let Some(id) = &request_id {
                 message.metadata_mut().insert("x-request-id", id.clone());
             }
-            let asked_pause = match self.attempt(method.path, at, message, left).await {
+            let asked_pause = match self.attempt(method.path, tour.at, message, left).await {
                 Ok(response) => {
-                    self.shared.preferred.store(at, Ordering::Relaxed);
+                    tour.answered();
                     return Ok(response);
                 }
                 Err(Verdict::Refused(refused)) => {
-                    self.shared.preferred.store(at, Ordering::Relaxed);
+                    tour.answered();
                     return Err(after_doubt(method.effect, doubt, refused));
                 }
                 Err(Verdict::NotDone { why, pause }) => {
-                    last = self.by(at, why);
+                    last = self.by(tour.at, why);
                     pause
                 }
                 Err(Verdict::Doubtful { why }) => {
-                    last = self.by(at, why);
+                    last = self.by(tour.at, why);
                     match method.effect {
                         Effect::Read => {}
                         Effect::Once => return Err(ClientError::OutcomeUnknown { why: last }),
-                        Effect::Fenced | Effect::Repeatable => doubt = Some(last.clone()),
+                        Effect::Fenced | Effect::Expiring | Effect::Repeatable => {
+                            doubt = Some(last.clone());
+                        }
                     }
                     None
                 }
             };
             tracing::debug!(method = method.path, attempt, last, "no answer");
-            // Overload is the cluster's, not the node's: another node would not help.
-            if asked_pause.is_none() {
-                at = (at + 1) % endpoints;
-            }
-            let round_over = attempt % endpoints == 0;
-            if asked_pause.is_some() || round_over {
-                let rounds = (attempt / endpoints).min(10) as u32;
-                let grown = PAUSE_MIN.saturating_mul(1 << rounds.saturating_sub(1)).min(PAUSE_MAX);
-                let pause = self.jitter(grown.max(asked_pause.unwrap_or_default()));
-                let left = deadline.saturating_duration_since(Instant::now());
-                sleep(pause.min(left)).await;
-            }
+            let pause = tour.move_on(asked_pause);
+            sleep(pause.min(deadline.saturating_duration_since(Instant::now()))).await;
         }
         Err(match doubt {
             Some(doubt) => ClientError::OutcomeUnknown { why: doubt },
@@ -176,7 +188,39 @@ impl Client {
         })
     }
 
-    fn by(&self, at: usize, why: String) -> String {
+    /// Begins at the endpoint that last answered.
+    pub(super) fn tour(&self) -> Tour {
+        let at = self.shared.preferred.load(Ordering::Relaxed) % self.shared.endpoints.len();
+        Tour { client: self.clone(), at, attempts: 0 }
+    }
+
+    /// Opens a stream at an endpoint: `requests` go there, what comes back are its answers.
+    pub(super) async fn open<Req, Res>(
+        &self,
+        path: &'static str,
+        at: usize,
+        requests: impl Stream<Item = Req> + Send + 'static,
+    ) -> Result<Streaming<Res>, Verdict>
+    where
+        Req: prost::Message + 'static,
+        Res: prost::Message + Default + 'static,
+    {
+        let channel = self.shared.endpoints[at].1.clone();
+        let mut grpc =
+            tonic::client::Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
+        let path = PathAndQuery::from_static(path);
+        let call = async {
+            grpc.ready().await.map_err(|e| Verdict::NotDone { why: e.to_string(), pause: None })?;
+            let response = grpc.streaming(Request::new(requests), path, ProstCodec::default());
+            response.await.map(tonic::Response::into_inner).map_err(judge)
+        };
+        let given = self.shared.attempt_timeout;
+        timeout(given, call).await.unwrap_or_else(|_| {
+            Err(Verdict::Doubtful { why: format!("no answer within {} ms", given.as_millis()) })
+        })
+    }
+
+    pub(super) fn by(&self, at: usize, why: String) -> String {
         format!("{}: {why}", self.shared.endpoints[at].0)
     }
 
@@ -184,6 +228,40 @@ impl Client {
     fn jitter(&self, pause: Duration) -> Duration {
         let mut rng = self.shared.rng.lock().unwrap_or_else(PoisonError::into_inner);
         pause * rng.random_range(50..150) / 100
+    }
+}
+
+/// The way through the endpoints: each in turn, and a growing, jittered pause after each round.
+pub(super) struct Tour {
+    client: Client,
+    /// Index of the endpoint whose turn it is.
+    pub at: usize,
+    /// Since the last answer.
+    attempts: usize,
+}
+
+impl Tour {
+    /// The endpoint serves: stay there.
+    pub fn answered(&mut self) {
+        self.client.shared.preferred.store(self.at, Ordering::Relaxed);
+        self.attempts = 0;
+    }
+
+    /// The endpoint does not serve: to the next one, after the pause that is returned.
+    pub fn move_on(&mut self, asked_pause: Option<Duration>) -> Duration {
+        let endpoints = self.client.shared.endpoints.len();
+        self.attempts += 1;
+        // Overload is the cluster's, not the node's: another node would not help.
+        if asked_pause.is_none() {
+            self.at = (self.at + 1) % endpoints;
+        }
+        let round_over = self.attempts.is_multiple_of(endpoints);
+        if asked_pause.is_none() && !round_over {
+            return Duration::ZERO;
+        }
+        let rounds = (self.attempts / endpoints).min(10) as u32;
+        let grown = PAUSE_MIN.saturating_mul(1 << rounds.saturating_sub(1)).min(PAUSE_MAX);
+        self.client.jitter(grown.max(asked_pause.unwrap_or_default()))
     }
 }
 

@@ -16,11 +16,19 @@
 //!   [`ClientError::OutcomeUnknown`], never "not done": an attempt may still be on its way. That
 //!   also holds where a repeat of an `allocate` is refused. The refusal of a repeat settles the
 //!   matter only under a token, because a token that does not hold will never hold again.
+//!
+//! Beyond single calls: [`Keeper`] keeps leases alive over one stream, [`Client::watch`] follows the
+//! table without a gap, and [`Client::start_on`] goes from port to port until one is free.
 
+mod backup;
 mod call;
+mod conflicts;
 mod error;
+mod keeper;
+mod leases;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,15 +36,22 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngCore as _, SeedableRng as _};
+use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::{reason, v1};
+pub use backup::{BackupError, Copied};
 use call::methods;
+pub use conflicts::{NoPortLeft, StartError, Try};
 pub use error::{ClientError, Refused};
+pub use keeper::{Clock, Holding, Keeper, Standing};
+pub use watch::{Heard, Watch};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Below this it is not worth asking once more whether a learner has caught up.
+const PROMOTE_TRY_MIN: Duration = Duration::from_millis(500);
 /// How often a listing is begun again because its revision was no longer kept.
 const LIST_RESTARTS_MAX: usize = 8;
 
@@ -154,10 +169,33 @@ impl Client {
         &self,
         mut claims: Vec<v1::Claim>,
     ) -> Result<v1::AllocateResponse, ClientError> {
+        self.give_uids(&mut claims);
+        self.call(methods::ALLOCATE, v1::AllocateRequest { claims, dry_run: false }).await
+    }
+
+    /// What an `allocate` would be answered; nothing is changed.
+    pub async fn allocate_dry_run(
+        &self,
+        mut claims: Vec<v1::Claim>,
+    ) -> Result<v1::AllocateResponse, ClientError> {
+        self.give_uids(&mut claims);
+        self.call(methods::DRY_RUN, v1::AllocateRequest { claims, dry_run: true }).await
+    }
+
+    /// Why each worker that is looked at for these claims fits or does not.
+    pub async fn explain(
+        &self,
+        mut claims: Vec<v1::Claim>,
+        read: Option<v1::ReadOptions>,
+    ) -> Result<v1::ExplainResponse, ClientError> {
+        self.give_uids(&mut claims);
+        self.call(methods::EXPLAIN, v1::ExplainRequest { claims, read }).await
+    }
+
+    fn give_uids(&self, claims: &mut [v1::Claim]) {
         for claim in claims.iter_mut().filter(|claim| claim.uid.is_empty()) {
             claim.uid = self.fresh_uid();
         }
-        self.call(methods::ALLOCATE, v1::AllocateRequest { claims, dry_run: false }).await
     }
 
     /// `version` 0 is unguarded.
@@ -167,8 +205,15 @@ impl Client {
         token: u64,
         version: u64,
     ) -> Result<v1::ConfirmResponse, ClientError> {
-        let request =
-            v1::ConfirmRequest { name: name.into(), token, version, ..Default::default() };
+        let name = name.into();
+        self.confirm_with(v1::ConfirmRequest { name, token, version, ..Default::default() }).await
+    }
+
+    /// With a liveness handle, or onto another lease; this is also what revives what lingers.
+    pub async fn confirm_with(
+        &self,
+        request: v1::ConfirmRequest,
+    ) -> Result<v1::ConfirmResponse, ClientError> {
         self.call(methods::CONFIRM, request).await
     }
 
@@ -241,7 +286,7 @@ impl Client {
         self.call(methods::WORKER_REGISTER, request).await
     }
 
-    /// Changes the named fields: some of address, labels, ranges, reserved, gpus.
+    /// Changes the named fields: some of address, labels, ranges, reserved, gpus, identity.
     pub async fn worker_update(
         &self,
         name: &str,
@@ -261,10 +306,34 @@ impl Client {
         self.call(methods::WORKER_SET_PHASE, request).await
     }
 
+    /// An operator has compared a restored worker with its host.
+    pub async fn worker_verify(&self, name: &str) -> Result<v1::WorkerResponse, ClientError> {
+        self.call(methods::WORKER_VERIFY, v1::VerifyRequest { name: name.into() }).await
+    }
+
     /// `removed` is false where there was none.
     pub async fn worker_remove(&self, name: &str) -> Result<v1::RemoveResponse, ClientError> {
         self.call(methods::WORKER_REMOVE, v1::RemoveRequest { name: name.into(), force: None })
             .await
+    }
+
+    /// Frees all that it holds, by an operator's word. Not repeated when in doubt.
+    pub async fn worker_force_remove(
+        &self,
+        name: &str,
+        reason: &str,
+    ) -> Result<v1::RemoveResponse, ClientError> {
+        let force = Some(v1::Force { reason: reason.into() });
+        self.call(methods::FORCE_WORKER_REMOVE, v1::RemoveRequest { name: name.into(), force })
+            .await
+    }
+
+    /// One sample of an agent. It is repeated while there is time: no sample is counted twice.
+    pub async fn worker_report(
+        &self,
+        request: v1::ReportRequest,
+    ) -> Result<v1::ReportResponse, ClientError> {
+        self.call(methods::WORKER_REPORT, request).await
     }
 
     pub async fn worker_get(
@@ -317,6 +386,46 @@ impl Client {
     pub async fn members(&self) -> Result<Vec<v1::Member>, ClientError> {
         let response = self.call(methods::MEMBERS, v1::ListMembersRequest {}).await?;
         Ok(response.members)
+    }
+
+    /// As a learner. Answers with all members, as the following do.
+    pub async fn member_add(
+        &self,
+        id: u64,
+        peer: &str,
+        client: &str,
+    ) -> Result<Vec<v1::Member>, ClientError> {
+        let request = v1::AddMemberRequest { id, peer: peer.into(), client: client.into() };
+        Ok(self.call(methods::MEMBER_ADD, request).await?.members)
+    }
+
+    /// Once it has caught up: waits for that within the timeout.
+    pub async fn member_promote(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let client = self.with_timeout(left.max(PROMOTE_TRY_MIN));
+            match client.call(methods::MEMBER_PROMOTE, v1::MemberRequest { id }).await {
+                Err(error)
+                    if error.reason() == Some(reason::LAGGING)
+                        && Instant::now() + PROMOTE_TRY_MIN < deadline => {}
+                answer => return Ok(answer?.members),
+            }
+        }
+    }
+
+    /// For good. `force`: even if too few of those that are left are live.
+    pub async fn member_remove(
+        &self,
+        id: u64,
+        force: bool,
+    ) -> Result<Vec<v1::Member>, ClientError> {
+        let request = v1::RemoveMemberRequest { id, force };
+        Ok(self.call(methods::MEMBER_REMOVE, request).await?.members)
+    }
+
+    pub async fn transfer_leader(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
+        Ok(self.call(methods::TRANSFER_LEADER, v1::MemberRequest { id }).await?.members)
     }
 
     async fn all_pages<T>(

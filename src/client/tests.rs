@@ -7,21 +7,26 @@ use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tonic::Code;
 
-use super::{Client, ClientError, Options};
+use super::{Client, ClientError, Keeper, Options, Standing, StartError, Try};
 use crate::api::fake::{Fake, claim, fake};
-use crate::api::{Readiness, serve, tcp_incoming};
+use crate::api::{Api, Readiness, serve, tcp_incoming};
 use crate::node::CallError;
 use crate::proto::v1;
 
 /// A node that serves, and its address. It ends with the test's runtime.
 async fn node() -> (Arc<Fake>, String) {
     let (fake, api) = fake();
+    (fake, listen(api, std::future::pending()).await)
+}
+
+/// Serves at an address of its own until `shutdown`.
+async fn listen(api: Api, shutdown: impl Future<Output = ()> + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let readiness = Readiness::new().await;
     readiness.set(true).await;
-    tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), std::future::pending()));
-    (fake, address)
+    tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), shutdown));
+    address
 }
 
 /// An address where nobody listens.
@@ -157,4 +162,111 @@ fn endpoints_are_checked() {
         assert!(Client::endpoint(good).is_ok(), "{good}");
     }
     assert!(Client::connect(vec![], Options::default()).is_err());
+}
+
+fn until(standing: Standing) -> Duration {
+    let Standing::Held { until } = standing else { panic!("{standing:?}") };
+    until
+}
+
+#[tokio::test]
+async fn a_lease_is_kept_alive_over_the_death_of_a_node() {
+    let (_, api) = fake();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let first = listen(api.clone(), async move { drop(stopped.await) }).await;
+    let second = listen(api, std::future::pending()).await;
+    let keeper = Keeper::start(client(&[&first, &second]));
+    let mut lease = keeper.grant(Duration::from_secs(1)).await.unwrap();
+    let granted = until(lease.standing());
+    assert!(until(lease.changed().await) > granted);
+    stop.send(()).unwrap();
+    let beyond = keeper.now() + Duration::from_secs(2);
+    while until(lease.changed().await) < beyond {}
+}
+
+#[tokio::test]
+async fn many_leases_are_kept_and_one_that_is_revoked_is_gone() {
+    let (_, address) = node().await;
+    let client = client(&[&address]);
+    let keeper = Keeper::start(client.clone());
+    let mut leases = Vec::new();
+    for _ in 0..100 {
+        leases.push(keeper.grant(Duration::from_secs(1)).await.unwrap());
+    }
+    let mut revoked = leases.pop().unwrap();
+    assert!(client.lease_revoke(revoked.id()).await.unwrap().revoked);
+    assert!(!client.lease_revoke(revoked.id()).await.unwrap().revoked);
+    assert_eq!(revoked.lost().await, Standing::Gone);
+    let before: Vec<_> = leases.iter().map(|lease| until(lease.standing())).collect();
+    for (lease, before) in leases.iter_mut().zip(before) {
+        while until(lease.standing()) == before {
+            lease.changed().await;
+        }
+    }
+    assert_eq!(client.lease_list(Default::default()).await.unwrap().items.len(), 99);
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_acknowledges_is_unproven_when_its_time_is_over() {
+    let (_, api) = fake();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let address = listen(api, async move { drop(stopped.await) }).await;
+    let keeper = Keeper::start(client(&[&address]));
+    let mut lease = keeper.grant(Duration::from_secs(1)).await.unwrap();
+    stop.send(()).unwrap();
+    let mut known = until(lease.standing());
+    while let standing @ Standing::Held { .. } = lease.changed().await {
+        known = until(standing);
+    }
+    assert_eq!(lease.standing(), Standing::Unproven);
+    assert!(keeper.now() >= known);
+}
+
+#[tokio::test]
+async fn a_start_goes_from_port_to_port_until_one_is_free() {
+    let (_, address) = node().await;
+    let client = client(&[&address]);
+    let held = client.get("a", None).await.unwrap().allocation.unwrap();
+    let in_use = |port| Ok::<_, ()>(Try::InUse { port, why: "address in use".into() });
+    let (held, started) = client
+        .start_on(held, 10, async |held| match held.ports[0].number {
+            port @ 40000..40003 => in_use(port),
+            port => Ok(Try::Started(port)),
+        })
+        .await
+        .unwrap();
+    assert_eq!((started, held.ports[0].number, held.swaps), (40003, 40003, 3));
+
+    let given_up = client.start_on(held, 1, async |held| in_use(held.ports[0].number)).await;
+    let Err(StartError::NoPortLeft(error)) = given_up else { panic!("no port was free") };
+    assert!(!error.reclaimed);
+    assert_eq!(error.tried.iter().map(|(port, _)| *port).collect::<Vec<_>>(), [40003, 40004]);
+}
+
+#[tokio::test]
+async fn a_start_for_which_no_port_is_left_says_which_were_tried() {
+    let (_, address) = node().await;
+    let client = client(&[&address]);
+    let mut only = claim("b");
+    only.ports[0].ports = Some(v1::port_request::Ports::Specific(40010));
+    let held = client.allocate(vec![only]).await.unwrap().allocations.remove(0);
+    let in_use = async |held: &v1::Allocation| {
+        Ok::<Try<()>, ()>(Try::InUse { port: held.ports[0].number, why: "held".into() })
+    };
+    let Err(StartError::NoPortLeft(error)) = client.start_on(held, 10, in_use).await else {
+        panic!("it was the only one")
+    };
+    assert!(error.reclaimed, "{error}");
+    assert!(error.to_string().ends_with("tried 40010 (held)"), "{error}");
+}
+
+#[tokio::test]
+async fn a_dry_run_and_an_explanation_change_nothing() {
+    let (fake, address) = node().await;
+    let client = client(&[&address]);
+    let shown = client.allocate_dry_run(vec![claim("b")]).await.unwrap();
+    assert_eq!(shown.allocations[0].ports[0].number, 40001);
+    let explained = client.explain(vec![claim("b")], None).await.unwrap();
+    assert!(explained.refusal.is_empty() && explained.claims[0].workers[0].fits);
+    assert_eq!(*fake.proposed.lock().unwrap(), 0);
 }

@@ -1,0 +1,518 @@
+//! Keeps leases alive: any number of them over one stream.
+//!
+//! In the steady state a lease is renewed each time a third of its TTL has passed; answers come back
+//! in the order of the requests, so that a queue of what is under way tells whose they are. A stream
+//! that breaks, or on which an answer is overdue, is given up for the next endpoint, and what was
+//! under way on it is asked again there.
+//!
+//! What the holder of a lease may rely on is its [`Standing`]:
+//!
+//! - its time is counted from when the last acknowledged request was *sent*: the cluster's clock
+//!   for it started after that, so it ends no sooner;
+//! - once that time is over it is `Unproven`: the cluster may have ended it. A later answer may prove
+//!   it again, as a new leader gives every lease its full time;
+//! - `Gone` is the cluster's word, and final: an id is never used again.
+//!
+//! At most one request of a lease is under way, so that what is queued is bounded by the leases.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::Streaming;
+
+use super::call::Tour;
+use super::error::{Verdict, judge};
+use super::{Client, ClientError};
+use crate::proto::v1;
+
+const PATH: &str = "/portwarden.v1.Leases/KeepAlive";
+/// A lease is renewed when this part of its TTL has passed since the last request.
+const RENEWALS_PER_TTL: u32 = 3;
+/// Longest sleep: a clock that counts a suspension may have jumped.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Time since some start. Where a suspended machine must not trust a lease that ended meanwhile, it
+/// counts the suspension too; the runtime's does not.
+pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// What its holder knows of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// To be relied on until then, by the keeper's clock.
+    Held { until: Duration },
+    /// Not kept alive in time, or never yet: the cluster may have ended it.
+    Unproven,
+    /// It has ended.
+    Gone,
+}
+
+/// Clones keep over the same stream. Ends with the last clone and the last [`Holding`].
+#[derive(Clone)]
+pub struct Keeper {
+    client: Client,
+    clock: Clock,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+/// A lease that is being kept, until this is dropped: then it expires, unless it is revoked.
+pub struct Holding {
+    id: u64,
+    ttl: Duration,
+    standing: watch::Receiver<Standing>,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+enum Order {
+    Keep { id: u64, ttl: Duration, standing: watch::Sender<Standing> },
+    Forget { id: u64 },
+}
+
+impl Keeper {
+    /// Counts by the runtime's clock.
+    pub fn start(client: Client) -> Self {
+        let started = Instant::now();
+        Self::start_with(client, Arc::new(move || started.elapsed()))
+    }
+
+    pub fn start_with(client: Client, clock: Clock) -> Self {
+        let (orders, taken) = mpsc::unbounded_channel();
+        let tour = client.tour();
+        let line = Line::down(&client, tour.at, Duration::ZERO);
+        let stall = client.shared.attempt_timeout;
+        let book = Book { clock: clock.clone(), leases: BTreeMap::new(), queue: BTreeSet::new() };
+        tokio::spawn(Work { client: client.clone(), tour, line, stall, book }.run(taken));
+        Keeper { client, clock, orders }
+    }
+
+    /// Now, by the clock of every [`Standing`].
+    pub fn now(&self) -> Duration {
+        (self.clock)()
+    }
+
+    /// Grants a lease and keeps it.
+    pub async fn grant(&self, ttl: Duration) -> Result<Holding, ClientError> {
+        let sent = self.now();
+        let lease = self.client.lease_grant(ttl).await?.lease.unwrap_or_default();
+        let ttl = Duration::from_millis(lease.ttl_ms);
+        Ok(self.hold(lease.id, ttl, Standing::Held { until: sent + ttl }))
+    }
+
+    /// Keeps a lease that was granted elsewhere.
+    pub fn keep(&self, lease: &v1::Lease) -> Holding {
+        self.hold(lease.id, Duration::from_millis(lease.ttl_ms), Standing::Unproven)
+    }
+
+    fn hold(&self, id: u64, ttl: Duration, known: Standing) -> Holding {
+        let (tell, standing) = watch::channel(known);
+        // Without a task to take it nothing proves the lease, and it says so.
+        let _ = self.orders.send(Order::Keep { id, ttl, standing: tell });
+        Holding { id, ttl, standing, orders: self.orders.clone() }
+    }
+}
+
+impl Holding {
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
+    pub fn standing(&self) -> Standing {
+        *self.standing.borrow()
+    }
+
+    /// Waits until its standing is another one than was last seen here; a renewal is one.
+    pub async fn changed(&mut self) -> Standing {
+        match self.standing.changed().await {
+            Ok(()) => *self.standing.borrow_and_update(),
+            // Gone is its last word. Else the runtime is going down, and nobody keeps it.
+            Err(_) if self.standing() == Standing::Gone => std::future::pending().await,
+            Err(_) => Standing::Unproven,
+        }
+    }
+
+    /// Waits until it cannot be relied on any more.
+    pub async fn lost(&mut self) -> Standing {
+        let mut standing = self.standing();
+        while let Standing::Held { .. } = standing {
+            standing = self.changed().await;
+        }
+        standing
+    }
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        let _ = self.orders.send(Order::Forget { id: self.id });
+    }
+}
+
+/// The leases, and when each must be looked at next.
+struct Book {
+    clock: Clock,
+    leases: BTreeMap<u64, Kept>,
+    queue: BTreeSet<(Duration, u64)>,
+}
+
+struct Kept {
+    standing: watch::Sender<Standing>,
+    next: Next,
+    /// Its place in the queue.
+    look_at: Duration,
+}
+
+/// The next request for a lease.
+#[derive(Clone, Copy)]
+enum Next {
+    At(Duration),
+    UnderWay,
+    /// As soon as there is a line.
+    Waiting,
+}
+
+impl Kept {
+    /// The next moment at which something about it changes by itself.
+    fn next_look(&self) -> Duration {
+        let end = match *self.standing.borrow() {
+            Standing::Held { until } => until,
+            _ => Duration::MAX,
+        };
+        match self.next {
+            Next::At(due) => end.min(due),
+            Next::UnderWay | Next::Waiting => end,
+        }
+    }
+}
+
+impl Book {
+    fn put(&mut self, id: u64, mut kept: Kept) {
+        kept.look_at = kept.next_look();
+        self.queue.insert((kept.look_at, id));
+        self.leases.insert(id, kept);
+    }
+
+    fn take(&mut self, id: u64) -> Option<Kept> {
+        let kept = self.leases.remove(&id)?;
+        self.queue.remove(&(kept.look_at, id));
+        Some(kept)
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Keep { id, ttl, standing } => {
+                let known = *standing.borrow();
+                let due = match known {
+                    Standing::Held { until } => until.saturating_sub(ttl) + ttl / RENEWALS_PER_TTL,
+                    _ => Duration::ZERO,
+                };
+                drop(self.take(id));
+                let next = Next::At(due);
+                self.put(id, Kept { standing, next, look_at: Duration::ZERO });
+            }
+            Order::Forget { id } => drop(self.take(id)),
+        }
+    }
+
+    /// Leases whose time is over are no longer proven. Those that are to be renewed now are under
+    /// way from here on, and returned; without a line they wait for one.
+    fn look(&mut self, line_is_up: bool) -> Vec<u64> {
+        let now = (self.clock)();
+        let mut renewed = Vec::new();
+        while let Some((at, id)) = self.queue.first().copied()
+            && at <= now
+            && let Some(mut kept) = self.take(id)
+        {
+            let over = matches!(*kept.standing.borrow(), Standing::Held { until } if until <= now);
+            if over {
+                kept.standing.send_replace(Standing::Unproven);
+            }
+            match kept.next {
+                Next::At(due) if due <= now && line_is_up => {
+                    kept.next = Next::UnderWay;
+                    renewed.push(id);
+                }
+                Next::At(due) if due <= now => kept.next = Next::Waiting,
+                _ => {}
+            }
+            self.put(id, kept);
+        }
+        renewed
+    }
+
+    /// When [`Book::look`] has something to do next.
+    fn next_look(&self) -> Option<Duration> {
+        self.queue.first().map(|(at, _)| *at)
+    }
+
+    fn answered(&mut self, id: u64, sent: Duration, ttl_ms: u64) {
+        // It may have been forgotten meanwhile.
+        let Some(kept) = self.take(id) else { return };
+        if ttl_ms == 0 {
+            kept.standing.send_replace(Standing::Gone);
+            return;
+        }
+        let ttl = Duration::from_millis(ttl_ms);
+        let until = sent + ttl;
+        let proven = until > (self.clock)();
+        let standing = if proven { Standing::Held { until } } else { Standing::Unproven };
+        kept.standing.send_replace(standing);
+        self.put(id, Kept { next: Next::At(sent + ttl / RENEWALS_PER_TTL), ..kept });
+    }
+
+    /// What was under way on a line that is gone waits for the next one.
+    fn line_is_down(&mut self, under_way: impl IntoIterator<Item = u64>) {
+        for id in under_way {
+            let Some(kept) = self.take(id) else { continue };
+            self.put(id, Kept { next: Next::Waiting, ..kept });
+        }
+    }
+
+    /// Everything is asked at once: how long the line was down is not told.
+    fn line_is_up(&mut self) {
+        let now = (self.clock)();
+        let ids: Vec<u64> = self.leases.keys().copied().collect();
+        for id in ids {
+            let Some(kept) = self.take(id) else { continue };
+            self.put(id, Kept { next: Next::At(now), ..kept });
+        }
+    }
+}
+
+type Opening = Pin<Box<dyn Future<Output = Result<Up, Verdict>> + Send>>;
+
+/// The way to the cluster.
+enum Line {
+    Down(Opening),
+    Up(Up),
+}
+
+struct Up {
+    requests: mpsc::UnboundedSender<v1::KeepAliveRequest>,
+    answers: Streaming<v1::KeepAliveResponse>,
+    /// Oldest first: when it was sent, by the book's clock and by the runtime's.
+    under_way: VecDeque<(u64, Duration, Instant)>,
+}
+
+enum News {
+    Opened(Up),
+    Answer { id: u64, sent: Duration, ttl_ms: u64 },
+    Broken(Verdict),
+}
+
+impl Line {
+    fn down(client: &Client, at: usize, pause: Duration) -> Self {
+        let client = client.clone();
+        Line::Down(Box::pin(async move {
+            sleep(pause).await;
+            let (requests, taken) = mpsc::unbounded_channel();
+            let answers = client.open(PATH, at, UnboundedReceiverStream::new(taken)).await?;
+            Ok(Up { requests, answers, under_way: VecDeque::new() })
+        }))
+    }
+
+    /// What happens next on it. May be dropped and called again.
+    async fn next(&mut self, stall: Duration) -> News {
+        match self {
+            Line::Down(opening) => match opening.await {
+                Ok(up) => News::Opened(up),
+                Err(verdict) => News::Broken(verdict),
+            },
+            Line::Up(up) => up.next(stall).await,
+        }
+    }
+}
+
+impl Up {
+    async fn next(&mut self, stall: Duration) -> News {
+        let broken = |why: &str| News::Broken(Verdict::Doubtful { why: why.into() });
+        let overdue = self.under_way.front().map(|(_, _, sent)| *sent + stall);
+        let late = async move {
+            match overdue {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            answer = self.answers.message() => match answer {
+                Err(status) => News::Broken(judge(status)),
+                Ok(None) => broken("the stream has ended"),
+                Ok(Some(v1::KeepAliveResponse { id, ttl_ms })) => match self.under_way.pop_front() {
+                    Some((asked, sent, _)) if asked == id => News::Answer { id, sent, ttl_ms },
+                    _ => broken("an answer to something that was not asked"),
+                },
+            },
+            () = late => broken("an answer is overdue"),
+        }
+    }
+}
+
+struct Work {
+    client: Client,
+    tour: Tour,
+    line: Line,
+    /// An answer that takes longer is not waited for.
+    stall: Duration,
+    book: Book,
+}
+
+impl Work {
+    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
+        loop {
+            // Without a lease there is no need of a line.
+            if self.book.leases.is_empty() {
+                match orders.recv().await {
+                    Some(order) => self.book.obey(order),
+                    None => return,
+                }
+                continue;
+            }
+            let now = (self.book.clock)();
+            let wake = self.book.next_look().map_or(LOOK_EVERY, |at| at.saturating_sub(now));
+            tokio::select! {
+                order = orders.recv() => match order {
+                    Some(order) => self.book.obey(order),
+                    None => return,
+                },
+                news = self.line.next(self.stall) => self.heed(news),
+                () = sleep(wake.min(LOOK_EVERY)) => {}
+            }
+            self.renew();
+        }
+    }
+
+    fn heed(&mut self, news: News) {
+        match news {
+            News::Opened(up) => {
+                self.line = Line::Up(up);
+                self.book.line_is_up();
+            }
+            News::Answer { id, sent, ttl_ms } => {
+                self.tour.answered();
+                self.book.answered(id, sent, ttl_ms);
+            }
+            News::Broken(verdict) => self.give_up(verdict),
+        }
+    }
+
+    fn give_up(&mut self, verdict: Verdict) {
+        let (why, asked_pause) = match verdict {
+            Verdict::NotDone { why, pause } => (why, pause),
+            Verdict::Doubtful { why } => (why, None),
+            Verdict::Refused(refused) => (refused.status.message().to_string(), None),
+        };
+        tracing::debug!(why = self.client.by(self.tour.at, why), "no way to keep leases alive");
+        let pause = self.tour.move_on(asked_pause);
+        let next = Line::down(&self.client, self.tour.at, pause);
+        if let Line::Up(up) = std::mem::replace(&mut self.line, next) {
+            self.book.line_is_down(up.under_way.into_iter().map(|(id, ..)| id));
+        }
+    }
+
+    fn renew(&mut self) {
+        let due = self.book.look(matches!(self.line, Line::Up(_)));
+        let Line::Up(up) = &mut self.line else { return };
+        let sent = (self.book.clock)();
+        for id in due {
+            up.under_way.push_back((id, sent, Instant::now()));
+            // Where nobody takes it any more, the stream tells in a moment.
+            let _ = up.requests.send(v1::KeepAliveRequest { id });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(9);
+
+    /// A book whose clock shows the seconds that are set.
+    fn book() -> (Book, Arc<AtomicU64>) {
+        let seconds = Arc::new(AtomicU64::new(0));
+        let shown = seconds.clone();
+        let clock: Clock = Arc::new(move || Duration::from_secs(shown.load(Ordering::Relaxed)));
+        (Book { clock, leases: BTreeMap::new(), queue: BTreeSet::new() }, seconds)
+    }
+
+    fn keep(book: &mut Book, id: u64, known: Standing) -> watch::Receiver<Standing> {
+        let (standing, seen) = watch::channel(known);
+        book.obey(Order::Keep { id, ttl: TTL, standing });
+        seen
+    }
+
+    fn held(until: u64) -> Standing {
+        Standing::Held { until: Duration::from_secs(until) }
+    }
+
+    #[test]
+    fn a_lease_is_renewed_each_third_of_its_time_once_at_a_time() {
+        let (mut book, clock) = book();
+        let seen = keep(&mut book, 7, held(9));
+        assert!(book.look(true).is_empty());
+        clock.store(3, Ordering::Relaxed);
+        assert_eq!(book.look(true), [7]);
+        assert!(book.look(true).is_empty(), "it is under way");
+        clock.store(5, Ordering::Relaxed);
+        book.answered(7, Duration::from_secs(3), 9_000);
+        assert_eq!(*seen.borrow(), held(12), "counted from when it was sent");
+        assert_eq!(book.next_look(), Some(Duration::from_secs(6)));
+    }
+
+    #[test]
+    fn a_lease_whose_time_is_over_is_unproven_until_an_answer_that_is_young_enough() {
+        let (mut book, clock) = book();
+        let seen = keep(&mut book, 7, held(9));
+        clock.store(3, Ordering::Relaxed);
+        assert_eq!(book.look(true), [7]);
+        clock.store(9, Ordering::Relaxed);
+        book.look(true);
+        assert_eq!(*seen.borrow(), Standing::Unproven);
+        clock.store(12, Ordering::Relaxed);
+        book.answered(7, Duration::from_secs(3), 9_000);
+        assert_eq!(*seen.borrow(), Standing::Unproven, "what it proves is over already");
+        assert_eq!(book.look(true), [7]);
+        book.answered(7, Duration::from_secs(12), 9_000);
+        assert_eq!(*seen.borrow(), held(21));
+    }
+
+    #[test]
+    fn what_was_under_way_on_a_broken_line_is_asked_again_on_the_next() {
+        let (mut book, clock) = book();
+        for id in [7, 8] {
+            keep(&mut book, id, Standing::Unproven);
+        }
+        assert!(book.look(false).is_empty(), "there is no line yet");
+        assert_eq!(book.next_look(), Some(Duration::MAX), "and nothing to do until there is");
+        book.line_is_up();
+        assert_eq!(book.look(true), [7, 8]);
+        book.answered(7, Duration::ZERO, 9_000);
+        book.line_is_down([8]);
+        clock.store(1, Ordering::Relaxed);
+        assert!(book.look(true).is_empty());
+        book.line_is_up();
+        assert_eq!(book.look(true), [7, 8]);
+    }
+
+    #[test]
+    fn what_is_gone_or_forgotten_is_asked_no_more() {
+        let (mut book, _) = book();
+        let seen = keep(&mut book, 7, Standing::Unproven);
+        keep(&mut book, 8, Standing::Unproven);
+        assert_eq!(book.look(true), [7, 8]);
+        book.answered(7, Duration::ZERO, 0);
+        assert_eq!(*seen.borrow(), Standing::Gone);
+        book.obey(Order::Forget { id: 8 });
+        book.answered(8, Duration::ZERO, 9_000);
+        assert!(book.leases.is_empty() && book.queue.is_empty());
+    }
+}
