@@ -278,12 +278,13 @@ impl Pool {
         self.enqueue(number);
     }
 
-    /// Takes a free or held port out of use. The caller deals with a holder.
+    /// Takes a free or held port out of use, or gives another reason for one that is. The caller deals
+    /// with a holder.
     pub fn quarantine(&mut self, number: u16, quarantine: Quarantine) {
-        if self.held.remove(&number).is_none() {
+        let again = self.quarantined.insert(number, quarantine).is_some();
+        if self.held.remove(&number).is_none() && !again {
             self.unfree(number);
         }
-        self.quarantined.insert(number, quarantine);
     }
 
     /// Puts a quarantined port back in use, at the end of the queue. False where it was not.
@@ -483,6 +484,20 @@ mod tests {
         assert_eq!(take_all(&mut p), [1, 4, 5]);
         assert!(p.lift(3) && !p.lift(3));
         assert_eq!(take_all(&mut p), [3]);
+        p.check().unwrap();
+    }
+
+    #[test]
+    fn another_reason_for_a_quarantine_does_not_free_the_port() {
+        let mut p = pool(1, 2, &[]);
+        for (reason, source) in [("conflict", Source::Conflict), ("sshd", Source::Operator)] {
+            p.quarantine(1, Quarantine { reason: reason.into(), source, since: Revision(1) });
+            p.check().unwrap();
+            assert_eq!(p.taken(1), Some(Taken::Quarantined(reason.into())));
+        }
+        assert_eq!(take_all(&mut p), [2]);
+        assert!(p.lift(1));
+        assert_eq!(take_all(&mut p), [1]);
         p.check().unwrap();
     }
 
