@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 use crate::caller::Caller;
-use crate::checker::{self, Report};
+use crate::checker::{self, Report, Rule, Violation};
 use crate::history::{Header, History, Record, Recorder};
 use crate::nemesis::{self, Kind};
 use crate::rig::disk::Disk;
@@ -94,20 +94,25 @@ impl Run {
     async fn whole(plan: Plan) -> Result<Outcome, String> {
         std::fs::create_dir_all(&plan.dir).map_err(|e| format!("{}: {e}", plan.dir.display()))?;
         let history = plan.dir.join("history.jsonl");
+        let mut failed = None;
         let interrupted = {
             let mut run = Run::prepare(plan, &history)?;
             let interrupted = tokio::select! {
-                done = run.lead() => done.map(|()| false)?,
+                led = run.lead() => {
+                    failed = led.err();
+                    false
+                }
                 _ = tokio::signal::ctrl_c() => true,
                 () = terminated() => true,
             };
             run.recorder.flush();
             interrupted
         };
-        let report = match interrupted {
+        let mut report = match interrupted {
             true => Report::default(),
             false => checker::check(&History::read(&history)?),
         };
+        report.violations.extend(failed.map(|what| Violation { rule: Rule::Healing, what }));
         Ok(Outcome { report, history, interrupted })
     }
 

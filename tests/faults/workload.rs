@@ -94,7 +94,11 @@ impl Actor {
     }
 
     async fn call(&mut self, request: Request) -> Ended {
-        self.caller.call(request).await
+        let ended = self.caller.call(request).await;
+        if let Ended::Lost = ended {
+            sleep(Duration::from_millis(50)).await;
+        }
+        ended
     }
 
     /// What was granted, if it was.

@@ -120,6 +120,22 @@ pub fn groups(messages: &[(Nanos, v1::WatchResponse)]) -> BTreeMap<u64, Vec<v1::
     groups
 }
 
+/// Every allocation that anybody was told of, however old, gone ones too.
+pub fn everything_seen(history: &History) -> impl Iterator<Item = &v1::Allocation> {
+    let answered = history.ops.iter().filter_map(|op| match &op.end {
+        End::Ok(response) => Some(response),
+        _ => None,
+    });
+    let answered = answered.flat_map(|response| match response {
+        Response::Release(r) => r.allocation.as_slice(),
+        Response::ReportConflict(r) => r.allocation.as_slice(),
+        response => allocations(response),
+    });
+    let messages = history.streams.iter().flat_map(|stream| &stream.messages);
+    let events = messages.flat_map(|(_, message)| &message.events);
+    answered.chain(events.filter_map(|event| event.allocation.as_ref()))
+}
+
 /// One sight of an allocation by a client: it was so at some instant of the call.
 pub struct Sight<'a> {
     pub op: &'a Op,

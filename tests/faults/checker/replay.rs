@@ -20,8 +20,9 @@
 //!
 //! *What nobody knows*: a change without an answer, at a revision that no watcher was told of, may
 //! have been any of several. They are tried in turn, each alternative checked against all later
-//! facts; the search is bounded by [`TRIES_MAX`], and says so when it gives up. With watchers there
-//! is almost always one candidate only: the events name it.
+//! facts. With watchers there is almost always one candidate only: the events name it. Without, what
+//! was seen of an allocation at any time names the revisions of its grant and of its last change. The
+//! search is bounded by [`TRIES_MAX`]; that it gave up counts as a violation, for nothing is proven.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -37,7 +38,7 @@ use super::known;
 use crate::history::{End, History, Nanos, Op};
 
 /// Changes that are tried on the model, beyond one for each revision, before it gives up.
-const TRIES_MAX: u64 = 200_000;
+const TRIES_MAX: u64 = 1_000_000;
 /// The core's invariants are checked from scratch this often: O(table).
 const INVARIANTS_EVERY: u64 = 64;
 
@@ -67,8 +68,13 @@ struct Facts<'a> {
     /// What may have been done although nobody was told, by what it is about.
     unknown: BTreeMap<String, Vec<usize>>,
     events: BTreeMap<u64, Vec<v1::WatchEvent>>,
-    /// Allocations as somebody saw them right after this revision changed them.
+    /// Allocations as this revision left them, by whoever saw them later.
     seen: BTreeMap<u64, Vec<v1::Allocation>>,
+    /// Names that this revision granted, of those that anybody ever saw; and all such grants.
+    granted: BTreeMap<u64, BTreeSet<String>>,
+    grants: BTreeMap<(String, String), BTreeSet<u64>>,
+    /// Names that somebody may have given back, or had taken.
+    freed: BTreeSet<String>,
     /// By when a revision was there for certain: what makes it began before.
     by: BTreeMap<u64, Nanos>,
     last: u64,
@@ -88,6 +94,9 @@ impl<'a> Facts<'a> {
             unknown: BTreeMap::new(),
             events: known::events_by_revision(history),
             seen: BTreeMap::new(),
+            granted: BTreeMap::new(),
+            grants: BTreeMap::new(),
+            freed: BTreeSet::new(),
             by: BTreeMap::new(),
             last: 0,
         };
@@ -96,6 +105,9 @@ impl<'a> Facts<'a> {
         }
         let answered = facts.writes.keys().chain(facts.reads.keys()).chain(facts.events.keys());
         facts.last = answered.max().copied().unwrap_or(0);
+        for held in known::everything_seen(history) {
+            facts.see(held);
+        }
         facts.bound_times();
         facts.bound_floating();
         facts.old.sort_by_key(|(_, min)| *min);
@@ -109,12 +121,9 @@ impl<'a> Facts<'a> {
             _ => None,
         };
         match (&op.end, revision) {
-            (End::Ok(response), Some(revision)) => {
+            (End::Ok(_), Some(revision)) => {
                 let places = if write { &mut self.writes } else { &mut self.reads };
                 places.entry(revision).or_default().push(at);
-                for held in known::allocations(response) {
-                    self.seen.entry(held.version).or_default().push(known::timeless(held));
-                }
             }
             (End::Ok(Response::KeepAlive(r)), None) if r.ttl_ms == 0 => {}
             (End::Ok(_) | End::Refused { .. }, _) => match known::stale(&op.request) {
@@ -124,11 +133,41 @@ impl<'a> Facts<'a> {
             (End::Fail | End::Unknown, _) => {}
         }
         let in_doubt = op.end == End::Unknown || (op.repeats && op.end != End::Fail);
+        if let Request::Release(request) = &op.request
+            && op.end != End::Fail
+        {
+            self.freed.insert(request.name.clone());
+        }
         if write && in_doubt {
             for subject in subjects(&op.request) {
                 self.unknown.entry(subject).or_default().push(at);
             }
         }
+    }
+
+    fn see(&mut self, held: &v1::Allocation) {
+        let (name, uid) = (held.name.clone(), held.uid.clone());
+        self.granted.entry(held.token).or_default().insert(name.clone());
+        self.grants.entry((name, uid)).or_default().insert(held.token);
+        let seen = self.seen.entry(held.version).or_default();
+        let held = known::timeless(held);
+        if !seen.contains(&held) {
+            seen.push(held);
+        }
+    }
+
+    /// May a call of unknown end have made this revision, of which nobody was told? What it would have
+    /// left must have been seen, or may have gone unseen.
+    fn may_be(&self, at: usize, revision: u64) -> bool {
+        let op = self.op(at);
+        let Request::Allocate(request) = &op.request else { return true };
+        request.claims.iter().all(|claim| {
+            let of_it = self.grants.get(&(claim.name.clone(), claim.uid.clone()));
+            let seen = of_it.is_some_and(|tokens| tokens.contains(&revision));
+            let elsewhere = of_it.is_some() && !op.repeats;
+            let by_itself = claim.lease != 0 || (!claim.bound && claim.confirm_within_ms != 0);
+            seen || (!elsewhere && (by_itself || self.freed.contains(&claim.name)))
+        })
     }
 
     /// From the last revision to the first: the earliest end of anything that saw it or a later one.
@@ -322,7 +361,8 @@ impl Search<'_> {
                     turns.push((before, others));
                 }
             } else if self.tries > TRIES_MAX {
-                return (Vec::new(), self.note(true));
+                let undecided = format!("not decided: {}", self.deepest.1);
+                return (vec![undecided], self.note(true));
             } else if let Some((before, others)) = turns.pop() {
                 place = before;
                 untried = Some(others);
@@ -395,8 +435,9 @@ impl Search<'_> {
             let found = subjects.iter().filter_map(|subject| facts.unknown.get(subject));
             by_invocation(found.flatten().copied().filter(|at| may(at)).collect())
         };
-        let seen = facts.seen.get(&revision).into_iter().flatten();
-        let seen: BTreeSet<_> = seen.map(|held| format!("instance {}", held.name)).collect();
+        let seen = facts.seen.get(&revision).into_iter().flatten().map(|held| &held.name);
+        let seen = seen.chain(facts.granted.get(&revision).into_iter().flatten());
+        let seen: BTreeSet<_> = seen.map(|name| format!("instance {name}")).collect();
         match facts.events.get(&revision) {
             Some(events) => {
                 let system = by_itself(state, events).into_iter().map(Maker::System);
@@ -404,7 +445,14 @@ impl Search<'_> {
             }
             None => {
                 let all = || facts.unknown.keys().cloned().collect();
-                let unknown = about(if seen.is_empty() { all() } else { seen });
+                let mut unknown: Vec<_> = about(if seen.is_empty() { all() } else { seen })
+                    .filter(|maker| match maker {
+                        Maker::Call(at) => facts.may_be(*at, revision),
+                        Maker::System(_) => true,
+                    })
+                    .collect();
+                // What is long past is done or lost more often than not.
+                unknown.reverse();
                 let system = anything_by_itself(state).into_iter().map(Maker::System);
                 answered.chain(unknown).chain(system).collect()
             }
@@ -555,20 +603,16 @@ impl Search<'_> {
     }
 
     fn note(&self, gave_up: bool) -> String {
-        let Facts { last, writes, reads, floating, .. } = self.facts;
+        let Facts { last, writes, reads, floating, old, events, .. } = self.facts;
         let count = |all: &BTreeMap<u64, Vec<usize>>| all.values().map(Vec::len).sum::<usize>();
-        let (writes, reads, refusals) = (count(writes), count(reads), floating.len());
-        let what = format!(
-            "{last} revisions, {writes} writes, {reads} reads, {refusals} refusals, {} tries",
-            self.tries
-        );
-        match gave_up {
-            true => format!(
-                "linear: NOT DECIDED ({what}): no way was found past revision {}: {}",
-                self.deepest.0, self.deepest.1
-            ),
-            false => format!("linear: {what}"),
-        }
+        let (writes, reads, refusals) = (count(writes), count(reads), floating.len() + old.len());
+        let untold = last - (events.len() as u64).min(*last);
+        format!(
+            "linear: {last} revisions ({untold} told to no watcher), {writes} writes, {reads} reads, \
+             {refusals} refusals, {} tries{}",
+            self.tries,
+            if gave_up { ": given up" } else { "" }
+        )
     }
 }
 
