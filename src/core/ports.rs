@@ -278,9 +278,10 @@ impl Pool {
         self.enqueue(number);
     }
 
-    /// Takes a free or held port out of use. The caller deals with a holder.
+    /// Takes a port out of use, or says anew why it is. The caller deals with a holder, and has
+    /// checked that it is not reserved.
     pub fn quarantine(&mut self, number: u16, quarantine: Quarantine) {
-        if self.held.remove(&number).is_none() {
+        if self.held.remove(&number).is_none() && self.is_free(number) {
             self.unfree(number);
         }
         self.quarantined.insert(number, quarantine);
@@ -462,6 +463,10 @@ mod tests {
         std::iter::from_fn(|| pool.take_next(&someone())).collect()
     }
 
+    fn quarantine(reason: &str) -> Quarantine {
+        Quarantine { reason: reason.into(), source: Source::Observed, since: Revision(1) }
+    }
+
     #[test]
     fn never_used_first_then_longest_free() {
         let mut p = pool(40000, 40003, &[]);
@@ -476,7 +481,7 @@ mod tests {
     #[test]
     fn a_reserved_or_quarantined_port_is_passed_over() {
         let mut p = pool(1, 5, &[2, 60000]);
-        p.quarantine(3, Quarantine { reason: "sshd".into(), since: Revision(1) });
+        p.quarantine(3, quarantine("sshd"));
         assert_eq!(p.taken(2), Some(Taken::Reserved));
         assert_eq!(p.taken(3), Some(Taken::Quarantined("sshd".into())));
         assert_eq!(p.taken(6), Some(Taken::Unmanaged));
@@ -490,6 +495,16 @@ mod tests {
     fn the_last_port_of_tcp_can_be_given_and_freed() {
         let mut p = pool(65535, 65535, &[]);
         assert_eq!(take_all(&mut p), [65535]);
+    #[test]
+    fn a_quarantined_port_may_be_quarantined_for_another_reason() {
+        let mut p = pool(1, 3, &[]);
+        p.quarantine(2, quarantine("seen"));
+        p.quarantine(2, quarantine("kept"));
+        p.check().unwrap();
+        assert_eq!((p.free_count(), p.quarantined_count()), (2, 1));
+        assert_eq!(p.taken(2), Some(Taken::Quarantined("kept".into())));
+    }
+
         p.free(65535);
         assert_eq!(take_all(&mut p), [65535]);
         p.check().unwrap();
@@ -524,7 +539,7 @@ mod tests {
         take_all(&mut p);
         p.free(12);
         p.free(11);
-        p.quarantine(13, Quarantine { reason: "x".into(), since: Revision(3) });
+        p.quarantine(13, quarantine("x"));
         let mut grown = pool(9, 16, &[16]);
         grown.inherit(&p);
         grown.check().unwrap();
