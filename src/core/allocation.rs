@@ -211,7 +211,8 @@ impl Cause {
     }
 }
 
-/// The last change of an allocation and the version that it was made to.
+/// The last change of an allocation and the version that it was made to, in the words of its caller:
+/// one who comes back from a silence may know only the version from before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastChange {
     pub from: Revision,

@@ -300,10 +300,7 @@ impl Change<'_> {
         {
             return Ok(Outcome::Confirmed(held));
         }
-        // One who comes back knows the version from before its silence.
-        if held.phase != Phase::Lingering || !repeats(&held, version, &ChangeKind::Lingered) {
-            check_version(&held, version)?;
-        }
+        let from = check_version(&held, version)?;
         if lease != held.lease {
             self.check_lease(lease)?;
         }
@@ -313,7 +310,7 @@ impl Change<'_> {
             reason: None,
             lease: lease.or(held.lease),
             liveness: liveness.cloned().or_else(|| held.liveness.clone()),
-            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Confirmed }),
+            last_change: Some(LastChange { from, kind: ChangeKind::Confirmed }),
             ..Allocation::clone(&held)
         });
         Ok(Outcome::Confirmed(confirmed))
@@ -338,11 +335,11 @@ impl Change<'_> {
         {
             return Ok(Outcome::Attached(held));
         }
-        check_version(&held, version)?;
+        let from = check_version(&held, version)?;
         self.check_lease(lease)?;
         Ok(Outcome::Attached(self.put_changed(Allocation {
             lease,
-            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Attached }),
+            last_change: Some(LastChange { from, kind: ChangeKind::Attached }),
             ..Allocation::clone(&held)
         })))
     }
@@ -470,7 +467,7 @@ impl Change<'_> {
         {
             return Ok(Outcome::Swapped(held));
         }
-        check_version(&held, version)?;
+        let from = check_version(&held, version)?;
         let Some(reported) = held.ports.iter().find(|p| p.number == number) else {
             return Err(Refusal::PortNotHeld { name: name.clone(), port });
         };
@@ -497,7 +494,7 @@ impl Change<'_> {
                     reason: None,
                     liveness: None,
                     swaps: held.swaps + 1,
-                    last_change: Some(LastChange { from: held.version, kind: swapped }),
+                    last_change: Some(LastChange { from, kind: swapped }),
                     ..Allocation::clone(&held)
                 }))
             }
@@ -730,10 +727,15 @@ fn check_token(held: &Allocation, given: Token) -> Result<(), Refusal> {
     Err(Refusal::WrongToken { name: held.name().clone(), given, held: held.token })
 }
 
-/// 0 is unguarded.
-fn check_version(held: &Allocation, given: Revision) -> Result<(), Refusal> {
-    if given == Revision(0) || given == held.version {
-        return Ok(());
+/// The version that a change is made to, for its repeats to be known by. 0 is unguarded, and one who
+/// comes back knows the version from before its silence.
+fn check_version(held: &Allocation, given: Revision) -> Result<Revision, Refusal> {
+    if given == Revision(0) {
+        return Ok(held.version);
+    }
+    let fell_silent = held.phase == Phase::Lingering && repeats(held, given, &ChangeKind::Lingered);
+    if given == held.version || fell_silent {
+        return Ok(given);
     }
     Err(Refusal::WrongVersion { name: held.name().clone(), given, held: held.version })
 }
