@@ -359,26 +359,16 @@ impl Change<'_> {
             let name = name.clone();
             return Err(Refusal::WrongVersion { name, given: version, held: held.version });
         }
-        let unproven = |what: &str| Refusal::NotProven { name: name.clone(), what: what.into() };
+        let mut worker = self.worker_of(&held)?;
+        if let Some(what) = self.doubt(&held, &worker, ground) {
+            return Err(Refusal::NotProven { name: name.clone(), what: what.into() });
+        }
         match ground {
-            Ground::Unconfirmed if held.phase != Phase::Reserved => {
-                Err(unproven("it is confirmed"))
-            }
             Ground::Unconfirmed => {
                 let reason = format!("not confirmed within {}", held.confirm_within);
                 self.let_go(&held, Cause::Unconfirmed, reason)
             }
-            Ground::Gone { .. } if held.phase == Phase::Reserved => {
-                Err(unproven("its holder may still be starting"))
-            }
-            Ground::Gone { seen, .. } if *seen < held.version => {
-                Err(unproven("it changed after it was looked at"))
-            }
-            Ground::Gone { identity, reason, .. } => {
-                let mut worker = self.worker_of(&held)?;
-                if worker.spec.identity.as_ref() != Some(identity) {
-                    return Err(unproven("it was looked for elsewhere, or on another boot"));
-                }
+            Ground::Gone { reason, .. } => {
                 let why = ReleaseReason::Reclaimed { cause: Cause::Gone, reason: reason.clone() };
                 self.free(&mut worker, &held, why);
                 Ok(Outcome::Released(Some(held)))
@@ -390,6 +380,29 @@ impl Change<'_> {
     /// where none does, it is freed, as with leases elsewhere.
     fn let_go(
         &mut self,
+    /// Why a ground does not prove what it is given for; `None` if it does. What is `Reserved` waits
+    /// for its confirm deadline even across a boot: its start may not have begun.
+    fn doubt(&self, held: &Allocation, worker: &Worker, ground: &Ground) -> Option<&'static str> {
+        let reserved = held.phase == Phase::Reserved;
+        match ground {
+            Ground::Unconfirmed => (!reserved).then_some("it is not RESERVED any more"),
+            Ground::Gone { .. } if reserved => Some("its holder may still be starting"),
+            Ground::Gone { identity, .. } if worker.spec.identity.as_ref() != Some(identity) => {
+                Some("it was looked for elsewhere, or on another boot")
+            }
+            Ground::Gone { .. } if worker.phase == WorkerPhase::Lost => {
+                Some("its worker has fallen silent since")
+            }
+            Ground::Gone { seen, .. } if *seen < held.version => {
+                Some("it changed after it was looked at")
+            }
+            Ground::Gone { seen, .. } if *seen > self.state.revision => {
+                Some("it was looked at with knowledge of a revision that does not exist yet")
+            }
+            Ground::Gone { .. } => None,
+        }
+    }
+
         held: &Arc<Allocation>,
         cause: Cause,
         reason: String,
