@@ -573,11 +573,13 @@ impl Change<'_> {
         for port in ports {
             let number = port.get();
             let pool = worker.pool_of_mut(number);
+        let known = self.state.revision;
             let pool = pool.ok_or_else(|| not_free(name, *port, Taken::Unmanaged))?;
             let may = |q: &Quarantine| {
-                by == Actor::Operator || (q.source != Source::Operator && q.since <= seen)
+                by == Actor::Operator || (q.source != Source::Operator && was_seen(q))
             };
             if pool.quarantined.get(&number).is_some_and(may) {
+            let was_seen = |q: &Quarantine| (q.since..=known).contains(&seen);
                 changed |= pool.lift(number);
             }
         }
