@@ -11,7 +11,7 @@ use super::allocation::{
 use super::claim::{Claim, PortRequest, Ports};
 use super::command::{Actor, Applied, Authority, Command, Event, Ground, Origin, Outcome, Refusal};
 use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MAX, WORKERS_MAX};
-use super::name::{InstanceName, LeaseId, Millis, Port, Revision, Token, WorkerName};
+use super::name::{InstanceName, Invalid, LeaseId, Millis, Port, Revision, Token, WorkerName};
 use super::place::{Grant, place, take_ports};
 use super::ports::{Quarantine, Source, Taken};
 use super::state::{State, uuids};
@@ -140,6 +140,10 @@ impl Change<'_> {
         by: Actor,
     ) -> Result<Outcome, Refusal> {
         let worker = self.worker(name)?;
+        if asked == WorkerPhase::Lost && !worker.has_agent() {
+            // Nobody would ever bring it back.
+            return Err(Invalid::new("phase", asked.name(), "of a worker with an agent").into());
+        }
         let away = matches!(worker.phase, WorkerPhase::Lost | WorkerPhase::Unverified);
         let phases = match by {
             Actor::Operator if away => (worker.phase, asked),
@@ -376,10 +380,6 @@ impl Change<'_> {
         }
     }
 
-    /// Its holder fell silent. Where an agent watches the worker, that proves nothing, and it lingers;
-    /// where none does, it is freed, as with leases elsewhere.
-    fn let_go(
-        &mut self,
     /// Why a ground does not prove what it is given for; `None` if it does. What is `Reserved` waits
     /// for its confirm deadline even across a boot: its start may not have begun.
     fn doubt(&self, held: &Allocation, worker: &Worker, ground: &Ground) -> Option<&'static str> {
@@ -403,6 +403,10 @@ impl Change<'_> {
         }
     }
 
+    /// Its holder fell silent. Where an agent watches the worker, that proves nothing, and it lingers;
+    /// where none does, it is freed, as with leases elsewhere.
+    fn let_go(
+        &mut self,
         held: &Arc<Allocation>,
         cause: Cause,
         reason: String,
@@ -569,17 +573,17 @@ impl Change<'_> {
         seen: Revision,
     ) -> Result<Outcome, Refusal> {
         let mut worker = self.worker_to_change(name)?;
+        let known = self.state.revision;
         let mut changed = false;
         for port in ports {
             let number = port.get();
             let pool = worker.pool_of_mut(number);
-        let known = self.state.revision;
             let pool = pool.ok_or_else(|| not_free(name, *port, Taken::Unmanaged))?;
+            let was_seen = |q: &Quarantine| (q.since..=known).contains(&seen);
             let may = |q: &Quarantine| {
                 by == Actor::Operator || (q.source != Source::Operator && was_seen(q))
             };
             if pool.quarantined.get(&number).is_some_and(may) {
-            let was_seen = |q: &Quarantine| (q.since..=known).contains(&seen);
                 changed |= pool.lift(number);
             }
         }
