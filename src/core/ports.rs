@@ -9,6 +9,7 @@
 
 use imbl::{OrdMap, Vector};
 
+use super::invariants::COUNTER_MAX;
 use super::limits::BAND_WINDOWS_MAX;
 use super::name::{InstanceName, Port, RangeName, Revision};
 
@@ -437,6 +438,9 @@ impl Pool {
         if self.freed.get_max().is_some_and(|(at, _)| *at >= self.next_freed) {
             return fail("the queue of freed ports runs ahead of its counter".into());
         }
+        if self.next_freed > COUNTER_MAX {
+            return fail("the counter of freed ports leaves no room".into());
+        }
         Ok(())
     }
 }
@@ -459,12 +463,12 @@ mod tests {
         InstanceName::parse("someone").unwrap()
     }
 
-    fn take_all(pool: &mut Pool) -> Vec<u16> {
-        std::iter::from_fn(|| pool.take_next(&someone())).collect()
-    }
-
     fn quarantine(reason: &str) -> Quarantine {
         Quarantine { reason: reason.into(), source: Source::Observed, since: Revision(1) }
+    }
+
+    fn take_all(pool: &mut Pool) -> Vec<u16> {
+        std::iter::from_fn(|| pool.take_next(&someone())).collect()
     }
 
     #[test]
@@ -492,10 +496,6 @@ mod tests {
     }
 
     #[test]
-    fn the_last_port_of_tcp_can_be_given_and_freed() {
-        let mut p = pool(65535, 65535, &[]);
-        assert_eq!(take_all(&mut p), [65535]);
-    #[test]
     fn a_quarantined_port_may_be_quarantined_for_another_reason() {
         let mut p = pool(1, 3, &[]);
         p.quarantine(2, quarantine("seen"));
@@ -505,6 +505,10 @@ mod tests {
         assert_eq!(p.taken(2), Some(Taken::Quarantined("kept".into())));
     }
 
+    #[test]
+    fn the_last_port_of_tcp_can_be_given_and_freed() {
+        let mut p = pool(65535, 65535, &[]);
+        assert_eq!(take_all(&mut p), [65535]);
         p.free(65535);
         assert_eq!(take_all(&mut p), [65535]);
         p.check().unwrap();
