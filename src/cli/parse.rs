@@ -42,6 +42,11 @@ pub fn span_of_time(text: &str) -> Result<Duration, String> {
     Millis::span("", ms).map(|_| duration).map_err(|_| wanted.into())
 }
 
+/// For the API.
+pub fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 pub fn memory(text: &str) -> Result<u64, String> {
     let wanted = format!(
         "must be 1 to {} bytes (16 TiB), such as 8GiB or 24000MB",

@@ -1,0 +1,5 @@
+//! What runs on a worker.
+
+pub mod host;
+mod processes;
+mod ranges;
