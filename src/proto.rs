@@ -38,6 +38,8 @@ pub mod reason {
     pub const NAME_TAKEN: &str = "NAME_TAKEN";
     /// The worker is another network namespace, or another boot, than the agent that reports.
     pub const OTHER_IDENTITY: &str = "OTHER_IDENTITY";
+    /// A learner has not caught up yet: ask again.
+    pub const LAGGING: &str = "LAGGING";
     /// A GPU or network namespace is another worker's.
     pub const IDENTITY_TAKEN: &str = "IDENTITY_TAKEN";
     /// The revisions from which on a watch should go are no longer kept (`oldest_revision` says which

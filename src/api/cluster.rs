@@ -1,17 +1,20 @@
-//! `portwarden.v1.Cluster`: what this node knows of the Raft group. Every node answers by itself.
+//! `portwarden.v1.Cluster`: what this node knows of the Raft group, answered by every node itself, and
+//! changes of its membership, made by the leader.
 
-use std::pin::Pin;
-
-use tokio_stream::Stream;
+use futures::StreamExt as _;
+use futures::stream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::dispatch::Api;
+use super::dispatch::{Api, Failure, Method, Responses};
 use super::errors;
-use crate::node::{MemberReport, StatusReport};
+use crate::core::{self, Invalid};
+use crate::node::members::{MemberChange, NotChanged};
+use crate::node::{Deadline, MemberReport, StatusReport};
 use crate::proto::v1;
 
 fn member(report: MemberReport) -> v1::Member {
-    let MemberReport { id, role, state, endpoint, peer_endpoint, applied, lag } = report;
+    let MemberReport { id, role, state, endpoint, peer_endpoint, applied, lag, version } = report;
     v1::Member {
         id,
         role: role.to_string(),
@@ -20,6 +23,7 @@ fn member(report: MemberReport) -> v1::Member {
         peer_endpoint,
         applied,
         lag,
+        version,
     }
 }
 
@@ -39,8 +43,79 @@ fn status(report: StatusReport) -> v1::StatusResponse {
     }
 }
 
-fn no_change<T>(what: &str) -> Result<Response<T>, Status> {
-    Err(errors::unimplemented(&format!("{what}: changes of the membership are")))
+/// A change of the membership, answered with what it is then.
+macro_rules! member_change {
+    ($name:ident, $request:ty, $path:literal, $change:expr) => {
+        pub(super) struct $name;
+
+        impl Method for $name {
+            type Request = $request;
+            type Response = v1::ListMembersResponse;
+            type Parsed = MemberChange;
+            const PATH: &'static str = concat!("/portwarden.v1.Cluster/", $path);
+            const WRITES: bool = true;
+
+            fn parse(request: &$request) -> Result<MemberChange, Status> {
+                if request.id == 0 {
+                    return Err(errors::invalid(Invalid::new("id", 0, "1 or more")));
+                }
+                let change: fn(&$request) -> Result<MemberChange, Status> = $change;
+                change(request)
+            }
+
+            async fn run(
+                api: &Api,
+                change: &MemberChange,
+                deadline: Deadline,
+            ) -> Result<v1::ListMembersResponse, Failure> {
+                change_members(api, change, deadline).await
+            }
+        }
+    };
+}
+
+member_change!(AddMember, v1::AddMemberRequest, "AddMember", |request| {
+    Ok(MemberChange::Add {
+        id: request.id,
+        peer: address("peer", &request.peer)?,
+        client: address("client", &request.client)?,
+        incarnation: String::new(),
+    })
+});
+member_change!(PromoteMember, v1::MemberRequest, "PromoteMember", |request| {
+    Ok(MemberChange::Promote { id: request.id })
+});
+member_change!(RemoveMember, v1::RemoveMemberRequest, "RemoveMember", |request| {
+    Ok(MemberChange::Remove { id: request.id, force: request.force })
+});
+member_change!(TransferLeader, v1::MemberRequest, "TransferLeader", |request| {
+    Ok(MemberChange::Transfer { id: request.id })
+});
+
+fn address(field: &str, text: &str) -> Result<String, Status> {
+    core::check_text(field, text, core::limits::ADDRESS_MAX_BYTES).map_err(errors::invalid)?;
+    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+    match port.and_then(|(_, port)| port.parse::<u16>().ok()) {
+        Some(1..) => Ok(text.into()),
+        _ => Err(errors::invalid(Invalid::new(field, text, "HOST:PORT with a port of 1 to 65535"))),
+    }
+}
+
+async fn change_members(
+    api: &Api,
+    change: &MemberChange,
+    deadline: Deadline,
+) -> Result<v1::ListMembersResponse, Failure> {
+    let node = &api.inner.node;
+    match node.change_members(change.clone(), deadline).await {
+        Ok(()) => Ok(members(node.status(deadline).await)),
+        Err(NotChanged::Call(error)) => Err(Failure::Call(error)),
+        Err(why) => Err(Failure::Answer(errors::membership(&why))),
+    }
+}
+
+fn members(report: StatusReport) -> v1::ListMembersResponse {
+    v1::ListMembersResponse { members: report.members.into_iter().map(member).collect() }
 }
 
 #[tonic::async_trait]
@@ -63,47 +138,57 @@ impl v1::cluster_server::Cluster for Api {
         let node = &self.inner.node;
         let path = "/portwarden.v1.Cluster/ListMembers";
         self.observed(path, request.metadata(), |deadline| async move {
-            let report = node.status(deadline).await;
-            let members = report.members.into_iter().map(member).collect();
-            Ok(v1::ListMembersResponse { members })
+            Ok(members(node.status(deadline).await))
         })
         .await
     }
 
     async fn add_member(
         &self,
-        _: Request<v1::AddMemberRequest>,
+        request: Request<v1::AddMemberRequest>,
     ) -> Result<Response<v1::ListMembersResponse>, Status> {
-        no_change("AddMember")
+        self.serve_unary::<AddMember>(request).await
     }
 
     async fn promote_member(
         &self,
-        _: Request<v1::MemberRequest>,
+        request: Request<v1::MemberRequest>,
     ) -> Result<Response<v1::ListMembersResponse>, Status> {
-        no_change("PromoteMember")
+        self.serve_unary::<PromoteMember>(request).await
     }
 
     async fn remove_member(
         &self,
-        _: Request<v1::MemberRequest>,
+        request: Request<v1::RemoveMemberRequest>,
     ) -> Result<Response<v1::ListMembersResponse>, Status> {
-        no_change("RemoveMember")
+        self.serve_unary::<RemoveMember>(request).await
     }
 
     async fn transfer_leader(
         &self,
-        _: Request<v1::MemberRequest>,
+        request: Request<v1::MemberRequest>,
     ) -> Result<Response<v1::ListMembersResponse>, Status> {
-        Err(errors::unimplemented("TransferLeader: handing over the lead on request is"))
+        self.serve_unary::<TransferLeader>(request).await
     }
 
-    type SnapshotStream = Pin<Box<dyn Stream<Item = Result<v1::SnapshotChunk, Status>> + Send>>;
+    type SnapshotStream = Responses<v1::SnapshotChunk>;
 
     async fn snapshot(
         &self,
-        _: Request<v1::SnapshotRequest>,
+        request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(errors::unimplemented("Snapshot: backups over the API are"))
+        let path = "/portwarden.v1.Cluster/Snapshot";
+        let begun = self.observed(path, request.metadata(), |deadline| async move {
+            // So that everything acknowledged before the call is in it.
+            self.current(deadline).await?;
+            Ok(self.inner.node.backup())
+        });
+        let (head, pieces) = begun.await?.into_inner();
+        let pieces = ReceiverStream::new(pieces).map(|piece| match piece {
+            Ok(data) => Ok(v1::SnapshotChunk { data, ..Default::default() }),
+            Err(error) => Err(errors::not_ready(&format!("the backup broke off: {error}"))),
+        });
+        let chunks = stream::once(std::future::ready(Ok(head))).chain(pieces);
+        Ok(Response::new(Box::pin(chunks.take_until(self.stopping()))))
     }
 }

@@ -423,7 +423,7 @@ pub fn worker(worker: &Worker) -> v1::Worker {
         created: worker.created.0,
         version: worker.version.0,
         phase_before: match worker.phase {
-            WorkerPhase::Lost => worker_phase(worker.phase_before).into(),
+            WorkerPhase::Lost | WorkerPhase::Unverified => worker_phase(worker.phase_before).into(),
             _ => v1::WorkerPhase::Unspecified.into(),
         },
         booted: worker.booted.0,

@@ -24,14 +24,15 @@ use std::time::Duration;
 
 use futures::Stream;
 use prost::Message;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::pages::{PageToken, Views};
-use super::{allocator, errors, leases, watch as changes, workers};
+use super::{allocator, cluster, errors, leases, watch as changes, workers};
 use crate::core::{Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, State};
+use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
@@ -50,6 +51,8 @@ const PAUSE_MAX: Duration = Duration::from_millis(200);
 #[tonic::async_trait]
 pub trait Backend: Send + Sync + 'static {
     fn id(&self) -> NodeId;
+    /// Fails where this node is no member any more: then it answers nothing.
+    fn check(&self) -> Result<(), CallError>;
     async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError>;
     async fn read(&self, deadline: Deadline) -> Result<State, CallError>;
     async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError>;
@@ -73,6 +76,14 @@ pub trait Backend: Send + Sync + 'static {
         id: LeaseId,
         deadline: Deadline,
     ) -> Result<Option<Millis>, CallError>;
+    /// The table as this node has it, in pieces after a head.
+    fn backup(&self) -> (v1::SnapshotChunk, mpsc::Receiver<std::io::Result<Vec<u8>>>);
+    /// On the leader: changes the membership.
+    async fn change_members(
+        &self,
+        change: MemberChange,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged>;
     /// On the leader: takes what an agent saw.
     async fn report(&self, sample: Sample, deadline: Deadline) -> Result<Heard, Unheard>;
 }
@@ -84,6 +95,9 @@ pub(super) type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Se
 impl Backend for Node {
     fn id(&self) -> NodeId {
         Node::id(self)
+    }
+    fn check(&self) -> Result<(), CallError> {
+        self.check_member()
     }
     async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError> {
         Node::propose(self, command, deadline).await
@@ -121,6 +135,23 @@ impl Backend for Node {
         deadline: Deadline,
     ) -> Result<Option<Millis>, CallError> {
         Node::keep_alive(self, id, deadline).await
+    }
+    fn backup(&self) -> (v1::SnapshotChunk, mpsc::Receiver<std::io::Result<Vec<u8>>>) {
+        let (table, pieces) = Node::backup(self);
+        let head = v1::SnapshotChunk {
+            data: Vec::new(),
+            revision: table.state.revision.0,
+            allocations: table.state.allocation_count() as u64,
+            workers: table.state.worker_count() as u64,
+        };
+        (head, pieces)
+    }
+    async fn change_members(
+        &self,
+        change: MemberChange,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged> {
+        Node::change_members(self, change, deadline).await
     }
     async fn report(&self, sample: Sample, deadline: Deadline) -> Result<Heard, Unheard> {
         Node::report(self, sample, deadline).await
@@ -477,6 +508,7 @@ impl Api {
             Writing<workers::Register>,
             Writing<workers::Update>,
             Writing<workers::SetPhase>,
+            Writing<workers::Verify>,
             Writing<workers::Remove>,
             Writing<workers::Quarantine>,
             Writing<workers::LiftQuarantine>,
@@ -484,6 +516,10 @@ impl Api {
             Reading<workers::Get>,
             Reading<workers::List>,
             Reading<changes::Current>,
+            cluster::AddMember,
+            cluster::PromoteMember,
+            cluster::RemoveMember,
+            cluster::TransferLeader,
         ];
         Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
     }

@@ -12,6 +12,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::core::{Allocation, Invalid, Lack, Refusal, Revision, Shortage, WorkerName};
 use crate::node::CallError;
+use crate::node::members::NotChanged;
 use crate::proto::{DOMAIN, reason};
 
 pub fn invalid(error: Invalid) -> Status {
@@ -203,6 +204,17 @@ pub fn low_space(why: &str, retry_after: Duration) -> Status {
 pub fn page_expired() -> Status {
     let text = "the revision of this listing is no longer kept on this node; start over";
     reasoned(Code::Aborted, text, reason::PAGE_EXPIRED)
+}
+
+/// A rule stands in the way of a change of the membership.
+pub fn membership(why: &NotChanged) -> Status {
+    let text = why.to_string();
+    let mut details =
+        ErrorDetails::with_precondition_failure_violation("MEMBERSHIP", "members", text.as_str());
+    if matches!(why, NotChanged::Lagging { .. }) {
+        details.set_error_info(reason::LAGGING, DOMAIN, HashMap::new());
+    }
+    Status::with_error_details(Code::FailedPrecondition, text, details)
 }
 
 /// An agent speaks for a worker that is another namespace, or another boot.

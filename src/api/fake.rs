@@ -3,11 +3,13 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
+use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::convert;
 use super::dispatch::{Api, Backend};
 use crate::core::{Applied, Command, LeaseId, Millis, Origin, Revision, State, apply};
+use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, NodeId, StatusReport};
@@ -72,6 +74,9 @@ impl Backend for Fake {
     fn id(&self) -> NodeId {
         1
     }
+    fn check(&self) -> Result<(), CallError> {
+        Ok(())
+    }
     async fn propose(&self, command: Command, _: Deadline) -> Result<Applied, CallError> {
         *self.proposed.lock().unwrap() += 1;
         match self.failures.lock().unwrap().pop_front() {
@@ -105,6 +110,12 @@ impl Backend for Fake {
     }
     async fn keep_alive(&self, id: LeaseId, _: Deadline) -> Result<Option<Millis>, CallError> {
         Ok(self.state.lock().unwrap().lease(id).map(|lease| lease.ttl))
+    }
+    fn backup(&self) -> (v1::SnapshotChunk, mpsc::Receiver<std::io::Result<Vec<u8>>>) {
+        (v1::SnapshotChunk::default(), mpsc::channel(1).1)
+    }
+    async fn change_members(&self, _: MemberChange, _: Deadline) -> Result<(), NotChanged> {
+        Ok(())
     }
     async fn report(&self, sample: Sample, _: Deadline) -> Result<Heard, Unheard> {
         Err(Unheard::NoWorker(sample.worker))

@@ -9,6 +9,7 @@ use tonic::{Code, Response, Status};
 use tracing::Instrument as _;
 
 use super::dispatch::Api;
+use super::errors;
 use crate::node::Deadline;
 
 /// Where the caller names no deadline.
@@ -42,6 +43,7 @@ impl Api {
         F: Future<Output = Result<T, Status>>,
     {
         let mut timer = Timer { method, code: "CANCELLED", started: Instant::now() };
+        self.inner.node.check().map_err(errors::call)?;
         let Ok(_permit) = self.inner.in_flight.try_acquire() else {
             timer.code = code_name(Code::ResourceExhausted);
             return Err(Api::overloaded());

@@ -263,7 +263,7 @@ fn slow() -> Status {
 
 impl Api {
     /// How far the table is, once this node's own copy is there.
-    async fn current(&self, deadline: Deadline) -> Result<Revision, Status> {
+    pub(super) async fn current(&self, deadline: Deadline) -> Result<Revision, Status> {
         let request = peer::RevisionRequest {};
         let answer = self.dispatch::<Reading<Current>>(request, deadline).await?;
         let revision = Revision(answer.revision);

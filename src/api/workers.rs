@@ -59,6 +59,11 @@ worker_write!(SetPhase, v1::SetPhaseRequest, "/portwarden.v1.Workers/SetPhase", 
     })
 });
 
+worker_write!(Verify, v1::VerifyRequest, "/portwarden.v1.Workers/Verify", |request| {
+    let name = convert::worker_name("name", &request.name)?;
+    Ok(Command::VerifyWorker { name, by: Actor::Operator })
+});
+
 worker_write!(Quarantine, v1::QuarantineRequest, "/portwarden.v1.Workers/Quarantine", |request| {
     Ok(Command::Quarantine {
         worker: convert::worker_name("worker", &request.worker)?,
@@ -226,6 +231,13 @@ impl v1::workers_server::Workers for Api {
         request: Request<v1::SetPhaseRequest>,
     ) -> Result<Response<v1::WorkerResponse>, Status> {
         self.serve_unary::<Writing<SetPhase>>(request).await
+    }
+
+    async fn verify(
+        &self,
+        request: Request<v1::VerifyRequest>,
+    ) -> Result<Response<v1::WorkerResponse>, Status> {
+        self.serve_unary::<Writing<Verify>>(request).await
     }
 
     async fn remove(

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use super::serve::SNAPSHOT_EVERY;
 use crate::api::assembly::{Listeners, Server};
-use crate::node::{Lifecycle, NodeConfig, Upkeep};
+use crate::node::{Entry, Lifecycle, NodeConfig, Upkeep};
 
 /// Ports of one node; 0 lets the system choose.
 #[derive(Clone, Copy)]
@@ -43,11 +43,13 @@ pub(super) async fn start(dir: &Path, ports: &[NodePorts]) -> anyhow::Result<Vec
         let config = NodeConfig {
             id,
             data_dir: dir.join(format!("node-{id}")),
-            initial_cluster: initial_cluster.clone(),
+            entry: Entry::Begin(initial_cluster.clone()),
+            advertise_peer: initial_cluster[&id].clone(),
             advertise,
             snapshot_every: SNAPSHOT_EVERY,
             upkeep: Upkeep::default(),
             lifecycle: Lifecycle::default(),
+            backups: None,
         };
         servers.push(Server::start(config, listeners).await?);
     }

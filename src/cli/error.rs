@@ -15,6 +15,9 @@ pub enum CliError {
     /// Wrong input that clap could not see.
     #[error("{0}")]
     Usage(String),
+    /// A rule stands in the way; the text says the way out.
+    #[error("{0}")]
+    Precondition(String),
     /// A conflict was reported, and no other port could be given.
     #[error("{name} was reclaimed: {reason}")]
     NothingElseFits { name: String, reason: String },
@@ -73,6 +76,7 @@ pub(super) fn describe(error: &anyhow::Error) -> (u8, String) {
         Some(CliError::Usage(text)) => {
             (USAGE, format!("error: {text}\nhint: see `portwarden help`\n"))
         }
+        Some(CliError::Precondition(text)) => (CONFLICT, format!("error: {text}\n")),
         Some(error @ CliError::NothingElseFits { .. }) => (
             NOTHING_FITS,
             format!("error: {error}\nhint: the port is quarantined; allocate anew\n"),
@@ -163,7 +167,10 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
             Some("TOKEN" | "VERSION" | "PORT_NOT_HELD") => {
                 "`portwarden get NAME` shows its token, version and ports"
             }
-            Some("WORKER_NOT_READY") => "`portwarden worker uncordon NAME` makes it ready again",
+            Some("WORKER_NOT_READY") => {
+                "`portwarden worker uncordon NAME` makes a cordoned or draining one ready again, \
+                 `worker verify` one that was restored, and its agent one that is lost"
+            }
             Some("WORKER_IN_USE" | "WOULD_LOSE") => {
                 "`portwarden list --worker NAME` shows what it holds"
             }

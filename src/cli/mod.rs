@@ -26,9 +26,11 @@ mod list;
 mod member;
 mod output;
 mod parse;
+mod recover;
 mod release;
 mod report_conflict;
 pub mod serve;
+mod snapshot;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -129,10 +131,14 @@ pub enum Command {
     List(list::Args),
     /// Manage workers: the machines that instances run on
     Worker(worker::Args),
-    /// Show the nodes of the cluster
+    /// Show and change the nodes of the cluster
     Member(member::Args),
     /// Show how the cluster is
     Status(status::Args),
+    /// Save, inspect and restore the whole table
+    Snapshot(snapshot::Args),
+    /// Begin a new cluster from one survivor, when the majority is lost for good
+    Recover(recover::Args),
     /// Run one node
     Serve(serve::Args),
     /// Run an embedded cluster that stays up
@@ -184,6 +190,8 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Worker(args) => worker::run(args, globals).await,
         Command::Member(args) => member::run(args, globals).await,
         Command::Status(args) => status::run(args, globals).await,
+        Command::Snapshot(args) => snapshot::run(args, globals).await,
+        Command::Recover(args) => recover::run(args, globals).await,
         Command::Serve(args) => serve::run(args, globals).await,
         Command::Dev(args) => dev::run(args, globals).await,
         Command::Demo(args) => demo::run(args, globals).await,

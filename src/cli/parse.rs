@@ -124,6 +124,15 @@ pub fn label(text: &str) -> Result<(String, String), String> {
     Ok((name::<LabelKey>(key)?, name::<LabelValue>(value)?))
 }
 
+pub fn host_port(text: &str) -> Result<String, String> {
+    let bad = || "must be HOST:PORT with a port of 1 to 65535".to_string();
+    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
+    match port.parse::<u16>() {
+        Ok(1..) if !host.is_empty() => Ok(text.to_string()),
+        _ => Err(bad()),
+    }
+}
+
 /// `memory=24GiB[,model=M][,uuid=U][,index=I]`; without an index, its place in the list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GpuFlag {

@@ -4,19 +4,25 @@ use std::collections::BTreeMap;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Globals, log_to_stderr, parse, usage};
 use crate::api::assembly::{Listeners, Server};
-use crate::node::{Lifecycle, NodeConfig, NodeId, Upkeep};
+use crate::node::backups::BackupPlan;
+use crate::node::{Entry, Lifecycle, NodeConfig, NodeId, Upkeep};
 
 const DEFAULT_LISTEN: &str = "127.0.0.1:7601";
 const DEFAULT_LISTEN_PEER: &str = "127.0.0.1:7701";
 /// What Raft says at `info` is for its own developers.
 const DEFAULT_LOG_LEVEL: &str = "info,openraft=warn";
+const BACKUP_EVERY: Duration = Duration::from_secs(3600);
+const BACKUP_KEEP: usize = 24;
+/// How long a node that was removed says so before it stops.
+const REMOVED_GRACE: Duration = Duration::from_secs(3);
 /// Log entries after which a snapshot is written.
 pub const SNAPSHOT_EVERY: u64 = 20_000;
 /// Below this the node would do little else than write snapshots.
@@ -33,11 +39,15 @@ Examples:
     --listen-http 127.0.0.1:7801 \\
     --initial-cluster 1=127.0.0.1:7701,2=127.0.0.1:7702,3=127.0.0.1:7703
 
-  # The same from a file (id = 1, data-dir = \"./n1\", …)
+  # One more, which any member takes in; `portwarden member promote 4` makes it a voter
+  portwarden serve --id 4 --data-dir ./n4 --listen 127.0.0.1:7604 --listen-peer 127.0.0.1:7704 \\
+    --join 127.0.0.1:7701
+
+  # From a file (id = 1, data-dir = \"./n1\", …)
   portwarden serve --config node1.toml
 
 The list of --initial-cluster is read once, when the cluster begins: all nodes need the same one.
-Later starts ignore it. SIGTERM or Ctrl-C stops the node in order: a leader hands over first.")]
+Later starts ignore it, and so they do --join. SIGTERM or Ctrl-C stops the node in order: a leader hands over first.")]
 pub struct Args {
     /// This node's id: a number from 1, never used again once the node is gone
     #[arg(long, env = "PORTWARDEN_ID")]
@@ -57,6 +67,9 @@ pub struct Args {
     /// The nodes that begin the cluster, by peer address: 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT
     #[arg(long, env = "PORTWARDEN_INITIAL_CLUSTER", value_name = "LIST")]
     initial_cluster: Option<String>,
+    /// Join the cluster of the node at this peer address, as a learner; see `member promote`
+    #[arg(long, env = "PORTWARDEN_JOIN", value_name = "HOST:PORT")]
+    join: Option<String>,
     /// Where clients reach this node, if not at --listen
     #[arg(long, env = "PORTWARDEN_ADVERTISE", value_name = "HOST:PORT")]
     advertise: Option<String>,
@@ -86,6 +99,15 @@ pub struct Args {
     /// Give a port that was in conflict again after so long, where no agent watches [default: 5m]
     #[arg(long, env = "PORTWARDEN_QUARANTINE", value_name = "DURATION")]
     quarantine: Option<String>,
+    /// Write backups of the table into this directory
+    #[arg(long, env = "PORTWARDEN_BACKUP_DIR", value_name = "DIR")]
+    backup_dir: Option<PathBuf>,
+    /// How often, if anything has changed [default: 1h]
+    #[arg(long, env = "PORTWARDEN_BACKUP_EVERY", value_name = "DURATION")]
+    backup_every: Option<String>,
+    /// Keep so many of them [default: 24]
+    #[arg(long, env = "PORTWARDEN_BACKUP_KEEP", value_name = "N")]
+    backup_keep: Option<usize>,
     /// Listen beyond loopback without TLS: tokens and names travel in the clear
     #[arg(
         long,
@@ -149,14 +171,20 @@ pub(super) async fn until_stopped(servers: Vec<Server>) -> anyhow::Result<ExitCo
         }
     };
     let failed = futures::future::select_all(servers.iter().map(|s| Box::pin(s.node.failed())));
-    let failure = tokio::select! {
-        why = entered => Some(why),
-        (why, _, _) = failed => Some(why),
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-    };
-    if let Some(why) = failure {
-        anyhow::bail!(why);
+    let removed = futures::future::select_all(servers.iter().map(|s| Box::pin(s.node.removed())));
+    tokio::select! {
+        why = entered => anyhow::bail!(why),
+        (why, _, _) = failed => anyhow::bail!(why),
+        (why, at, _) = removed => {
+            // Its clients shall hear of it, and go elsewhere.
+            warn!("{why}; it stops in {} s", REMOVED_GRACE.as_secs());
+            tokio::time::sleep(REMOVED_GRACE).await;
+            if !servers[at].node.took_part() {
+                anyhow::bail!("{why}; a node that is to join needs an empty data directory and a new id");
+            }
+        }
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
     info!("stopping");
     for server in servers {
@@ -176,6 +204,7 @@ impl Args {
             listen_peer: self.listen_peer.or(file.listen_peer),
             listen_http: self.listen_http.or(file.listen_http),
             initial_cluster: self.initial_cluster.or(file.initial_cluster),
+            join: self.join.or(file.join),
             advertise: self.advertise.or(file.advertise),
             advertise_peer: self.advertise_peer.or(file.advertise_peer),
             snapshot_every: self.snapshot_every.or(file.snapshot_every),
@@ -186,6 +215,9 @@ impl Args {
             zombie_after: self.zombie_after.or(file.zombie_after),
             worker_lost_after: self.worker_lost_after.or(file.worker_lost_after),
             quarantine: self.quarantine.or(file.quarantine),
+            backup_dir: self.backup_dir.or(file.backup_dir),
+            backup_every: self.backup_every.or(file.backup_every),
+            backup_keep: self.backup_keep.or(file.backup_keep),
             insecure: self.insecure.or(file.insecure),
             log_level: self.log_level.or(file.log_level),
             config: None,
@@ -198,7 +230,7 @@ impl Args {
         if id == 0 {
             return Err(usage("--id: 0 must be 1 or more"));
         }
-        let data_dir = self.data_dir.ok_or_else(|| need("--data-dir"))?;
+        let data_dir = self.data_dir.clone().ok_or_else(|| need("--data-dir"))?;
         let snapshot_every = self.snapshot_every.unwrap_or(SNAPSHOT_EVERY);
         if snapshot_every < SNAPSHOT_EVERY_MIN {
             return Err(usage(format!(
@@ -221,8 +253,8 @@ impl Args {
                 )));
             }
         }
-        let advertise = match self.advertise {
-            Some(addr) => host_port("--advertise", &addr)?,
+        let advertise = match &self.advertise {
+            Some(addr) => host_port("--advertise", addr)?,
             None if clients.ip().is_unspecified() => {
                 return Err(usage(format!(
                     "--listen: {clients} is every address; --advertise must say which one clients reach"
@@ -235,14 +267,36 @@ impl Args {
             self.checkpoint_every,
             self.low_space.as_deref(),
         )?;
-        let default = Lifecycle::default();
+        let lifecycle = self.check_lifecycle()?;
+        let (entry, advertise_peer) = self.check_entry(id, peers)?;
+        Ok(Settings {
+            node: NodeConfig {
+                id,
+                data_dir,
+                entry,
+                advertise_peer,
+                advertise,
+                snapshot_every,
+                upkeep,
+                lifecycle,
+                backups: self.check_backups()?,
+            },
+            clients,
+            peers,
+            http,
+            log_level: self.log_level.unwrap_or_else(|| DEFAULT_LOG_LEVEL.into()),
+        })
+    }
+
+    fn check_lifecycle(&self) -> anyhow::Result<Lifecycle> {
         let span = |flag: &str, text: &Option<String>, default| match text.as_deref() {
             None => Ok(default),
             Some(text) => {
                 parse::span_of_time(text).map_err(|why| usage(format!("{flag}: {text:?} {why}")))
             }
         };
-        let lifecycle = Lifecycle {
+        let default = Lifecycle::default();
+        Ok(Lifecycle {
             confirm_within: span("--confirm-within", &self.confirm_within, default.confirm_within)?,
             zombie_after: span("--zombie-after", &self.zombie_after, default.zombie_after)?,
             worker_lost_after: span(
@@ -251,38 +305,80 @@ impl Args {
                 default.worker_lost_after,
             )?,
             quarantine: span("--quarantine", &self.quarantine, default.quarantine)?,
-        };
-        let list = self.initial_cluster.ok_or_else(|| need("--initial-cluster"))?;
-        let initial_cluster = parse_initial_cluster(&list)?;
-        let Some(own) = initial_cluster.get(&id) else {
-            return Err(usage(format!(
-                "--initial-cluster: {list} must name this node too: {id}=HOST:PORT"
-            )));
-        };
-        let reached = self.advertise_peer.unwrap_or_else(|| peers.to_string());
-        let reached = host_port("--advertise-peer", &reached)?;
-        if *own != reached && resolve("--initial-cluster", own).ok() != resolve("", &reached).ok() {
-            return Err(usage(format!(
-                "--initial-cluster: the others would look for this node at {own}, but it listens at \
-                 {reached}; make them equal or say --advertise-peer {own}"
-            )));
-        }
-        Ok(Settings {
-            node: NodeConfig {
-                id,
-                data_dir,
-                initial_cluster,
-                advertise,
-                snapshot_every,
-                upkeep,
-                lifecycle,
-            },
-            clients,
-            peers,
-            http,
-            log_level: self.log_level.unwrap_or_else(|| DEFAULT_LOG_LEVEL.into()),
         })
     }
+
+    fn check_backups(&self) -> anyhow::Result<Option<BackupPlan>> {
+        let Some(dir) = self.backup_dir.clone() else {
+            for (flag, given) in [
+                ("--backup-every", self.backup_every.is_some()),
+                ("--backup-keep", self.backup_keep.is_some()),
+            ] {
+                if given {
+                    return Err(usage(format!("{flag}: needs --backup-dir")));
+                }
+            }
+            return Ok(None);
+        };
+        let every = match self.backup_every.as_deref() {
+            None => BACKUP_EVERY,
+            Some(text) => parse::span_of_time(text)
+                .map_err(|why| usage(format!("--backup-every: {text:?} {why}")))?,
+        };
+        let keep = self.backup_keep.unwrap_or(BACKUP_KEEP);
+        if keep == 0 {
+            return Err(usage("--backup-keep: 0 must be 1 or more"));
+        }
+        Ok(Some(BackupPlan { dir, every, keep }))
+    }
+
+    /// How the node comes to its cluster, and where the other nodes reach it.
+    fn check_entry(&self, id: NodeId, peers: SocketAddr) -> anyhow::Result<(Entry, String)> {
+        let reached = self.advertise_peer.clone().unwrap_or_else(|| peers.to_string());
+        let reached = host_port("--advertise-peer", &reached)?;
+        match (&self.initial_cluster, &self.join) {
+            (Some(_), Some(_)) => Err(usage(
+                "--join: must be left out where --initial-cluster is given: a node begins a cluster \
+                 or joins one",
+            )),
+            (None, None) => {
+                Err(usage("--initial-cluster or --join is required (see portwarden serve --help)"))
+            }
+            (None, Some(_)) if self.advertise_peer.is_none() && peers.ip().is_unspecified() => {
+                Err(usage(format!(
+                    "--listen-peer: {peers} is every address; --advertise-peer must say which one \
+                     the other nodes reach"
+                )))
+            }
+            (None, Some(peer)) => Ok((Entry::Join(host_port("--join", peer)?), reached)),
+            (Some(list), None) => {
+                let initial_cluster = parse_initial_cluster(list)?;
+                check_own(&initial_cluster, list, id, &reached)?;
+                Ok((Entry::Begin(initial_cluster), reached))
+            }
+        }
+    }
+}
+
+/// The list must name this node, where it listens.
+fn check_own(
+    nodes: &BTreeMap<NodeId, String>,
+    list: &str,
+    id: NodeId,
+    reached: &str,
+) -> anyhow::Result<()> {
+    let Some(own) = nodes.get(&id) else {
+        return Err(usage(format!(
+            "--initial-cluster: {list} must name this node too: {id}=HOST:PORT"
+        )));
+    };
+    if *own != reached && resolve("--initial-cluster", own).ok() != resolve("", reached).ok() {
+        return Err(usage(format!(
+            "--initial-cluster: the others would look for this node at {own}, but it listens at \
+             {reached}; make them equal or say --advertise-peer {own}"
+        )));
+    }
+    Ok(())
 }
 
 /// Spans of the log that are smaller would be snapshots all the time.
@@ -322,7 +418,7 @@ fn read_config(path: &Path) -> anyhow::Result<Args> {
 /// Most nodes that may begin a cluster: more voters only cost latency.
 const INITIAL_NODES_MAX: usize = 7;
 
-fn parse_initial_cluster(list: &str) -> anyhow::Result<BTreeMap<NodeId, String>> {
+pub(super) fn parse_initial_cluster(list: &str) -> anyhow::Result<BTreeMap<NodeId, String>> {
     let mut nodes = BTreeMap::new();
     for part in list.split(',') {
         let bad = |why: &str| usage(format!("--initial-cluster: {part:?} {why}"));
@@ -350,12 +446,7 @@ fn parse_initial_cluster(list: &str) -> anyhow::Result<BTreeMap<NodeId, String>>
 }
 
 fn host_port(flag: &str, text: &str) -> anyhow::Result<String> {
-    let bad = || usage(format!("{flag}: {text:?} must be HOST:PORT with a port of 1 to 65535"));
-    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
-    match port.parse::<u16>() {
-        Ok(port) if port != 0 && !host.is_empty() => Ok(text.to_string()),
-        _ => Err(bad()),
-    }
+    parse::host_port(text).map_err(|why| usage(format!("{flag}: {text:?} {why}")))
 }
 
 fn resolve(flag: &str, text: &str) -> anyhow::Result<SocketAddr> {
@@ -392,7 +483,8 @@ mod tests {
         let settings = told(|_| ()).expect("accepted");
         assert_eq!(settings.clients.to_string(), DEFAULT_LISTEN);
         assert_eq!(settings.node.advertise, DEFAULT_LISTEN);
-        assert_eq!(settings.node.initial_cluster.len(), 2);
+        let Entry::Begin(nodes) = settings.node.entry else { panic!("it begins") };
+        assert_eq!(nodes.len(), 2);
     }
 
     #[test]

@@ -43,6 +43,8 @@ enum Command {
     #[command(after_help = "Examples:
   portwarden worker uncordon w1")]
     Uncordon(Named),
+    /// Say that a restored (UNVERIFIED) worker was compared with its host: it grants again
+    Verify(Verify),
     /// Remove a worker that holds nothing
     #[command(after_help = "Examples:
   portwarden worker remove w1
@@ -53,6 +55,25 @@ What is gone already is a success. One that holds something is refused (exit cod
     Quarantine(Quarantine),
     /// Give quarantined ports again
     Lift(Lift),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    group(ArgGroup::new("which").args(["name", "all"]).required(true)),
+    after_help = "Examples:
+  portwarden worker verify w1
+  portwarden worker verify --all
+
+After a restore nobody knows what was granted since the backup. Look first at what runs on the worker,
+and quarantine ports that are in use and not listed; an agent does both by itself."
+)]
+struct Verify {
+    /// Name of the worker
+    #[arg(value_parser = parse::name::<WorkerName>)]
+    name: Option<String>,
+    /// Every worker that is UNVERIFIED
+    #[arg(long)]
+    all: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -217,6 +238,12 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         Command::Apply(Apply { file, .. }) => {
             return apply_file(&client, &file.unwrap_or_default(), globals.output).await;
         }
+        Command::Verify(Verify { name: None, .. }) => {
+            return verify_all(&client, globals.output).await;
+        }
+        Command::Verify(Verify { name: Some(name), .. }) => {
+            client.worker_verify(&name).await.map_err(again())?
+        }
         Command::List(list) => return run_list(&client, list, globals.output).await,
         Command::Remove(Named { name }) => return remove(&client, &name, globals.output).await,
         Command::Get(Named { name }) => client.worker_get(&name, None).await?,
@@ -243,6 +270,19 @@ async fn run_list(client: &Client, args: List, format: Format) -> anyhow::Result
     let request = v1::ListWorkersRequest { selector: args.selector, read, ..Default::default() };
     let listing = client.worker_list(request).await?;
     let workers: Vec<_> = listing.items.into_iter().map(output::Worker::from).collect();
+    output::print(format, &workers, || output::workers_table(&workers))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn verify_all(client: &Client, format: Format) -> anyhow::Result<ExitCode> {
+    let mut workers = Vec::new();
+    for worker in client.worker_list(v1::ListWorkersRequest::default()).await?.items {
+        if worker.phase() == v1::WorkerPhase::Unverified {
+            let again = CliError::repeat_with("the same arguments".into());
+            let response = client.worker_verify(&worker.name).await.map_err(again)?;
+            workers.push(output::Worker::from(response.worker.unwrap_or_default()));
+        }
+    }
     output::print(format, &workers, || output::workers_table(&workers))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -78,6 +78,7 @@ pub mod methods {
         WORKER_REGISTER: "Workers/Register", RegisterRequest => WorkerResponse, Repeatable;
         WORKER_UPDATE: "Workers/Update", UpdateRequest => WorkerResponse, Repeatable;
         WORKER_SET_PHASE: "Workers/SetPhase", SetPhaseRequest => WorkerResponse, Repeatable;
+        WORKER_VERIFY: "Workers/Verify", VerifyRequest => WorkerResponse, Repeatable;
         WORKER_REMOVE: "Workers/Remove", RemoveRequest => RemoveResponse, Repeatable;
         // Whoever has the name later may hold things.
         FORCE_WORKER_REMOVE: "Workers/Remove", RemoveRequest => RemoveResponse, Once;
@@ -94,6 +95,10 @@ pub mod methods {
         LEASE_LIST: "Leases/List", ListLeasesRequest => ListLeasesResponse, Read;
         STATUS: "Cluster/Status", StatusRequest => StatusResponse, Read;
         MEMBERS: "Cluster/ListMembers", ListMembersRequest => ListMembersResponse, Read;
+        MEMBER_ADD: "Cluster/AddMember", AddMemberRequest => ListMembersResponse, Repeatable;
+        MEMBER_PROMOTE: "Cluster/PromoteMember", MemberRequest => ListMembersResponse, Repeatable;
+        MEMBER_REMOVE: "Cluster/RemoveMember", RemoveMemberRequest => ListMembersResponse, Repeatable;
+        TRANSFER_LEADER: "Cluster/TransferLeader", MemberRequest => ListMembersResponse, Repeatable;
     }
 }
 

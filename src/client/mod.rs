@@ -20,6 +20,7 @@
 //! Beyond single calls: [`Keeper`] keeps leases alive over one stream, [`Client::watch`] follows the
 //! table without a gap, and [`Client::start_on`] goes from port to port until one is free.
 
+mod backup;
 mod call;
 mod conflicts;
 mod error;
@@ -35,9 +36,11 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngCore as _, SeedableRng as _};
+use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::{reason, v1};
+pub use backup::{BackupError, Copied};
 use call::methods;
 pub use conflicts::{NoPortLeft, StartError, Try};
 pub use error::{ClientError, Refused};
@@ -47,6 +50,8 @@ pub use watch::{Heard, Watch};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Below this it is not worth asking once more whether a learner has caught up.
+const PROMOTE_TRY_MIN: Duration = Duration::from_millis(500);
 /// How often a listing is begun again because its revision was no longer kept.
 const LIST_RESTARTS_MAX: usize = 8;
 
@@ -301,6 +306,11 @@ impl Client {
         self.call(methods::WORKER_SET_PHASE, request).await
     }
 
+    /// An operator has compared a restored worker with its host.
+    pub async fn worker_verify(&self, name: &str) -> Result<v1::WorkerResponse, ClientError> {
+        self.call(methods::WORKER_VERIFY, v1::VerifyRequest { name: name.into() }).await
+    }
+
     /// `removed` is false where there was none.
     pub async fn worker_remove(&self, name: &str) -> Result<v1::RemoveResponse, ClientError> {
         self.call(methods::WORKER_REMOVE, v1::RemoveRequest { name: name.into(), force: None })
@@ -376,6 +386,46 @@ impl Client {
     pub async fn members(&self) -> Result<Vec<v1::Member>, ClientError> {
         let response = self.call(methods::MEMBERS, v1::ListMembersRequest {}).await?;
         Ok(response.members)
+    }
+
+    /// As a learner. Answers with all members, as the following do.
+    pub async fn member_add(
+        &self,
+        id: u64,
+        peer: &str,
+        client: &str,
+    ) -> Result<Vec<v1::Member>, ClientError> {
+        let request = v1::AddMemberRequest { id, peer: peer.into(), client: client.into() };
+        Ok(self.call(methods::MEMBER_ADD, request).await?.members)
+    }
+
+    /// Once it has caught up: waits for that within the timeout.
+    pub async fn member_promote(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let client = self.with_timeout(left.max(PROMOTE_TRY_MIN));
+            match client.call(methods::MEMBER_PROMOTE, v1::MemberRequest { id }).await {
+                Err(error)
+                    if error.reason() == Some(reason::LAGGING)
+                        && Instant::now() + PROMOTE_TRY_MIN < deadline => {}
+                answer => return Ok(answer?.members),
+            }
+        }
+    }
+
+    /// For good. `force`: even if too few of those that are left are live.
+    pub async fn member_remove(
+        &self,
+        id: u64,
+        force: bool,
+    ) -> Result<Vec<v1::Member>, ClientError> {
+        let request = v1::RemoveMemberRequest { id, force };
+        Ok(self.call(methods::MEMBER_REMOVE, request).await?.members)
+    }
+
+    pub async fn transfer_leader(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
+        Ok(self.call(methods::TRANSFER_LEADER, v1::MemberRequest { id }).await?.members)
     }
 
     async fn all_pages<T>(

@@ -54,6 +54,7 @@ impl Change<'_> {
             Command::RegisterWorker { name, spec } => self.register(name, spec),
             Command::UpdateWorker { name, patch } => self.update(name, patch),
             Command::SetWorkerPhase { name, phase, by } => self.set_phase(name, *phase, *by),
+            Command::VerifyWorker { name, by: _ } => self.verify(name),
             Command::RemoveWorker { name, force } => self.remove_worker(name, force.as_deref()),
             Command::Allocate { claims, confirm_within } => self.allocate(claims, *confirm_within),
             Command::Confirm { name, token, version, liveness, lease } => {
@@ -139,18 +140,40 @@ impl Change<'_> {
         by: Actor,
     ) -> Result<Outcome, Refusal> {
         let worker = self.worker(name)?;
-        let lost = worker.phase == WorkerPhase::Lost;
-        let (phase, phase_before) = match by {
-            Actor::Operator if lost => (WorkerPhase::Lost, asked),
+        let away = matches!(worker.phase, WorkerPhase::Lost | WorkerPhase::Unverified);
+        let phases = match by {
+            Actor::Operator if away => (worker.phase, asked),
             Actor::Operator => (asked, asked),
+            // Until it is verified, it makes no difference.
+            Actor::Leader(_) if worker.phase == WorkerPhase::Unverified => {
+                (worker.phase, worker.phase_before)
+            }
             Actor::Leader(_) if asked == WorkerPhase::Lost => (asked, worker.phase_before),
             Actor::Leader(_) => (worker.phase_before, worker.phase_before),
         };
+        Ok(self.put_phases(&worker, phases))
+    }
+
+    /// What was restored was compared with the host.
+    fn verify(&mut self, name: &WorkerName) -> Result<Outcome, Refusal> {
+        let worker = self.worker(name)?;
+        let phases = match worker.phase {
+            WorkerPhase::Unverified => (worker.phase_before, worker.phase_before),
+            phase => (phase, worker.phase_before),
+        };
+        Ok(self.put_phases(&worker, phases))
+    }
+
+    fn put_phases(
+        &mut self,
+        worker: &Arc<Worker>,
+        (phase, phase_before): (WorkerPhase, WorkerPhase),
+    ) -> Outcome {
         if (worker.phase, worker.phase_before) == (phase, phase_before) {
-            return Ok(Outcome::Worker(worker));
+            return Outcome::Worker(worker.clone());
         }
         let version = self.revision;
-        Ok(self.put_worker(Worker { phase, phase_before, version, ..Worker::clone(&worker) }))
+        self.put_worker(Worker { phase, phase_before, version, ..Worker::clone(worker) })
     }
 
     fn remove_worker(

@@ -28,11 +28,16 @@ pub enum Command {
         name: WorkerName,
         patch: WorkerPatch,
     },
-    /// An operator sets `Ready`, `Cordoned` or `Draining`; on a lost worker that is the phase which
-    /// it will have again. The leader sets `Lost`, and `Ready` for "it reports again".
+    /// An operator sets `Ready`, `Cordoned` or `Draining`; on a lost or unverified worker that is the
+    /// phase which it will have again. The leader sets `Lost`, and `Ready` for "it reports again".
     SetWorkerPhase {
         name: WorkerName,
         phase: WorkerPhase,
+        by: Actor,
+    },
+    /// A restored worker was compared with its host: it grants again.
+    VerifyWorker {
+        name: WorkerName,
         by: Actor,
     },
     /// Refused while anything is held. `force`: an operator's reason to free all of it.
@@ -200,6 +205,7 @@ impl Command {
             }
             Command::UpdateWorker { patch, .. } => patch.validate(),
             Command::SetWorkerPhase { .. }
+            | Command::VerifyWorker { .. }
             | Command::RemoveWorker { .. }
             | Command::Confirm { .. }
             | Command::Attach { .. }
@@ -217,6 +223,7 @@ impl Command {
         match self {
             Command::Reclaim { under, .. } | Command::ExpireLease { under, .. } => Some(*under),
             Command::SetWorkerPhase { by: Actor::Leader(under), .. }
+            | Command::VerifyWorker { by: Actor::Leader(under), .. }
             | Command::Quarantine { by: Actor::Leader(under), .. }
             | Command::LiftQuarantine { by: Actor::Leader(under), .. } => Some(*under),
             _ => None,
@@ -229,6 +236,7 @@ impl Command {
             Command::RegisterWorker { .. } => "register_worker",
             Command::UpdateWorker { .. } => "update_worker",
             Command::SetWorkerPhase { .. } => "set_worker_phase",
+            Command::VerifyWorker { .. } => "verify_worker",
             Command::RemoveWorker { .. } => "remove_worker",
             Command::Allocate { .. } => "allocate",
             Command::Confirm { .. } => "confirm",

@@ -23,8 +23,9 @@ pub fn check_invariants(state: &State) -> Result<(), String> {
         {
             return fail("its revisions run ahead".into());
         }
-        if worker.phase != WorkerPhase::Lost && worker.phase != worker.phase_before {
-            return fail("it is not lost, and has a phase to go back to".into());
+        let away = matches!(worker.phase, WorkerPhase::Lost | WorkerPhase::Unverified);
+        if !away && worker.phase != worker.phase_before {
+            return fail("it is neither lost nor unverified, and has a phase to go back to".into());
         }
         if worker.has_agent() != (worker.booted.0 > 0) {
             return fail("its agent and its boot disagree".into());

@@ -19,6 +19,7 @@
 #![deny(clippy::disallowed_types, clippy::disallowed_methods, clippy::float_arithmetic)]
 
 mod allocation;
+mod anew;
 mod apply;
 mod claim;
 mod command;
@@ -35,6 +36,7 @@ mod tests;
 mod worker;
 
 pub use allocation::*;
+pub use anew::RESTORE_GAP;
 pub use apply::apply;
 pub use claim::*;
 pub use command::*;

@@ -269,7 +269,8 @@ pub struct Worker {
     pub name: WorkerName,
     pub spec: Arc<WorkerSpec>,
     pub phase: WorkerPhase,
-    /// While it is `Lost`: the phase that it has again when its agent reports. Else the same.
+    /// While it is `Lost` or `Unverified`: the phase that it has again once its agent reports, or it
+    /// is verified. Else the same.
     pub phase_before: WorkerPhase,
     /// In the order of `spec.ranges`.
     pub pools: Vec<Pool>,

@@ -13,9 +13,9 @@ use std::time::Duration;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
-use super::NodeConfig;
+use super::{NodeConfig, StartError};
 use crate::proto::peer;
-use crate::raft::{Member, NodeId, PeerNetwork, Raft};
+use crate::raft::{JoinError, Member, NodeId, PeerNetwork, Raft};
 
 /// Between rounds of asking.
 const PROBE_PAUSE: Duration = Duration::from_millis(200);
@@ -25,6 +25,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// After so many rounds the log says again who is missing.
 const ROUNDS_PER_REPORT: u32 = 25;
 const ASKS_PER_REPORT: u32 = 5;
+/// An answer comes when the change is in the log of a majority.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a cluster cannot begin; the process ends with it.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +53,7 @@ pub(super) async fn initialise(
     cluster_id: &str,
     local_incarnation: &str,
 ) -> Result<(), BootstrapError> {
-    let ours = &config.initial_cluster;
+    let ours = &config.entry.initial_cluster();
     let mut members = BTreeMap::new();
     let mut round: u32 = 0;
     loop {
@@ -62,7 +64,7 @@ pub(super) async fn initialise(
                 members.insert(*id, member(cluster_id, addr, &config.advertise, incarnation));
                 continue;
             }
-            let request = peer::ProbeRequest { header: None, members: listed(ours) };
+            let request = peer::ProbeRequest { members: listed(ours), ..Default::default() };
             match network.probe(*id, addr, request, PROBE_TIMEOUT).await {
                 Ok(answer) if answer.incarnation.is_empty() => {
                     missing.push(format!("{id} at {addr}: it is starting"));
@@ -91,14 +93,17 @@ pub(super) async fn initialise(
 
 /// Asks the others how they are, again and again, for the sake of being refused: the network takes
 /// note of that. Says in the log for whom this node waits, and whose list differs. Does not end.
-pub(super) async fn watch_for_begin(config: &NodeConfig, network: &PeerNetwork) {
-    let ours = &config.initial_cluster;
+pub(super) async fn watch_for_begin(
+    config: &NodeConfig,
+    ours: &BTreeMap<NodeId, String>,
+    network: &PeerNetwork,
+) {
     let mut round: u32 = 0;
     loop {
         sleep(ASK_AGAIN).await;
         let others = ours.iter().filter(|(id, _)| **id != config.id);
         let asked = others.map(|(id, addr)| async move {
-            let request = peer::ProbeRequest { header: None, members: listed(ours) };
+            let request = peer::ProbeRequest { members: listed(ours), ..Default::default() };
             match network.probe(*id, addr, request, PROBE_TIMEOUT).await {
                 Ok(answer) if answer.incarnation.is_empty() => {
                     Some(format!("{id} at {addr}: it is starting"))
@@ -157,13 +162,53 @@ pub(super) fn warn_if_list_differs(
     members: impl Iterator<Item = (NodeId, String)>,
 ) {
     let theirs: BTreeMap<_, _> = members.collect();
-    if !theirs.is_empty() && !config.initial_cluster.is_empty() && theirs != config.initial_cluster
-    {
+    let ours = config.entry.initial_cluster();
+    if !theirs.is_empty() && !ours.is_empty() && theirs != ours {
         warn!(
-            given = shown(config.initial_cluster.iter().map(|(id, a)| (*id, a.as_str()))),
+            given = shown(ours.iter().map(|(id, a)| (*id, a.as_str()))),
             members = shown(theirs.iter().map(|(id, a)| (*id, a.as_str()))),
             "--initial-cluster is not the cluster's membership and is ignored: the cluster has begun"
         );
+    }
+}
+
+/// Asks a member, and then the leader that it names, to take this node in; returns once that is in
+/// the log. The leader speaks to this node from then on.
+pub(super) async fn join(
+    config: &NodeConfig,
+    peer: &str,
+    network: &PeerNetwork,
+) -> Result<(), StartError> {
+    let mut asked = peer.to_string();
+    let mut round: u32 = 0;
+    loop {
+        let request = peer::JoinRequest {
+            header: None,
+            peer: config.advertise_peer.clone(),
+            client: config.advertise.clone(),
+        };
+        let why = match network.join(&asked, request, JOIN_TIMEOUT).await {
+            Ok(answer) if answer.leader_peer.is_empty() => {
+                info!(at = asked, "this node was taken in as a learner");
+                return Ok(());
+            }
+            Ok(answer) if answer.leader_peer != asked => {
+                asked = answer.leader_peer;
+                continue;
+            }
+            Ok(_) => "it names itself the leader, and does not lead".to_string(),
+            Err(JoinError::Refused(why)) => {
+                return Err(StartError::CannotJoin { id: config.id, why });
+            }
+            Err(JoinError::NotNow(why)) => why,
+        };
+        if round.is_multiple_of(ASKS_PER_REPORT) {
+            warn!(at = asked, why, "not taken in yet; asking again");
+        }
+        round += 1;
+        // The leader may be another one by now.
+        asked = peer.to_string();
+        sleep(ASK_AGAIN).await;
     }
 }
 

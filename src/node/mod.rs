@@ -9,8 +9,10 @@
 //! Time, tasks and timers are tokio's; the network and the disk lie behind `raft` and `store`.
 
 mod agreement;
+pub mod backups;
 mod bootstrap;
 mod compaction;
+pub mod members;
 mod observers;
 mod outcome;
 mod proposer;
@@ -34,7 +36,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fail::fail_point;
-use openraft::async_runtime::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{RaftMetrics, ServerState};
 use tokio::net::TcpListener;
@@ -65,14 +66,36 @@ pub type Deadline = Instant;
 pub struct NodeConfig {
     pub id: NodeId,
     pub data_dir: PathBuf,
-    /// Peer addresses of the nodes that begin the cluster, this one among them.
-    pub initial_cluster: BTreeMap<NodeId, String>,
+    /// Where this node finds its cluster, if its data directory is empty.
+    pub entry: Entry,
+    /// Where the other nodes reach this one.
+    pub advertise_peer: String,
     /// Where clients reach this node.
     pub advertise: String,
     /// Log entries after which a snapshot is written.
     pub snapshot_every: u64,
     pub upkeep: Upkeep,
     pub lifecycle: Lifecycle,
+    pub backups: Option<backups::BackupPlan>,
+}
+
+/// How a node that has no data comes to a cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Entry {
+    /// It begins one, with these nodes, by peer address, itself among them.
+    Begin(BTreeMap<NodeId, String>),
+    /// It joins the one of the node at this peer address.
+    Join(String),
+}
+
+impl Entry {
+    /// The nodes that begin the cluster; none where it has begun elsewhere.
+    fn initial_cluster(&self) -> BTreeMap<NodeId, String> {
+        match self {
+            Entry::Begin(nodes) => nodes.clone(),
+            Entry::Join(_) => BTreeMap::new(),
+        }
+    }
 }
 
 /// When the leader acts on what nobody said, and on what agents saw.
@@ -134,6 +157,8 @@ pub enum StartError {
     Bootstrap(#[from] BootstrapError),
     #[error(transparent)]
     OtherCluster(#[from] ClusterMismatch),
+    #[error("node {id} cannot join: {why}")]
+    CannotJoin { id: NodeId, why: String },
     #[error("node {id} is refused by its peers: {why}")]
     Refused { id: NodeId, why: String },
     #[error(
@@ -183,6 +208,10 @@ struct Inner {
     recovered: AtomicBool,
     /// Where the log ended at the start: nothing after it can have been applied before.
     ended_at: Option<u64>,
+    /// It has known a leader since it was started.
+    took_part: AtomicBool,
+    /// Held while this node changes the membership.
+    changing: tokio::sync::Mutex<()>,
     stop_peers: Sender<bool>,
     peer_server: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
@@ -203,8 +232,6 @@ impl Inner {
 const HAND_OVER_MAX: Duration = Duration::from_secs(3);
 /// Longest that a peer's call may run, whatever it says.
 const FORWARDED_MAX: Duration = Duration::from_secs(120);
-/// A follower that answered the leader this recently counts as live.
-const LIVE_WITHIN: Duration = Duration::from_millis(1500);
 
 impl Node {
     /// Opens the data directory, serves peers on `listener`, and begins or joins the cluster in
@@ -284,6 +311,7 @@ impl Node {
         tokio::spawn(rounds);
 
         let upkeep = config.upkeep.clone();
+        let backup_plan = config.backups.clone();
         let node = Node {
             inner: Arc::new(Inner {
                 config,
@@ -304,6 +332,8 @@ impl Node {
                 pristine,
                 recovered: AtomicBool::new(pristine),
                 ended_at,
+                took_part: AtomicBool::new(false),
+                changing: tokio::sync::Mutex::new(()),
                 stop_peers,
                 peer_server: std::sync::Mutex::new(Some(peer_server)),
             }),
@@ -313,8 +343,12 @@ impl Node {
         tokio::spawn(watch_recovery(node.clone()));
         tokio::spawn(telemetry::report(node.clone()));
         tokio::spawn(survey::report(node.clone()));
+        tokio::spawn(members::tidy(node.clone()));
         tokio::spawn(timers::run(node.clone()));
         tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
+        if let Some(plan) = backup_plan {
+            tokio::spawn(backups::run(node.clone(), plan));
+        }
         if upkeep.low_space_bytes > 0 {
             tokio::spawn(space::look_after(node.clone()));
             tokio::spawn(space::ask_others(node.clone()));
@@ -346,13 +380,23 @@ impl Node {
     async fn begin_or_wait(&self) -> Result<(), StartError> {
         let Inner { config, data, cluster, raft, network, .. } = &*self.inner;
         let begun = raft.is_initialized().await.map_err(|e| StartError::Raft(e.to_string()))?;
-        let lowest = config.initial_cluster.keys().next() == Some(&config.id);
-        if !begun && lowest {
+        let listed = config.entry.initial_cluster();
+        if !begun && listed.keys().next() == Some(&config.id) {
             // A crash in the middle of an earlier attempt left the id that was chosen then.
             let id = data.cluster_id().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
             bootstrap::initialise(config, raft, network, &id, data.incarnation()).await?;
         }
-        let mut watching = std::pin::pin!(bootstrap::watch_for_begin(config, network));
+        let mut watching = std::pin::pin!(async {
+            match &config.entry {
+                _ if begun => std::future::pending().await,
+                Entry::Begin(listed) => {
+                    bootstrap::watch_for_begin(config, listed, network).await;
+                    Ok(())
+                }
+                Entry::Join(peer) => bootstrap::join(config, peer, network).await,
+            }
+        });
+        let mut asking = true;
         let mut metrics = raft.metrics();
         loop {
             let membership = metrics.borrow_watched().membership_config.clone();
@@ -370,7 +414,10 @@ impl Node {
                     changed.map_err(|_| StartError::Raft("it stopped".into()))?;
                 }
                 // Who lost its disk shall hear of it, even where nobody leads and calls it.
-                () = &mut watching => {}
+                asked = &mut watching, if asking => {
+                    asked?;
+                    asking = false;
+                }
             }
         }
     }
@@ -414,6 +461,7 @@ impl Node {
         min_revision: Revision,
         deadline: Deadline,
     ) -> Result<State, CallError> {
+        self.check_member()?;
         if !self.inner.recovered.load(Ordering::Acquire) {
             return Err(CallError::NotReady("this node is still recovering its table".into()));
         }
@@ -435,6 +483,7 @@ impl Node {
 
     /// Where a call should run: `None` here, else at that peer. Waits for a leader to be known.
     pub async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError> {
+        self.check_member()?;
         let mut metrics = self.inner.raft.metrics();
         loop {
             let leader = {
@@ -457,6 +506,30 @@ impl Node {
                     Err(_) => return Err(CallError::NotReady(self.why_no_leader())),
                 },
             }
+        }
+    }
+
+    /// Resolves with the reason once this node is no member any more.
+    pub async fn removed(&self) -> String {
+        let mut removed = self.inner.network.removed();
+        let _ = removed.wait_for(|removed| *removed).await;
+        self.why_removed()
+    }
+
+    /// Did it ever know a leader, since it was started?
+    pub fn took_part(&self) -> bool {
+        self.inner.took_part.load(Ordering::Relaxed)
+    }
+
+    fn why_removed(&self) -> String {
+        format!("node {} was removed from the cluster: use its other nodes", self.id())
+    }
+
+    /// Fails once this node is no member any more.
+    pub fn check_member(&self) -> Result<(), CallError> {
+        match *self.inner.network.removed().borrow() {
+            true => Err(CallError::NotReady(self.why_removed())),
+            false => Ok(()),
         }
     }
 
@@ -535,6 +608,7 @@ impl Node {
         self.inner.recovered.load(Ordering::Acquire)
             && metrics.running_state.is_ok()
             && metrics.current_leader.is_some()
+            && self.check_member().is_ok()
     }
 
     /// A leader first hands over to a live follower that has all of its log, so that clients do
@@ -542,6 +616,10 @@ impl Node {
     pub async fn hand_over(&self) {
         let Some(successor) = self.successor() else { return };
         info!(successor, "handing over the lead");
+        self.hand_over_to(successor).await;
+    }
+
+    async fn hand_over_to(&self, successor: NodeId) {
         if let Err(e) = self.inner.raft.trigger().transfer_leader(successor).await {
             warn!("handing over failed: {e}");
             return;
@@ -563,26 +641,10 @@ impl Node {
     /// has nobody to lead after it. (openraft alpha.37 never clears a transfer: a dead target would
     /// stall the group.)
     fn successor(&self) -> Option<NodeId> {
-        let metrics = self.inner.metrics();
-        let replication = metrics.replication.as_ref()?;
-        let heartbeat = metrics.heartbeat.as_ref()?;
-        let live = |id: &NodeId| {
-            heartbeat
-                .get(id)
-                .and_then(|at| at.as_ref())
-                .is_some_and(|at| at.into_inner().elapsed() < LIVE_WITHIN)
-        };
-        metrics
-            .membership_config
-            .membership()
-            .voter_ids()
-            .filter(|id| *id != self.id() && live(id))
-            .filter_map(|id| {
-                let matched = replication.get(&id)?.as_ref()?.index();
-                (matched + 1 >= metrics.last_log_index?).then_some((matched, id))
-            })
-            .max_by_key(|(matched, id)| (*matched, std::cmp::Reverse(*id)))
-            .map(|(_, id)| id)
+        let roll = self.roll();
+        let others = roll.voters().into_iter().filter(|id| *id != self.id() && roll.is_live(*id));
+        let caught_up = others.map(|id| (roll.lag(id), id)).filter(|(lag, _)| *lag <= 1);
+        caught_up.min().map(|(_, id)| id)
     }
 
     /// Stops serving peers and ends Raft. What was acknowledged is on disk.
@@ -675,11 +737,21 @@ impl PeerHooks for Hooks {
     }
 
     async fn probe(&self, _: peer::ProbeRequest) -> peer::ProbeResponse {
-        let node = self.node.get().and_then(std::sync::Weak::upgrade);
-        match node {
-            Some(inner) => Node { inner }.own_state(),
+        match self.node() {
+            Some(node) => node.own_state(),
             // Without an incarnation: who asks shall ask again.
             None => peer::ProbeResponse::default(),
         }
+    }
+
+    async fn join(&self, request: peer::JoinRequest) -> Result<peer::JoinResponse, tonic::Status> {
+        let starting = || tonic::Status::unavailable("this node is starting");
+        self.node().ok_or_else(starting)?.take_in(request).await
+    }
+}
+
+impl Hooks {
+    fn node(&self) -> Option<Node> {
+        Some(Node { inner: self.node.get().and_then(std::sync::Weak::upgrade)? })
     }
 }

@@ -120,6 +120,7 @@ fn is_urgent(command: &Command) -> bool {
             | Command::Reclaim { .. }
             | Command::Quarantine { .. }
             | Command::LiftQuarantine { .. }
+            | Command::VerifyWorker { .. }
             | Command::RevokeLease { .. }
             | Command::ExpireLease { .. }
     )

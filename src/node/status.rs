@@ -1,5 +1,6 @@
 //! What a node can tell of its cluster, leader or not, quorum or not.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -45,6 +46,8 @@ pub struct MemberReport {
     pub applied: u64,
     /// Entries behind the furthest log of the cluster.
     pub lag: u64,
+    /// Of the program that it runs; empty where it could not be asked.
+    pub version: String,
 }
 
 impl Node {
@@ -92,6 +95,7 @@ impl Node {
                     peer_endpoint: member.peer.clone(),
                     applied,
                     lag: furthest.saturating_sub(applied),
+                    version: answer.map(|a| a.version).unwrap_or_default(),
                 }
             })
             .collect();
@@ -99,7 +103,13 @@ impl Node {
             cluster_id: self.inner.cluster.get().unwrap_or_default().to_string(),
             leader,
             revision: table.state.revision.0,
-            problems: [problems(leader, &members), own, self.table_problems().await].concat(),
+            problems: [
+                problems(leader, &members),
+                self.membership_problems(&members),
+                own,
+                self.table_problems().await,
+            ]
+            .concat(),
             members,
             node: self.id(),
             term,
@@ -107,6 +117,24 @@ impl Node {
             allocations: table.state.allocation_count() as u64,
             feature_level: table.state.feature_level,
         }
+    }
+
+    fn membership_problems(&self, members: &[MemberReport]) -> Vec<String> {
+        let membership = self.inner.metrics().membership_config;
+        let pending = membership.nodes().filter(|(_, member)| member.incarnation.is_empty());
+        let mut problems: Vec<_> = pending
+            .map(|(id, _)| format!("member {id} was added and has not joined yet"))
+            .collect();
+        if membership.membership().get_joint_config().len() > 1 {
+            problems.push("a change of the membership is under way (joint configuration)".into());
+        }
+        let versions: BTreeSet<_> =
+            members.iter().map(|m| m.version.as_str()).filter(|v| !v.is_empty()).collect();
+        if versions.len() > 1 {
+            let versions: Vec<_> = versions.into_iter().collect();
+            problems.push(format!("members run different versions: {}", versions.join(", ")));
+        }
+        problems
     }
 
     /// Of this node's own copy.
@@ -135,7 +163,7 @@ impl Node {
         let metrics = self.inner.metrics();
         peer::ProbeResponse {
             pristine: self.inner.pristine && !self.inner.begun(),
-            members: super::bootstrap::listed(&self.inner.config.initial_cluster),
+            members: super::bootstrap::listed(&self.inner.config.entry.initial_cluster()),
             cluster: self.inner.cluster.get().unwrap_or_default().to_string(),
             incarnation: self.inner.data.incarnation().to_string(),
             client_endpoint: self.inner.config.advertise.clone(),
@@ -155,6 +183,7 @@ impl Node {
                 ServerState::Leader => refused.unwrap_or_default(),
                 _ => String::new(),
             },
+            version: env!("CARGO_PKG_VERSION").into(),
             problems: self.inner.sweeper.problems(),
             digest: self.inner.agreement.latest().map(super::agreement::wire_taken),
         }

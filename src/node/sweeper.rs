@@ -219,6 +219,13 @@ impl Watched {
         let mut commands = self.count_gone((state, worker), sample, lifecycle, (under, now));
         commands.extend(self.count_strangers(worker, sample, under));
         commands.extend(self.count_free(worker, sample, under));
+        // Only a sample that knows the restored table, and finds nothing in use that nobody holds,
+        // verifies a worker: what was granted since the backup must not be given again.
+        let unverified = worker.phase == WorkerPhase::Unverified;
+        if unverified && sample.revision >= worker.version && self.strangers.is_empty() {
+            let (name, by) = (worker.name.clone(), Actor::Leader(under));
+            commands.push(Command::VerifyWorker { name, by });
+        }
         commands.truncate(COMMANDS_MAX);
         commands
     }
@@ -271,7 +278,8 @@ impl Watched {
             let (true, Ok(port)) = (free, Port::new("port", u64::from(*number))) else { continue };
             let samples = before.get(number).copied().unwrap_or(0) + 1;
             self.strangers.insert(*number, samples);
-            if *listening || samples >= STRANGER_SAMPLES {
+            let known = worker.phase != WorkerPhase::Unverified;
+            if *listening || samples >= STRANGER_SAMPLES || !known {
                 let by = match pid {
                     0 => "something on the host".to_string(),
                     pid => format!("process {pid}"),

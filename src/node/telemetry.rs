@@ -30,6 +30,7 @@ pub fn describe() {
         ("portwarden_workers_lost_total", "Workers whose agent fell silent"),
         ("portwarden_keepalives_total", "Keepalives of leases, by result"),
         ("portwarden_reports_total", "Samples of agents, by what became of them"),
+        ("portwarden_backups_total", "Scheduled backups, by result"),
         ("portwarden_watchers_cut_off_total", "Watchers that did not keep up"),
         ("portwarden_snapshots_installed_total", "Snapshots taken over from a peer"),
         (
@@ -81,6 +82,7 @@ pub fn describe() {
         ),
         ("portwarden_member_lag_entries", "Log entries that a member is behind; on the leader"),
         ("portwarden_watchers", "Watch streams that are served"),
+        ("portwarden_backup_revision", "Revision of the newest scheduled backup; 0: none yet"),
         ("portwarden_log_purged_index", "Last entry that the log no longer has"),
         ("portwarden_snapshot_index", "Last entry in the newest snapshot"),
         ("portwarden_checkpoint_revision", "Last revision at which the table was the cluster's"),
@@ -103,6 +105,9 @@ pub fn describe() {
     }
     for result in ["counted", "ignored", "unknown_worker", "other_identity"] {
         counter!("portwarden_reports_total", "result" => result).absolute(0);
+    }
+    for result in ["ok", "failed"] {
+        counter!("portwarden_backups_total", "result" => result).absolute(0);
     }
     for result in ["renewed", "gone"] {
         counter!("portwarden_keepalives_total", "result" => result).absolute(0);
@@ -191,9 +196,12 @@ fn count_event(event: &Event) {
 /// Brings the gauges up to date for as long as Raft runs.
 pub(super) async fn report(node: Node) {
     let id = node.id().to_string();
-    for name in
-        ["portwarden_checkpoint_revision", "portwarden_low_space", "portwarden_disk_free_bytes"]
-    {
+    for name in [
+        "portwarden_checkpoint_revision",
+        "portwarden_low_space",
+        "portwarden_disk_free_bytes",
+        "portwarden_backup_revision",
+    ] {
         gauge!(name, "node" => id.clone()).set(0.0);
     }
     let mut every = interval(REPORT_EVERY);

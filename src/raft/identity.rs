@@ -80,6 +80,8 @@ pub(super) enum Kind {
     SenderIncarnation,
     /// The sender runs elsewhere, as the process that answers at its address.
     SenderSession,
+    /// The sender was a member, and was removed.
+    SenderRemoved,
 }
 
 impl Kind {
@@ -91,11 +93,13 @@ impl Kind {
             Kind::ReceiverIncarnation => "receiver-incarnation",
             Kind::SenderIncarnation => "sender-incarnation",
             Kind::SenderSession => "sender-session",
+            Kind::SenderRemoved => "sender-removed",
         }
     }
 
     /// Does a refusal of this name mean that its receiver must not go on?
     pub fn ends_sender(name: &str) -> bool {
+        // One that was removed still says so for a while: `PeerNetwork::removed`.
         [Kind::SenderIncarnation, Kind::SenderSession].iter().any(|kind| kind.on_wire() == name)
     }
 }
@@ -154,6 +158,14 @@ impl Roster {
             let table = self.view.table();
             table.state.member_incarnation(id).filter(|i| !i.is_empty()).map(String::from)
         })
+    }
+
+    /// Was it a member, and is it none any more, neither in the log nor in what is applied?
+    fn was_removed(&self, id: NodeId) -> bool {
+        let table = self.view.table();
+        table.state.member_incarnation(id).is_some()
+            && table.membership.membership().get_node(&id).is_none()
+            && self.member(id).is_none()
     }
 
     fn cluster(&self) -> Option<String> {
@@ -286,7 +298,7 @@ impl Identities {
                 return refuse(Kind::Incomplete, why);
             }
         }
-        if *to != me {
+        if *to != me && !(*to == 0 && strict == Strictness::Probe) {
             let why = format!("this is node {me}, and the call from node {from} is for node {to}");
             return refuse(Kind::Receiver, why);
         }
@@ -307,6 +319,13 @@ impl Identities {
                  directory is incarnation {mine}: {way_out}"
             );
             return refuse(Kind::ReceiverIncarnation, why);
+        }
+        if self.roster.get().is_some_and(|roster| roster.was_removed(*from)) {
+            let why = format!(
+                "node {from} was removed from cluster {cluster}, and its id is never used again: a \
+                 node that is to join needs an empty data directory and a new id"
+            );
+            return refuse(Kind::SenderRemoved, why);
         }
         if let Some(held) = self.incarnation(*from)
             && !from_incarnation.is_empty()

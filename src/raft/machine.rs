@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use super::convert;
 use super::types::{
-    Batch, BatchReply, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
+    Batch, BatchReply, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
 };
 use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin};
 use crate::store::{SnapshotFile, SnapshotStore, StoreError};
@@ -109,6 +109,16 @@ impl StateMachine {
         let (published, view) = watch::channel(Arc::new(table.clone()));
         let machine = StateMachine { table, published, snapshots, observer };
         Ok((machine, TableView(view)))
+    }
+
+    /// As of the entries applied.
+    pub(super) fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// Outside of Raft: nobody is answered.
+    pub(super) fn apply_alone(&mut self, entry: &Entry) {
+        self.apply_one(entry.log_id, &entry.payload);
     }
 
     fn apply_one(

@@ -16,6 +16,7 @@
 //! - Every call says in which cluster, from whom and to whom it goes, and is refused by others.
 //! - Log reversion is never allowed, and a leader that restarts is elected anew ([`raft_config`]).
 
+mod backup;
 mod config;
 mod convert;
 mod identity;
@@ -25,10 +26,11 @@ mod network;
 mod service;
 mod types;
 
+pub use backup::{Backup, RestoreError, restore, salvage, write_backup};
 pub use config::{RaftOptions, raft_config};
 pub use identity::{ClusterCell, ClusterMismatch, LocalIdentity};
 pub use machine::{ApplyObserver, CommandAt, SnapshotBuilder, StateMachine, Table, TableView};
-pub use network::{ForwardError, PeerClient, PeerNetwork};
+pub use network::{ForwardError, JoinError, PeerClient, PeerNetwork};
 pub use service::{PeerHooks, PeerService, RaftCell, peer_service, peer_transport};
 pub use types::*;
 

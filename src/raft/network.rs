@@ -76,12 +76,23 @@ pub enum ForwardError {
     Broken(String),
 }
 
+/// Why a node is not taken in.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JoinError {
+    /// Not as it is: under this id, over this data directory or at this address.
+    #[error("{0}")]
+    Refused(String),
+    #[error("{0}")]
+    NotNow(String),
+}
+
 /// The way to the peers. Clones share connections and what was learnt.
 #[derive(Debug, Clone)]
 pub struct PeerNetwork {
     pub(super) identities: Identities,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
     refusal: Arc<watch::Sender<Option<String>>>,
+    removed: Arc<watch::Sender<bool>>,
     closed: Arc<watch::Sender<bool>>,
 }
 
@@ -91,6 +102,7 @@ impl PeerNetwork {
             identities: Identities::new(local, cluster),
             channels: Arc::default(),
             refusal: Arc::new(watch::channel(None).0),
+            removed: Arc::new(watch::channel(false).0),
             closed: Arc::new(watch::channel(false).0),
         }
     }
@@ -108,6 +120,17 @@ impl PeerNetwork {
         self.refusal.subscribe()
     }
 
+    /// Whether a peer has said that this node was removed from the cluster.
+    pub fn removed(&self) -> watch::Receiver<bool> {
+        self.removed.subscribe()
+    }
+
+    pub(super) fn was_removed(&self) {
+        if !self.removed.send_replace(true) {
+            tracing::warn!("this node was removed from the cluster");
+        }
+    }
+
     pub(super) fn refused(&self, why: &str) {
         self.refusal.send_replace(Some(why.into()));
     }
@@ -119,6 +142,9 @@ impl PeerNetwork {
         let refused = status.code() == Code::FailedPrecondition;
         if refused && kind.is_some_and(Kind::ends_sender) {
             self.refused(&why);
+        }
+        if refused && kind == Some(Kind::SenderRemoved.on_wire()) {
+            self.was_removed();
         }
         why
     }
@@ -177,6 +203,31 @@ impl PeerNetwork {
                 "node {to} at {peer_addr} did not answer within {} ms",
                 timeout.as_millis()
             )),
+        }
+    }
+
+    /// Asks the node at this address to take this one in. The header is filled in here.
+    pub async fn join(
+        &self,
+        peer_addr: &str,
+        mut request: proto::JoinRequest,
+        timeout: Duration,
+    ) -> Result<proto::JoinResponse, JoinError> {
+        request.header = Some(self.identities.header(0));
+        let mut rpc = self.rpc(peer_addr).map_err(JoinError::NotNow)?;
+        match tokio::time::timeout(timeout, rpc.join(request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => {
+                let refused =
+                    matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument);
+                let why = format!("the node at {peer_addr}: {}", describe(&status));
+                Err(if refused { JoinError::Refused(why) } else { JoinError::NotNow(why) })
+            }
+            Err(_) => {
+                let ms = timeout.as_millis();
+                let why = format!("the node at {peer_addr} did not answer within {ms} ms");
+                Err(JoinError::NotNow(why))
+            }
         }
     }
 

@@ -64,6 +64,9 @@ pub trait PeerHooks: Send + Sync + 'static {
 
     /// Another node asks before there is a cluster.
     async fn probe(&self, request: proto::ProbeRequest) -> proto::ProbeResponse;
+
+    /// A node asks to be taken in.
+    async fn join(&self, request: proto::JoinRequest) -> Result<proto::JoinResponse, Status>;
 }
 
 /// Answers for one node.
@@ -302,10 +305,22 @@ impl Peer for PeerService {
 
     async fn probe(&self, request: Request<proto::ProbeRequest>) -> Answer<proto::ProbeResponse> {
         let message = request.into_inner();
-        let checked = self.network.identities.check(message.header.as_ref(), Strictness::Probe);
+        // Whoever says that this node was removed must be a member for sure.
+        let strict = if message.removed { Strictness::Member } else { Strictness::Probe };
+        let checked = self.network.identities.check(message.header.as_ref(), strict);
         checked.map_err(|refusal| refused(&self.network, refusal))?;
+        if message.removed {
+            self.network.was_removed();
+        }
         let session = self.network.identities.local.session.clone();
         Ok(Response::new(proto::ProbeResponse { session, ..self.hooks.probe(message).await }))
+    }
+
+    async fn join(&self, request: Request<proto::JoinRequest>) -> Answer<proto::JoinResponse> {
+        let message = request.into_inner();
+        let checked = self.network.identities.check(message.header.as_ref(), Strictness::Probe);
+        checked.map_err(|refusal| refused(&self.network, refusal))?;
+        Ok(Response::new(self.hooks.join(message).await?))
     }
 
     async fn forward(

@@ -119,6 +119,13 @@ impl DataDir {
         })
     }
 
+    /// The node that a directory is of.
+    pub fn owner(path: &Path) -> Result<u64, StoreError> {
+        let file = path.join(IDENTITY);
+        let text = fs::read_to_string(&file).map_err(StoreError::io(&file, "cannot be read"))?;
+        Ok(Identity::parse(&file, &text)?.node_id)
+    }
+
     /// Gives up the directory and returns once nothing in this process uses it any more: the log,
     /// the snapshots and all that was made of them are gone. Raft's tasks end some time after its
     /// `shutdown`; who wants to open the directory again in the same process waits here, for a

@@ -36,6 +36,6 @@ mod sync;
 pub use dir::DataDir;
 pub use error::StoreError;
 pub use log::{Done, ENTRY_MAX_BYTES, LogRecord, LogStore};
-pub use snapshot::{Incoming, SnapshotFile, SnapshotStore};
+pub use snapshot::{Incoming, SnapshotFile, SnapshotStore, write_snapshot};
 pub use space::{Reserve, free_bytes};
 pub use sync::{FATAL_EXIT, exit_at_once, fatal, sync_file_range};

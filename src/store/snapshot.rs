@@ -103,6 +103,11 @@ impl SnapshotFile {
         read_blocks(&self.0.path, &self.0.file, each)
     }
 
+    /// A file by itself, such as a backup. Only read.
+    pub fn read(path: &Path) -> Result<SnapshotFile, StoreError> {
+        SnapshotFile::open(path, None)
+    }
+
     /// Opens a file and checks all its blocks.
     fn open(path: &Path, temp: Option<TempPath>) -> Result<SnapshotFile, StoreError> {
         let file = File::open(path).map_err(StoreError::io(path, "cannot be opened"))?;
@@ -215,7 +220,8 @@ fn write_block(out: &mut impl Write, kind: u8, data: &[u8]) -> io::Result<()> {
     out.write_all(data)
 }
 
-fn write_snapshot(out: &mut impl Write, head: &SnapshotHead, state: &State) -> io::Result<()> {
+/// Writes a whole snapshot.
+pub fn write_snapshot(out: &mut impl Write, head: &SnapshotHead, state: &State) -> io::Result<()> {
     out.write_all(MAGIC)?;
     out.write_all(&VERSION.to_be_bytes())?;
     write_block(out, HEAD, &codec::encode_head(head))?;

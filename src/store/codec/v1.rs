@@ -185,6 +185,7 @@ pub enum Command<'a> {
     RegisterWorker { name: &'a str, spec: WorkerSpec<'a> },
     UpdateWorker { name: &'a str, patch: WorkerPatch<'a> },
     SetWorkerPhase { name: &'a str, phase: WorkerPhase, by: Actor },
+    VerifyWorker { name: &'a str, by: Actor },
     RemoveWorker { name: &'a str, force: Option<&'a str> },
     Allocate { claims: Vec<Claim<'a>>, confirm_within: u64 },
     Confirm { name: &'a str, guard: Guard, liveness: Option<Liveness<'a>>, lease: Option<u64> },
@@ -351,6 +352,9 @@ impl<'a> From<&'a table::Command> for Command<'a> {
                 phase: (*phase).into(),
                 by: (*by).into(),
             },
+            table::Command::VerifyWorker { name, by } => {
+                Command::VerifyWorker { name: name.as_str(), by: (*by).into() }
+            }
             table::Command::RemoveWorker { name, force } => {
                 Command::RemoveWorker { name: name.as_str(), force: force.as_deref() }
             }
@@ -440,6 +444,9 @@ impl Command<'_> {
                 phase: phase.into(),
                 by: by.into(),
             },
+            Command::VerifyWorker { name, by } => {
+                table::Command::VerifyWorker { name: worker_name(name)?, by: by.into() }
+            }
             Command::RemoveWorker { name, force } => table::Command::RemoveWorker {
                 name: worker_name(name)?,
                 force: force.map(String::from),

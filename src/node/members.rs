@@ -1,0 +1,483 @@
+//! Changes of the membership: one at a time, on the leader.
+//!
+//! A node joins as a learner, catches up, and is promoted to a voter; a removed id never comes
+//! back. Every change names the membership that it was decided on, so that of two operators one is
+//! refused ([`NotChanged::UnderWay`]) and never overwrites the other.
+//!
+//! - A voter is added or removed through a joint configuration (Raft dissertation §4.3). A leader
+//!   that finds one which another left behind finishes it.
+//! - A member is pending until the node that has its id has spoken: then its incarnation is written
+//!   into the membership, and binds the id to that data directory for good.
+//! - The lead is handed only to a live voter that has all of the log: openraft's leader refuses
+//!   writes from the moment it hands over, until somebody else leads.
+//! - What may have been appended is [`CallError::Unknown`], as for every write; each change is safe
+//!   to repeat, because one that is done already is a success.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use openraft::async_runtime::watch::WatchReceiver as _;
+use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
+use openraft::raft::Precondition;
+use openraft::{ChangeMembers, ServerState};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
+use tonic::Status;
+use tracing::{info, warn};
+
+use super::outcome::{CallError, of_write};
+use super::{Deadline, Node};
+use crate::proto::peer;
+use crate::raft::{LogId, Member, Metrics, NodeId, TypeConfig};
+
+/// Entries that a learner may be behind when it is promoted: what is on its way anyhow.
+pub const PROMOTE_LAG_MAX_ENTRIES: u64 = 256;
+/// Most members, learners included: more only cost latency.
+pub const MEMBERS_MAX: usize = 16;
+/// A follower that answered the leader this recently counts as live.
+pub(super) const LIVE_WITHIN: Duration = Duration::from_millis(1500);
+/// How often the leader looks for what was left behind.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Between two looks at how far a learner is.
+const CATCH_UP_PAUSE: Duration = Duration::from_millis(50);
+/// Left of the caller's time for saying how far a learner is.
+const ANSWER_MARGIN: Duration = Duration::from_millis(300);
+const ASK_TIMEOUT: Duration = Duration::from_millis(700);
+const TIDY_MAX: Duration = Duration::from_secs(5);
+/// A node that joins asks again if it takes longer.
+const TAKE_IN_MAX: Duration = Duration::from_secs(4);
+/// Tries to tell a node that it was removed.
+const FAREWELLS: u32 = 10;
+const FAREWELL_PAUSE: Duration = Duration::from_millis(300);
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What an operator asks for, or a node that joins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MemberChange {
+    /// As a learner. `incarnation` is empty where the node itself has not spoken yet.
+    Add {
+        id: NodeId,
+        peer: String,
+        client: String,
+        incarnation: String,
+    },
+    Promote {
+        id: NodeId,
+    },
+    /// `force`: also if too few of those that are left are live.
+    Remove {
+        id: NodeId,
+        force: bool,
+    },
+    Transfer {
+        id: NodeId,
+    },
+}
+
+/// Why the membership stays as it is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotChanged {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error("there is no member {0}; `portwarden member list` shows them")]
+    NoMember(NodeId),
+    #[error("id {0} was a member's before, and is never used again: take another one")]
+    IdUsed(NodeId),
+    #[error(
+        "member {id} has {what} {held}, not {given}: an address does not change in place; remove it and join under a new id"
+    )]
+    OtherAddress { id: NodeId, what: &'static str, held: String, given: String },
+    #[error("{address} is the address of member {id}")]
+    AddressUsed { id: NodeId, address: String },
+    #[error("there are {MEMBERS_MAX} members, which is the most there may be: remove one first")]
+    TooMany,
+    #[error(
+        "another change of the membership is under way, or came first: look at `portwarden member list` and try again"
+    )]
+    UnderWay,
+    #[error(
+        "member {0} has not joined yet: start it with `portwarden serve --id {0} --join HOST:PORT`"
+    )]
+    Pending(NodeId),
+    #[error(
+        "member {id} is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to be promoted): try again when it has caught up; `portwarden member list` shows its lag"
+    )]
+    Lagging { id: NodeId, lag: u64 },
+    #[error("member {0} is the last voter: promote another one first")]
+    LastVoter(NodeId),
+    #[error(
+        "without member {id}, {live} of {voters} voters would be live, which is no majority: bring the others back or replace them first, or say --force, after which the cluster stands still until enough of them are back"
+    )]
+    NoQuorum { id: NodeId, live: usize, voters: usize },
+    #[error("member {0} is a learner, and cannot lead: promote it first")]
+    Learner(NodeId),
+    #[error("member {0} cannot lead: it has not answered of late")]
+    Dead(NodeId),
+    #[error("member {id} cannot lead yet: it is {lag} log entries behind")]
+    Behind { id: NodeId, lag: u64 },
+}
+
+/// The membership as the leader sees it.
+pub(super) struct Roll {
+    metrics: Metrics,
+}
+
+impl Roll {
+    fn members(&self) -> BTreeMap<NodeId, &Member> {
+        self.metrics.membership_config.nodes().map(|(id, member)| (*id, member)).collect()
+    }
+
+    fn member(&self, id: NodeId) -> Result<&Member, NotChanged> {
+        self.metrics.membership_config.membership().get_node(&id).ok_or(NotChanged::NoMember(id))
+    }
+
+    pub fn voters(&self) -> BTreeSet<NodeId> {
+        self.metrics.membership_config.membership().voter_ids().collect()
+    }
+
+    fn is_joint(&self) -> bool {
+        self.metrics.membership_config.membership().get_joint_config().len() > 1
+    }
+
+    /// Where in the log it is.
+    fn at(&self) -> Option<LogId> {
+        *self.metrics.membership_config.log_id()
+    }
+
+    /// The change counts only for this membership.
+    fn precondition(&self) -> Precondition<TypeConfig> {
+        Precondition::LastMembershipLogId { last_membership_log_id: self.at() }
+    }
+
+    /// Did it answer this leader of late?
+    pub fn is_live(&self, id: NodeId) -> bool {
+        id == self.metrics.id
+            || self.metrics.heartbeat.as_ref().is_some_and(|heard| {
+                use openraft::async_runtime::Instant as _;
+                heard
+                    .get(&id)
+                    .and_then(Option::as_ref)
+                    .is_some_and(|at| at.into_inner().elapsed() < LIVE_WITHIN)
+            })
+    }
+
+    /// Entries of the leader's log that it does not have.
+    pub fn lag(&self, id: NodeId) -> u64 {
+        let matched = self.metrics.replication.as_ref().and_then(|all| all.get(&id));
+        let have = matched.and_then(Option::as_ref).map_or(0, |at| at.index() + 1);
+        self.metrics.last_log_index.map_or(0, |last| last + 1).saturating_sub(have)
+    }
+}
+
+impl Node {
+    pub(super) fn roll(&self) -> Roll {
+        Roll { metrics: self.inner.metrics() }
+    }
+
+    /// On the leader: changes the membership, or says why it stays as it is. One that is as asked
+    /// for already is a success.
+    pub async fn change_members(
+        &self,
+        change: MemberChange,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged> {
+        // Proves that this node leads, and that its membership is the newest.
+        self.read(deadline).await?;
+        match change {
+            MemberChange::Add { id, peer, client, incarnation } => {
+                self.add(
+                    id,
+                    Member { cluster_id: String::new(), peer, client, incarnation },
+                    deadline,
+                )
+                .await
+            }
+            MemberChange::Promote { id } => self.promote(id, deadline).await,
+            MemberChange::Remove { id, force } => self.remove(id, force, deadline).await,
+            MemberChange::Transfer { id } => self.transfer(id, deadline).await,
+        }
+    }
+
+    async fn add(&self, id: NodeId, asked: Member, deadline: Deadline) -> Result<(), NotChanged> {
+        let roll = self.roll();
+        let member =
+            Member { cluster_id: self.inner.cluster.get().unwrap_or_default().into(), ..asked };
+        if let Ok(held) = roll.member(id) {
+            for (what, held, given) in [
+                ("peer address", &held.peer, &member.peer),
+                ("client address", &held.client, &member.client),
+            ] {
+                if held != given {
+                    let (held, given) = (held.clone(), given.clone());
+                    return Err(NotChanged::OtherAddress { id, what, held, given });
+                }
+            }
+            // Who calls as another incarnation of a bound id was refused before it came here.
+            if !held.incarnation.is_empty() || member.incarnation.is_empty() {
+                return Ok(());
+            }
+            return self
+                .change(&roll, ChangeMembers::SetNodes([(id, member)].into()), deadline)
+                .await;
+        }
+        if self.table().state.member_incarnation(id).is_some() {
+            return Err(NotChanged::IdUsed(id));
+        }
+        if roll.members().len() >= MEMBERS_MAX {
+            return Err(NotChanged::TooMany);
+        }
+        for (other, held) in roll.members() {
+            if let Some(address) = [&member.peer, &member.client]
+                .into_iter()
+                .find(|a| [&held.peer, &held.client].contains(a))
+            {
+                return Err(NotChanged::AddressUsed { id: other, address: address.clone() });
+            }
+        }
+        info!(id, peer = member.peer, "adding a member");
+        self.change(&roll, ChangeMembers::AddNodes([(id, member)].into()), deadline).await
+    }
+
+    async fn promote(&self, id: NodeId, deadline: Deadline) -> Result<(), NotChanged> {
+        loop {
+            let roll = self.roll();
+            let member = roll.member(id)?;
+            if roll.voters().contains(&id) && !roll.is_joint() {
+                return Ok(());
+            }
+            if member.incarnation.is_empty() {
+                return Err(NotChanged::Pending(id));
+            }
+            if roll.metrics.state != ServerState::Leader {
+                return Err(CallError::NotLeader { leader: None }.into());
+            }
+            let lag = roll.lag(id);
+            if lag <= PROMOTE_LAG_MAX_ENTRIES && roll.is_live(id) {
+                info!(id, lag, "promoting a member");
+                return self.change(&roll, ChangeMembers::AddVoterIds([id].into()), deadline).await;
+            }
+            if Instant::now() + ANSWER_MARGIN >= deadline {
+                return Err(NotChanged::Lagging { id, lag });
+            }
+            sleep(CATCH_UP_PAUSE).await;
+        }
+    }
+
+    async fn remove(&self, id: NodeId, force: bool, deadline: Deadline) -> Result<(), NotChanged> {
+        let roll = self.roll();
+        let Ok(member) = roll.member(id) else {
+            return match self.table().state.member_incarnation(id) {
+                Some(_) => Ok(()),
+                None => Err(NotChanged::NoMember(id)),
+            };
+        };
+        let member = member.clone();
+        let mut left = roll.voters();
+        let is_voter = left.remove(&id);
+        if left.is_empty() {
+            return Err(NotChanged::LastVoter(id));
+        }
+        let live = left.iter().filter(|id| roll.is_live(**id)).count();
+        if is_voter && live * 2 <= left.len() && !force {
+            return Err(NotChanged::NoQuorum { id, live, voters: left.len() });
+        }
+        if id == self.id() {
+            // The next leader removes this one.
+            let to =
+                self.successor().ok_or(NotChanged::NoQuorum { id, live, voters: left.len() })?;
+            self.hand_over_to(to).await;
+            return Err(CallError::NotLeader { leader: Some(to) }.into());
+        }
+        info!(id, peer = member.peer, "removing a member");
+        let change = match is_voter {
+            true => ChangeMembers::RemoveVoters([id].into()),
+            false => ChangeMembers::RemoveNodes([id].into()),
+        };
+        self.change(&roll, change, deadline).await?;
+        tokio::spawn(farewell(self.clone(), id, member));
+        Ok(())
+    }
+
+    async fn transfer(&self, id: NodeId, deadline: Deadline) -> Result<(), NotChanged> {
+        let roll = self.roll();
+        roll.member(id)?;
+        if id == self.id() {
+            return Ok(());
+        }
+        if !roll.voters().contains(&id) {
+            return Err(NotChanged::Learner(id));
+        }
+        if !roll.is_live(id) {
+            return Err(NotChanged::Dead(id));
+        }
+        // It takes over only once it has every entry: what is on its way will be there.
+        let lag = roll.lag(id);
+        if lag > PROMOTE_LAG_MAX_ENTRIES {
+            return Err(NotChanged::Behind { id, lag });
+        }
+        info!(to = id, "handing over the lead, as asked");
+        self.hand_over_to(id).await;
+        let mut metrics = self.inner.raft.metrics();
+        let led = async {
+            while metrics.borrow_watched().current_leader != Some(id) {
+                if metrics.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        match timeout_at(deadline, led).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(CallError::Unknown("it did not take over in time".into()).into()),
+        }
+    }
+
+    /// One change on top of the membership of `roll`, and of no other.
+    async fn change(
+        &self,
+        roll: &Roll,
+        change: ChangeMembers<NodeId, Member>,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged> {
+        let Ok(_alone) = self.inner.changing.try_lock() else { return Err(NotChanged::UnderWay) };
+        if roll.is_joint() {
+            return Err(NotChanged::UnderWay);
+        }
+        let asked = self.inner.raft.change_membership_if(change, false, [roll.precondition()]);
+        let answer = match timeout_at(deadline, asked).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let why = "the deadline passed while the change was under way";
+                return Err(CallError::Unknown(why.into()).into());
+            }
+        };
+        let error = match answer {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        // Of two steps the first may be done.
+        if self.roll().at() != roll.at() {
+            return Err(CallError::Unknown(format!("the change was begun: {error}")).into());
+        }
+        match error {
+            RaftError::APIError(
+                ClientWriteError::ChangeMembershipError(ChangeMembershipError::InProgress(_))
+                | ClientWriteError::PreconditionFailed(_),
+            ) => Err(NotChanged::UnderWay),
+            error => Err(of_write(error).into()),
+        }
+    }
+
+    /// Ends a joint configuration that nobody is at work on.
+    async fn finish(&self, roll: &Roll, deadline: Deadline) {
+        let Ok(_alone) = self.inner.changing.try_lock() else { return };
+        info!("finishing a change of the membership that was left half done");
+        let nothing_more = ChangeMembers::AddVoterIds(BTreeSet::new());
+        let asked =
+            self.inner.raft.change_membership_if(nothing_more, false, [roll.precondition()]);
+        match timeout_at(deadline, asked).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => warn!(%error, "the change cannot be finished yet"),
+            Err(_) => warn!("the change cannot be finished yet: no quorum"),
+        }
+    }
+
+    /// A node asks to be taken in; its header was checked.
+    pub(super) async fn take_in(
+        &self,
+        request: peer::JoinRequest,
+    ) -> Result<peer::JoinResponse, Status> {
+        let peer::JoinRequest { header, peer, client } = request;
+        let header = header.unwrap_or_default();
+        if header.from == 0 || header.from_incarnation.is_empty() || peer.is_empty() {
+            return Err(Status::invalid_argument(
+                "who joins names its id, incarnation and address",
+            ));
+        }
+        let deadline = Instant::now() + TAKE_IN_MAX;
+        let not_now = |why: &dyn std::fmt::Display| Status::unavailable(why.to_string());
+        if let Some(leader) = self.route(deadline).await.map_err(|error| not_now(&error))? {
+            let roll = self.roll();
+            let leader_peer = roll.member(leader).map_err(|error| not_now(&error))?.peer.clone();
+            return Ok(peer::JoinResponse { leader_peer });
+        }
+        let (id, incarnation) = (header.from, header.from_incarnation);
+        let add = MemberChange::Add { id, peer, client, incarnation };
+        match self.change_members(add, deadline).await {
+            Ok(()) => Ok(peer::JoinResponse::default()),
+            Err(why @ (NotChanged::Call(_) | NotChanged::UnderWay)) => Err(not_now(&why)),
+            Err(why) => Err(Status::failed_precondition(why.to_string())),
+        }
+    }
+
+    /// Asks the members of which the membership does not know all: who they are, and where clients
+    /// reach them.
+    async fn incomplete(&self, roll: &Roll) -> BTreeMap<NodeId, Member> {
+        let mut found = BTreeMap::new();
+        for (id, member) in roll.members() {
+            if !member.incarnation.is_empty() && !member.client.is_empty() {
+                continue;
+            }
+            let answer = match id == self.id() {
+                true => self.own_state(),
+                false => {
+                    let request = peer::ProbeRequest::default();
+                    let asked = self.inner.network.probe(id, &member.peer, request, ASK_TIMEOUT);
+                    match asked.await {
+                        Ok(answer) => answer,
+                        Err(_) => continue, // it has not come yet
+                    }
+                }
+            };
+            let known = Member {
+                incarnation: answer.incarnation,
+                client: answer.client_endpoint,
+                ..member.clone()
+            };
+            if !known.incarnation.is_empty() && known != *member {
+                found.insert(id, known);
+            }
+        }
+        found
+    }
+}
+
+/// On the leader: finishes joint configurations, and binds members that have spoken.
+pub(super) async fn tidy(node: Node) {
+    let mut every = interval(LOOK_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while node.runs() {
+        every.tick().await;
+        let roll = node.roll();
+        if roll.metrics.current_leader.is_some() {
+            node.inner.took_part.store(true, Ordering::Relaxed);
+        }
+        if roll.metrics.state != ServerState::Leader {
+            continue;
+        }
+        let deadline = Instant::now() + TIDY_MAX;
+        if roll.is_joint() {
+            node.finish(&roll, deadline).await;
+            continue;
+        }
+        let complete = node.incomplete(&roll).await;
+        if !complete.is_empty() {
+            let ids: Vec<_> = complete.keys().copied().collect();
+            match node.change(&roll, ChangeMembers::SetNodes(complete), deadline).await {
+                Ok(()) => info!(?ids, "members have joined"),
+                Err(error) => warn!(?ids, %error, "members that joined are not written down yet"),
+            }
+        }
+    }
+}
+
+/// Tells a node that it was removed, so that it need not find out.
+async fn farewell(node: Node, id: NodeId, member: Member) {
+    for _ in 0..FAREWELLS {
+        let request = peer::ProbeRequest { removed: true, ..Default::default() };
+        match node.inner.network.probe(id, &member.peer, request, FAREWELL_TIMEOUT).await {
+            Ok(_) => return,
+            Err(why) => tracing::debug!(id, why, "a removed member was not told yet"),
+        }
+        sleep(FAREWELL_PAUSE).await;
+    }
+}
