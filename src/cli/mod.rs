@@ -153,7 +153,7 @@ pub enum Command {
     /// Begin a new cluster from one survivor, when the majority is lost for good
     Recover(recover::Args),
     /// Run one node
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Run an embedded cluster that stays up
     Dev(dev::Args),
     /// Show many schedulers allocating at once on an embedded cluster
@@ -221,7 +221,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Status(args) => status::run(args, globals).await,
         Command::Snapshot(args) => snapshot::run(args, globals).await,
         Command::Recover(args) => recover::run(args, globals).await,
-        Command::Serve(args) => serve::run(args, globals).await,
+        Command::Serve(args) => serve::run(*args, globals).await,
         Command::Dev(args) => dev::run(args, globals).await,
         Command::Demo(args) => demo::run(args, globals).await,
         Command::Bench(args) => bench::run(args, globals).await,
