@@ -25,6 +25,9 @@ pub enum CliError {
     /// What was asked for is not there, or not any more.
     #[error("{0}")]
     NotFound(String),
+    /// It is not as it would have to be.
+    #[error("{0}")]
+    Conflict(String),
     /// Time is over, and these are still held.
     #[error("{worker} still holds {}: {}", .left.len(), .left.join(", "))]
     StillHeld { worker: String, left: Vec<String> },
@@ -91,6 +94,7 @@ pub(super) fn describe(error: &anyhow::Error) -> (u8, String) {
             format!("error: {error}\nhint: the port is quarantined; allocate anew\n"),
         ),
         Some(CliError::NotFound(text)) => (NOT_FOUND, format!("error: {text}\n")),
+        Some(CliError::Conflict(text)) => (CONFLICT, format!("error: {text}\n")),
         Some(error @ CliError::StillHeld { worker, .. }) => (
             UNAVAILABLE,
             format!(

@@ -13,6 +13,7 @@
 //! | 5 | nothing fits |
 //! | 6 | unavailable or timed out; says "outcome unknown" where it is |
 
+mod agent;
 mod allocate;
 mod attach;
 pub mod bench;
@@ -142,6 +143,8 @@ pub enum Command {
     Explain(explain::Args),
     /// Manage leases: times to live that their holders keep alive
     Lease(lease::Args),
+    /// Watch a worker's host: what runs on each worker
+    Agent(agent::Args),
     /// Manage workers: the machines that instances run on
     Worker(worker::Args),
     /// Show and change the nodes of the cluster
@@ -211,6 +214,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Attach(args) => attach::run(args, globals).await,
         Command::Watch(args) => watch::run(args, globals).await,
         Command::Explain(args) => explain::run(args, globals).await,
+        Command::Agent(args) => agent::run(args, globals).await,
         Command::Lease(args) => lease::run(args, globals).await,
         Command::Release(args) => release::run(args, globals).await,
         Command::ReportConflict(args) => report_conflict::run(args, globals).await,

@@ -121,19 +121,19 @@ struct Remove {
 pub(super) struct SpecFlags {
     /// Host name or IP address where its ports are reached
     #[arg(long)]
-    address: Option<String>,
+    pub address: Option<String>,
     /// Managed ports; may be repeated, the first range is the default
     #[arg(long, value_name = "NAME=FIRST-LAST", value_parser = parse::range)]
-    range: Vec<v1::PortRange>,
+    pub range: Vec<v1::PortRange>,
     /// Ports never to be given; may be repeated
     #[arg(long, value_name = "PORT[-PORT]", allow_negative_numbers = true, value_parser = parse::port_span)]
-    reserve: Vec<parse::PortSpan>,
+    pub reserve: Vec<parse::PortSpan>,
     /// A GPU; may be repeated, its index is its place unless given
     #[arg(long, value_name = "memory=SIZE[,model=M][,uuid=U][,index=I]", value_parser = parse::gpu)]
-    gpu: Vec<parse::GpuFlag>,
+    pub gpu: Vec<parse::GpuFlag>,
     /// Label; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
-    label: Vec<(String, String)>,
+    pub label: Vec<(String, String)>,
 }
 
 impl SpecFlags {

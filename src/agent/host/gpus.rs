@@ -14,7 +14,14 @@ pub trait Gpus: Send + Sync {
     /// All there are.
     fn inventory(&self) -> Result<Vec<v1::GpuSpec>, String>;
     /// How many processes are on each.
-    fn in_use(&self) -> Result<Vec<v1::GpuInUse>, String>;
+    fn in_use(&self) -> Result<Vec<GpuSeen>, String>;
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuSeen {
+    pub index: u32,
+    pub uuid: String,
+    pub processes: u32,
 }
 
 /// A host without a driver, or one whose GPUs are none of the agent's business.
@@ -25,7 +32,7 @@ impl Gpus for NoGpus {
         Ok(Vec::new())
     }
 
-    fn in_use(&self) -> Result<Vec<v1::GpuInUse>, String> {
+    fn in_use(&self) -> Result<Vec<GpuSeen>, String> {
         Ok(Vec::new())
     }
 }
@@ -63,12 +70,12 @@ impl Gpus for Driver {
         })
     }
 
-    fn in_use(&self) -> Result<Vec<v1::GpuInUse>, String> {
+    fn in_use(&self) -> Result<Vec<GpuSeen>, String> {
         self.each(|index, device| {
             let compute = device.running_compute_processes()?;
             let graphics = device.running_graphics_processes()?;
-            let count = compute.len() + graphics.len();
-            Ok(v1::GpuInUse { index, processes: u32::try_from(count).unwrap_or(u32::MAX) })
+            let processes = u32::try_from(compute.len() + graphics.len()).unwrap_or(u32::MAX);
+            Ok(GpuSeen { index, uuid: device.uuid()?, processes })
         })
     }
 }

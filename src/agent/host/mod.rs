@@ -24,7 +24,7 @@ use super::ranges::LocalPorts;
 use crate::proto::v1;
 use crate::proto::v1::liveness::Handle;
 pub use clock::{boot_clock, wall_clock_ms};
-use gpus::Gpus;
+use gpus::{GpuSeen, Gpus};
 pub use identity::boot_id;
 pub use processes::start_ticks;
 use sockets::{Socket, State};
@@ -46,7 +46,7 @@ pub struct Seen {
     pub alive: Vec<Option<bool>>,
     pub processes: Processes,
     /// Empty without a driver.
-    pub gpus: Vec<v1::GpuInUse>,
+    pub gpus: Vec<GpuSeen>,
 }
 
 pub trait Host: Send + Sync + 'static {
