@@ -16,6 +16,7 @@ pub mod host;
 mod processes;
 mod ranges;
 mod register;
+pub mod run;
 mod sample;
 mod table;
 

@@ -76,7 +76,7 @@ pub(super) struct ClaimFlags {
         value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::PORTS_PER_CLAIM_MAX))
     )]
     ports: Option<u32>,
-    /// This port; may be repeated
+    /// This port, or any one under a name (http=any); may be repeated
     #[arg(
         long,
         value_name = "[NAME=]PORT",
@@ -135,7 +135,7 @@ pub(super) struct ClaimFlags {
 const AFTER_HELP: &str = "\
 Examples:
   portwarden allocate qwen-0 --worker w1 --ports 2
-  portwarden allocate qwen-0 --worker w1 --port http=40001 --contiguous 4
+  portwarden allocate qwen-0 --worker w1 --port http=40001 --port metrics=any --contiguous 4
   portwarden allocate qwen-0 --selector 'zone=a,gpu' --policy spread --gpus 1 --gpu-memory 8GiB
   portwarden allocate qwen-0 --worker w1 --ports 1 --lease 7 --confirm-within 2m
   portwarden allocate qwen-0 --worker w1 --ports 1 --dry-run
@@ -230,7 +230,10 @@ impl ClaimFlags {
             range: range.clone(),
             ports: Some(ports),
         };
-        let specific = self.port.into_iter().map(|p| request(p.name, Ports::Specific(p.number)));
+        let named = self
+            .port
+            .into_iter()
+            .map(|p| request(p.name, p.number.map_or(Ports::Count(1), Ports::Specific)));
         let counted = self.ports.map(|n| request(String::new(), Ports::Count(n)));
         let band = self.contiguous.map(|n| request(String::new(), Ports::Contiguous(n)));
         let share = match self.gpu_memory {
@@ -246,7 +249,7 @@ impl ClaimFlags {
             name,
             uid: String::new(),
             placement: placement(self.worker, self.selector, self.policy),
-            ports: counted.into_iter().chain(specific).chain(band).collect(),
+            ports: counted.into_iter().chain(named).chain(band).collect(),
             gpus,
             lease: 0,
             bound: self.bound,

@@ -28,6 +28,14 @@ pub enum CliError {
     /// It is not as it would have to be.
     #[error("{0}")]
     Conflict(String),
+    /// Each port that was tried is in use, and there is no other.
+    #[error("{0}")]
+    NothingFits(String),
+    #[error("{0}")]
+    TimedOut(String),
+    /// A program could not be started or has ended, with this exit code.
+    #[error("{text}")]
+    Program { text: String, code: u8 },
     /// Time is over, and these are still held.
     #[error("{worker} still holds {}: {}", .left.len(), .left.join(", "))]
     StillHeld { worker: String, left: Vec<String> },
@@ -94,6 +102,9 @@ pub(super) fn describe(error: &anyhow::Error) -> (u8, String) {
             format!("error: {error}\nhint: the port is quarantined; allocate anew\n"),
         ),
         Some(CliError::NotFound(text)) => (NOT_FOUND, format!("error: {text}\n")),
+        Some(CliError::NothingFits(text)) => (NOTHING_FITS, format!("error: {text}\n")),
+        Some(CliError::TimedOut(text)) => (UNAVAILABLE, format!("error: {text}\n")),
+        Some(CliError::Program { text, code }) => (*code, format!("error: {text}\n")),
         Some(CliError::Conflict(text)) => (CONFLICT, format!("error: {text}\n")),
         Some(error @ CliError::StillHeld { worker, .. }) => (
             UNAVAILABLE,

@@ -33,6 +33,7 @@ mod parse;
 mod recover;
 mod release;
 mod report_conflict;
+mod run;
 pub mod serve;
 mod snapshot;
 mod status;
@@ -143,6 +144,8 @@ pub enum Command {
     Explain(explain::Args),
     /// Manage leases: times to live that their holders keep alive
     Lease(lease::Args),
+    /// Run a program that holds its ports for as long as it runs
+    Run(Box<run::Args>),
     /// Watch a worker's host: what runs on each worker
     Agent(agent::Args),
     /// Manage workers: the machines that instances run on
@@ -214,6 +217,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Attach(args) => attach::run(args, globals).await,
         Command::Watch(args) => watch::run(args, globals).await,
         Command::Explain(args) => explain::run(args, globals).await,
+        Command::Run(args) => run::run(*args, globals).await,
         Command::Agent(args) => agent::run(args, globals).await,
         Command::Lease(args) => lease::run(args, globals).await,
         Command::Release(args) => release::run(args, globals).await,

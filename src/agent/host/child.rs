@@ -97,16 +97,25 @@ impl Child {
         }
     }
 
-    /// Sends a signal to all that is left of its process group; false where nothing is.
+    /// Sends a signal to all that is left of its process group.
     ///
     /// The group's number is not given anew while anything is in it; where nothing is, a new group
     /// could only have it if its pid were given anew too, in the moment since it was waited for.
-    pub fn signal_group(&self, signal: Signal) -> bool {
-        kill_process_group(self.pid, signal).is_ok()
+    pub fn signal_group(&self, signal: Signal) {
+        let _ = kill_process_group(self.pid, signal); // nothing may be left
     }
 
+    /// Is anything of its process group left that has not ended? Of what has ended and waits for its
+    /// parent to take note, nobody can say when it does.
     pub fn has_group(&self) -> bool {
         test_kill_process_group(self.pid).is_ok()
+            && processes::processes(&[])
+                .is_ok_and(|all| all.iter().any(|p| !p.dead && p.group == self.handle.pid))
+    }
+
+    /// Has it ended, and was its status told?
+    pub fn has_ended(&self) -> bool {
+        self.process.id().is_none()
     }
 }
 
@@ -148,8 +157,7 @@ mod tests {
         assert_eq!(exit_code(child.ended().await.unwrap()), 143);
         child.signal(Signal::TERM); // it is gone
         assert!(child.has_group(), "its child is left");
-        assert!(child.signal_group(Signal::KILL));
-        // Whoever inherits orphans waits for it sooner or later; then the group is gone.
+        child.signal_group(Signal::KILL);
         while processes::processes(&[&handle]).unwrap().is_alive(&handle) {
             tokio::task::yield_now().await;
         }
