@@ -230,6 +230,27 @@ impl Command {
         }
     }
 
+    /// All that [`Command::kind`] may say.
+    pub const KINDS: [&str; 17] = [
+        "register_worker",
+        "update_worker",
+        "set_worker_phase",
+        "verify_worker",
+        "remove_worker",
+        "allocate",
+        "confirm",
+        "attach",
+        "reclaim",
+        "grant_lease",
+        "revoke_lease",
+        "expire_lease",
+        "release",
+        "report_conflict",
+        "quarantine",
+        "lift_quarantine",
+        "checkpoint",
+    ];
+
     /// For metrics and traces.
     pub fn kind(&self) -> &'static str {
         match self {

@@ -1,8 +1,8 @@
 //! Changes of the membership: one at a time, on the leader.
 //!
 //! A node joins as a learner, catches up, and is promoted to a voter; a removed id never comes
-//! back. Every change names the membership that it was decided on, so that of two operators one is
-//! refused ([`NotChanged::UnderWay`]) and never overwrites the other.
+//! back. Every change names the membership that it was decided on, so that of two operators none
+//! overwrites the other: the second one's is decided anew on what the first one left.
 //!
 //! - A voter is added or removed through a joint configuration (Raft dissertation §4.3). A leader
 //!   that finds one which another left behind finishes it.
@@ -14,7 +14,6 @@
 //!   to repeat, because one that is done already is a success.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver as _;
@@ -40,6 +39,10 @@ pub(super) const LIVE_WITHIN: Duration = Duration::from_millis(1500);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Between two looks at how far a learner is.
 const CATCH_UP_PAUSE: Duration = Duration::from_millis(50);
+/// How long a change waits for others to be done.
+const OTHERS_MAX: Duration = Duration::from_secs(3);
+/// How long a promotion waits for a member that has not joined.
+const JOIN_MAX: Duration = Duration::from_secs(2);
 /// Left of the caller's time for saying how far a learner is.
 const ANSWER_MARGIN: Duration = Duration::from_millis(300);
 const ASK_TIMEOUT: Duration = Duration::from_millis(700);
@@ -175,22 +178,29 @@ impl Node {
     }
 
     /// On the leader: changes the membership, or says why it stays as it is. One that is as asked
-    /// for already is a success.
+    /// for already is a success. Where another change comes first, it is decided anew on what that
+    /// one left, for a while.
     pub async fn change_members(
         &self,
         change: MemberChange,
         deadline: Deadline,
     ) -> Result<(), NotChanged> {
+        let patience = (Instant::now() + OTHERS_MAX).min(deadline - ANSWER_MARGIN);
+        loop {
+            match self.decide(&change, deadline).await {
+                Err(NotChanged::UnderWay) if Instant::now() < patience => sleep(LOOK_EVERY).await,
+                decided => return decided,
+            }
+        }
+    }
+
+    async fn decide(&self, change: &MemberChange, deadline: Deadline) -> Result<(), NotChanged> {
         // Proves that this node leads, and that its membership is the newest.
         self.read(deadline).await?;
-        match change {
+        match change.clone() {
             MemberChange::Add { id, peer, client, incarnation } => {
-                self.add(
-                    id,
-                    Member { cluster_id: String::new(), peer, client, incarnation },
-                    deadline,
-                )
-                .await
+                let cluster_id = self.inner.cluster.get().unwrap_or_default().into();
+                self.add(id, Member { cluster_id, peer, client, incarnation }, deadline).await
             }
             MemberChange::Promote { id } => self.promote(id, deadline).await,
             MemberChange::Remove { id, force } => self.remove(id, force, deadline).await,
@@ -198,10 +208,8 @@ impl Node {
         }
     }
 
-    async fn add(&self, id: NodeId, asked: Member, deadline: Deadline) -> Result<(), NotChanged> {
+    async fn add(&self, id: NodeId, member: Member, deadline: Deadline) -> Result<(), NotChanged> {
         let roll = self.roll();
-        let member =
-            Member { cluster_id: self.inner.cluster.get().unwrap_or_default().into(), ..asked };
         if let Ok(held) = roll.member(id) {
             for (what, held, given) in [
                 ("peer address", &held.peer, &member.peer),
@@ -239,20 +247,23 @@ impl Node {
     }
 
     async fn promote(&self, id: NodeId, deadline: Deadline) -> Result<(), NotChanged> {
+        // One that has just been started is about to be written down.
+        let until_joined = (Instant::now() + JOIN_MAX).min(deadline - ANSWER_MARGIN);
         loop {
             let roll = self.roll();
             let member = roll.member(id)?;
             if roll.voters().contains(&id) && !roll.is_joint() {
                 return Ok(());
             }
-            if member.incarnation.is_empty() {
-                return Err(NotChanged::Pending(id));
-            }
             if roll.metrics.state != ServerState::Leader {
                 return Err(CallError::NotLeader { leader: None }.into());
             }
-            let lag = roll.lag(id);
-            if lag <= PROMOTE_LAG_MAX_ENTRIES && roll.is_live(id) {
+            let (lag, live) = (roll.lag(id), roll.is_live(id));
+            let pending = member.incarnation.is_empty();
+            if pending && Instant::now() >= until_joined {
+                return Err(NotChanged::Pending(id));
+            }
+            if lag <= PROMOTE_LAG_MAX_ENTRIES && live && !pending {
                 info!(id, lag, "promoting a member");
                 return self.change(&roll, ChangeMembers::AddVoterIds([id].into()), deadline).await;
             }
@@ -448,9 +459,6 @@ pub(super) async fn tidy(node: Node) {
     while node.runs() {
         every.tick().await;
         let roll = node.roll();
-        if roll.metrics.current_leader.is_some() {
-            node.inner.took_part.store(true, Ordering::Relaxed);
-        }
         if roll.metrics.state != ServerState::Leader {
             continue;
         }

@@ -208,8 +208,6 @@ struct Inner {
     recovered: AtomicBool,
     /// Where the log ended at the start: nothing after it can have been applied before.
     ended_at: Option<u64>,
-    /// It has known a leader since it was started.
-    took_part: AtomicBool,
     /// Held while this node changes the membership.
     changing: tokio::sync::Mutex<()>,
     stop_peers: Sender<bool>,
@@ -332,7 +330,6 @@ impl Node {
                 pristine,
                 recovered: AtomicBool::new(pristine),
                 ended_at,
-                took_part: AtomicBool::new(false),
                 changing: tokio::sync::Mutex::new(()),
                 stop_peers,
                 peer_server: std::sync::Mutex::new(Some(peer_server)),
@@ -516,9 +513,9 @@ impl Node {
         self.why_removed()
     }
 
-    /// Did it ever know a leader, since it was started?
+    /// Has a leader spoken to it since it was started?
     pub fn took_part(&self) -> bool {
-        self.inner.took_part.load(Ordering::Relaxed)
+        self.inner.network.was_led()
     }
 
     fn why_removed(&self) -> String {

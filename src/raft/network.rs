@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -93,6 +93,7 @@ pub struct PeerNetwork {
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
     refusal: Arc<watch::Sender<Option<String>>>,
     removed: Arc<watch::Sender<bool>>,
+    led: Arc<AtomicBool>,
     closed: Arc<watch::Sender<bool>>,
 }
 
@@ -103,6 +104,7 @@ impl PeerNetwork {
             channels: Arc::default(),
             refusal: Arc::new(watch::channel(None).0),
             removed: Arc::new(watch::channel(false).0),
+            led: Arc::default(),
             closed: Arc::new(watch::channel(false).0),
         }
     }
@@ -123,6 +125,15 @@ impl PeerNetwork {
     /// Whether a peer has said that this node was removed from the cluster.
     pub fn removed(&self) -> watch::Receiver<bool> {
         self.removed.subscribe()
+    }
+
+    /// Has a leader sent entries or heartbeats here?
+    pub fn was_led(&self) -> bool {
+        self.led.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_led(&self) {
+        self.led.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn was_removed(&self) {

@@ -238,6 +238,7 @@ impl Peer for PeerService {
         let answers = stream::once(async move {
             let Some(first) = messages.message().await? else { return Ok(stream::empty().boxed()) };
             admit_member(&network, first.header.as_ref()).await?;
+            network.is_led();
             let requests = stream::once(ready(Ok(first)))
                 .chain(messages)
                 .map(|message| message.and_then(|message| read_append(message).map_err(malformed)));

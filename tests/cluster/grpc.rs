@@ -90,8 +90,12 @@ fn every_node_takes_every_call() {
             assert_eq!(repeated.allocations[0], allocation);
 
             let token = allocation.token;
-            let confirm =
-                v1::ConfirmRequest { name: name.clone(), token, version: allocation.version };
+            let confirm = v1::ConfirmRequest {
+                name: name.clone(),
+                token,
+                version: allocation.version,
+                ..Default::default()
+            };
             let confirmed = door.allocator.confirm(confirm).await.unwrap().into_inner();
             later(confirmed.revision);
             let bound = confirmed.allocation.unwrap();
@@ -145,13 +149,13 @@ fn every_node_takes_every_call() {
             let spare = v1::RegisterRequest { name: "spare".into(), spec: Some(spec(40_001)) };
             door.workers.register(spare).await.unwrap();
             for removed in [true, false] {
-                let remove = v1::RemoveRequest { name: "spare".into() };
+                let remove = v1::RemoveRequest { name: "spare".into(), force: None };
                 assert_eq!(
                     door.workers.remove(remove).await.unwrap().into_inner().removed,
                     removed
                 );
             }
-            let remove = v1::RemoveRequest { name: worker };
+            let remove = v1::RemoveRequest { name: worker, force: None };
             later(door.workers.remove(remove).await.unwrap().into_inner().revision);
 
             let status = door.cluster.status(v1::StatusRequest {}).await.unwrap().into_inner();
@@ -244,7 +248,12 @@ fn refusals_say_the_same_through_every_node() {
             );
             statuses.push(status);
 
-            let confirm = v1::ConfirmRequest { name: "held".into(), token: held.token, version: 1 };
+            let confirm = v1::ConfirmRequest {
+                name: "held".into(),
+                token: held.token,
+                version: 1,
+                ..Default::default()
+            };
             let status = refused(Code::FailedPrecondition, door.allocator.confirm(confirm).await);
             let broken = details(&status).precondition_failure().unwrap().clone();
             assert_eq!(broken.violations[0].r#type, "VERSION");
@@ -256,7 +265,7 @@ fn refusals_say_the_same_through_every_node() {
             assert_eq!(details(&status).resource_info().unwrap().owner, "owner");
             statuses.push(status);
 
-            let remove = v1::RemoveRequest { name: "w".into() };
+            let remove = v1::RemoveRequest { name: "w".into(), force: None };
             let status = refused(Code::FailedPrecondition, door.workers.remove(remove).await);
             assert_eq!(
                 details(&status).precondition_failure().unwrap().violations[0].r#type,
@@ -317,27 +326,8 @@ fn what_is_not_served_yet_is_unimplemented_on_every_node() {
                     assert!(status.message().contains("not served by this version"), "{status:?}");
                 }};
             }
-            not_served!(allocator.attach(v1::AttachRequest::default()));
-            not_served!(allocator.watch(v1::WatchRequest::default()));
             let requests = || tokio_stream::iter([v1::SessionRequest::default()]);
             not_served!(allocator.session(requests()));
-            not_served!(leases.grant(v1::GrantRequest { ttl_ms: 10_000 }));
-            let keep = || tokio_stream::iter([v1::KeepAliveRequest { id: 1 }]);
-            not_served!(leases.keep_alive(keep()));
-            not_served!(leases.revoke(v1::RevokeRequest { id: 1 }));
-            not_served!(leases.list(v1::ListLeasesRequest {}));
-            not_served!(cluster.add_member(v1::AddMemberRequest::default()));
-            not_served!(cluster.promote_member(v1::MemberRequest { id: 1 }));
-            not_served!(cluster.remove_member(v1::MemberRequest { id: 1 }));
-            not_served!(cluster.transfer_leader(v1::MemberRequest { id: 1 }));
-            not_served!(cluster.snapshot(v1::SnapshotRequest {}));
-            let allocate =
-                |claim: v1::Claim, dry_run| v1::AllocateRequest { claims: vec![claim], dry_run };
-            not_served!(allocator.allocate(allocate(claim("a", "w", 1), true)));
-            let leased = v1::Claim { lease: 1, ..claim("a", "w", 1) };
-            not_served!(allocator.allocate(allocate(leased, false)));
-            let timed = v1::Claim { confirm_within_ms: 1000, ..claim("a", "w", 1) };
-            not_served!(allocator.allocate(allocate(timed, false)));
         }
     });
     assert!(cluster.list().is_empty());

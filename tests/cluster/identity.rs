@@ -177,7 +177,7 @@ impl Peer {
     }
 
     async fn probe(&mut self, header: Header) -> Result<peer::ProbeResponse, Status> {
-        let request = peer::ProbeRequest { header: Some(header), members: Vec::new() };
+        let request = peer::ProbeRequest { header: Some(header), ..Default::default() };
         Ok(self.0.probe(request).await?.into_inner())
     }
 

@@ -23,6 +23,7 @@ enum Heard {
 pub struct Load {
     heard: Mutex<BTreeMap<String, Heard>>,
     acknowledged: AtomicUsize,
+    failed: AtomicUsize,
     done: AtomicBool,
 }
 
@@ -52,6 +53,11 @@ pub fn under_load(
     load.check(&cluster.list());
 }
 
+/// Calls that ended with exit code 6 so far.
+pub fn failed_calls(load: &Load) -> usize {
+    load.failed.load(Ordering::Acquire)
+}
+
 impl Load {
     /// Waits until so many more allocations were acknowledged.
     pub fn gets_on(&self, by: usize) {
@@ -78,6 +84,9 @@ impl Load {
                         None => Heard::Unknown,
                     };
                 }
+            }
+            if now == Heard::Unknown {
+                self.failed.fetch_add(1, Ordering::AcqRel);
             }
             self.heard.lock().expect("no client panicked").insert(name, now);
         }

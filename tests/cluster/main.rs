@@ -2,6 +2,7 @@
 
 mod agreement;
 mod attacks;
+mod backup;
 mod bootstrap;
 mod cli;
 mod compaction;
@@ -15,6 +16,8 @@ mod hostile;
 mod identity;
 mod lifecycle;
 mod load;
+mod members;
+mod monitoring;
 mod outcomes;
 mod pause;
 mod refusals;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use fail::FailScenario;
 use portwarden::api::assembly::{Listeners, Server};
-use portwarden::node::{NodeConfig, Upkeep};
+use portwarden::node::{Entry, Lifecycle, NodeConfig, Upkeep};
 use portwarden::proto::{reason as reasons, v1};
 use prost::Message as _;
 use rand::rngs::StdRng;
@@ -48,10 +48,13 @@ async fn start<'a>() -> Nodes<'a> {
         let config = NodeConfig {
             id,
             data_dir: dir.path().join(id.to_string()),
-            initial_cluster: initial_cluster.clone(),
+            entry: Entry::Begin(initial_cluster.clone()),
+            advertise_peer: initial_cluster[&id].clone(),
             advertise: listeners.clients.local_addr().unwrap().to_string(),
             snapshot_every: 20_000,
             upkeep: Upkeep::default(),
+            lifecycle: Lifecycle::default(),
+            backups: None,
         };
         servers.push(Server::start(config, listeners).await.unwrap());
     }

@@ -29,6 +29,8 @@ pub struct Node {
     address: Ipv4Addr,
     /// Where it keeps its data, if not in the cluster's directory.
     data: Option<PathBuf>,
+    /// It joins, and does not begin the cluster.
+    joins: bool,
     child: Option<Child>,
 }
 
@@ -92,11 +94,23 @@ impl Cluster {
                     ((number & 63) << 2) as u8 + id as u8 % 4,
                 ),
                 data: None,
+                joins: false,
                 child: None,
             })
             .collect();
         let dir = tempfile::tempdir().expect("a temporary directory");
         Cluster { nodes, flags: Vec::new(), dir }
+    }
+
+    /// One more node, not started, which joins the others.
+    pub fn add_joining(&mut self, id: u64) -> usize {
+        let [a, b, c, _] = self.nodes[0].address.octets();
+        // The fourth octets up to 254 are shared by the clusters of a process.
+        let spare = Ipv4Addr::new(a, b.wrapping_add(64), c, self.nodes[0].address.octets()[3] & !3);
+        let octets = spare.octets();
+        let address = Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3] + (id % 4) as u8);
+        self.nodes.push(Node { id, address, data: None, joins: true, child: None });
+        self.nodes.len() - 1
     }
 
     pub fn data_dir(&self, at: usize) -> PathBuf {
@@ -133,7 +147,8 @@ impl Cluster {
     }
 
     pub fn initial_cluster(&self) -> String {
-        let all = self.nodes.iter().map(|n| format!("{}={}", n.id, n.peer()));
+        let begin = self.nodes.iter().filter(|node| !node.joins);
+        let all = begin.map(|n| format!("{}={}", n.id, n.peer()));
         all.collect::<Vec<_>>().join(",")
     }
 
@@ -145,7 +160,10 @@ impl Cluster {
             vec![node.id.to_string(), "--data-dir".into(), data],
             vec!["--listen".into(), node.client(), "--listen-peer".into(), node.peer()],
             vec!["--listen-http".into(), node.http()],
-            vec!["--initial-cluster".into(), self.initial_cluster()],
+            match node.joins {
+                true => vec!["--join".into(), self.nodes[0].peer()],
+                false => vec!["--initial-cluster".into(), self.initial_cluster()],
+            },
             self.flags.clone(),
         ]
         .concat()
