@@ -237,7 +237,7 @@ fn the_json_of_the_status_is_that_of_the_design() {
         peer_endpoint: "a:2".into(),
         applied: 5,
         lag: 0,
-        ..Default::default()
+        version: "0.1.0".into(),
     };
     let mut status = v1::StatusResponse {
         cluster_id: "c".into(),

@@ -9,6 +9,7 @@
 
 use imbl::{OrdMap, Vector};
 
+use super::invariants::COUNTER_MAX;
 use super::limits::BAND_WINDOWS_MAX;
 use super::name::{InstanceName, Port, RangeName, Revision};
 
@@ -278,9 +279,10 @@ impl Pool {
         self.enqueue(number);
     }
 
-    /// Takes a free or held port out of use. The caller deals with a holder.
+    /// Takes a port out of use, or says anew why it is. The caller deals with a holder, and has
+    /// checked that it is not reserved.
     pub fn quarantine(&mut self, number: u16, quarantine: Quarantine) {
-        if self.held.remove(&number).is_none() {
+        if self.held.remove(&number).is_none() && self.is_free(number) {
             self.unfree(number);
         }
         self.quarantined.insert(number, quarantine);
@@ -436,6 +438,9 @@ impl Pool {
         if self.freed.get_max().is_some_and(|(at, _)| *at >= self.next_freed) {
             return fail("the queue of freed ports runs ahead of its counter".into());
         }
+        if self.next_freed > COUNTER_MAX {
+            return fail("the counter of freed ports leaves no room".into());
+        }
         Ok(())
     }
 }
@@ -458,6 +463,10 @@ mod tests {
         InstanceName::parse("someone").unwrap()
     }
 
+    fn quarantine(reason: &str) -> Quarantine {
+        Quarantine { reason: reason.into(), source: Source::Observed, since: Revision(1) }
+    }
+
     fn take_all(pool: &mut Pool) -> Vec<u16> {
         std::iter::from_fn(|| pool.take_next(&someone())).collect()
     }
@@ -476,7 +485,7 @@ mod tests {
     #[test]
     fn a_reserved_or_quarantined_port_is_passed_over() {
         let mut p = pool(1, 5, &[2, 60000]);
-        p.quarantine(3, Quarantine { reason: "sshd".into(), since: Revision(1) });
+        p.quarantine(3, quarantine("sshd"));
         assert_eq!(p.taken(2), Some(Taken::Reserved));
         assert_eq!(p.taken(3), Some(Taken::Quarantined("sshd".into())));
         assert_eq!(p.taken(6), Some(Taken::Unmanaged));
@@ -484,6 +493,16 @@ mod tests {
         assert!(p.lift(3) && !p.lift(3));
         assert_eq!(take_all(&mut p), [3]);
         p.check().unwrap();
+    }
+
+    #[test]
+    fn a_quarantined_port_may_be_quarantined_for_another_reason() {
+        let mut p = pool(1, 3, &[]);
+        p.quarantine(2, quarantine("seen"));
+        p.quarantine(2, quarantine("kept"));
+        p.check().unwrap();
+        assert_eq!((p.free_count(), p.quarantined_count()), (2, 1));
+        assert_eq!(p.taken(2), Some(Taken::Quarantined("kept".into())));
     }
 
     #[test]
@@ -524,7 +543,7 @@ mod tests {
         take_all(&mut p);
         p.free(12);
         p.free(11);
-        p.quarantine(13, Quarantine { reason: "x".into(), since: Revision(3) });
+        p.quarantine(13, quarantine("x"));
         let mut grown = pool(9, 16, &[16]);
         grown.inherit(&p);
         grown.check().unwrap();
