@@ -30,6 +30,9 @@ pub fn describe_metrics() {
         metrics::Unit::Seconds,
         "Time from a call's arrival to its answer, by method and gRPC code"
     );
+    let _registered = metrics::histogram!(
+        RPC_SECONDS, "method" => "/portwarden.v1.Allocator/Allocate", "code" => code_name(Code::Ok)
+    );
 }
 
 impl Api {

@@ -9,7 +9,9 @@ use tonic_types::StatusExt as _;
 
 use super::fake::{claim, count, fake, request, spec, table};
 use super::{convert, errors};
-use crate::core::{self, Command, Invalid, Refusal, Revision, apply, limits};
+use crate::core::{
+    self, Command, Invalid, LeaseId, Millis, Origin, Refusal, Revision, apply, limits,
+};
 use crate::node::{CallError, ForwardError, LocalCalls as _};
 use crate::proto::v1::allocator_server::Allocator as _;
 use crate::proto::{reason, v1};
@@ -23,9 +25,13 @@ fn violation(status: &Status) -> (String, String) {
     (bad.field_violations[0].field.clone(), bad.field_violations[0].description.clone())
 }
 
+fn allocating(claims: Vec<core::Claim>) -> Command {
+    Command::Allocate { claims, confirm_within: Millis(600_000) }
+}
+
 fn checked(claims: Vec<v1::Claim>) -> Result<(), Status> {
     let claims = convert::claims(&claims)?;
-    Command::Allocate { claims }.validate().map_err(errors::invalid)
+    allocating(claims).validate().map_err(errors::invalid)
 }
 
 fn refused(change: impl FnOnce(&mut v1::Claim)) -> (String, String) {
@@ -176,14 +182,30 @@ fn a_worker_is_checked_before_it_is_proposed() {
 }
 
 #[test]
-fn what_is_not_served_yet_says_so() {
-    let mut leased = claim("a");
-    leased.lease = 1;
-    let mut timed = claim("a");
-    timed.confirm_within_ms = 1000;
-    for claim in [leased, timed] {
-        assert_eq!(convert::claims(&[claim]).unwrap_err().code(), Code::Unimplemented);
-    }
+fn a_lease_and_a_deadline_of_zero_are_none() {
+    let parsed = |lease, confirm_within_ms| {
+        let claim = v1::Claim { lease, confirm_within_ms, ..claim("a") };
+        convert::claims(&[claim]).map(|mut claims| claims.remove(0))
+    };
+    let bare = parsed(0, 0).unwrap();
+    assert_eq!((bare.lease, bare.confirm_within), (None, None));
+    let full = parsed(7, 1_000).unwrap();
+    assert_eq!((full.lease, full.confirm_within), (Some(LeaseId(7)), Some(Millis(1_000))));
+    let (field, text) = violation(&parsed(0, 999).unwrap_err());
+    assert_eq!(field, "claims[0].confirm_within_ms");
+    assert!(text.contains("999ms") && text.contains("1s to 24h"), "{text}");
+}
+
+#[test]
+fn a_handle_names_its_boot_and_one_thing_that_lives() {
+    let parsed = |handle| {
+        convert::parse_liveness(&v1::Liveness { boot_id: "b".into(), handle }).map_err(|e| e.field)
+    };
+    let process = v1::Process { pid: 7, start_ticks: 9 };
+    let liveness = parsed(Some(v1::liveness::Handle::Process(process))).unwrap();
+    let handle = core::Handle::Process { pid: 7, start_ticks: 9 };
+    assert_eq!(liveness, core::Liveness { boot_id: "b".into(), handle });
+    assert_eq!(parsed(None).unwrap_err(), "liveness.handle");
 }
 
 // Errors.
@@ -199,12 +221,18 @@ fn every_refusal_has_a_code_and_details() {
     let phase = core::WorkerPhase::Cordoned;
     let (given, held) = (core::Token(1), core::Token(2));
     let (old, new) = (Revision(1), Revision(2));
+    let (lease, leader) = (LeaseId(1), core::Leader::default());
     let taken = core::Taken::Reserved;
     let precondition = Code::FailedPrecondition;
     for (refusal, code) in [
         (Refusal::Invalid(Invalid::new("f", "v", "l")), Code::InvalidArgument),
         (Refusal::NoWorker(worker.clone()), Code::NotFound),
-        (Refusal::NoAllocation(name.clone()), Code::NotFound),
+        (Refusal::NoAllocation { name: name.clone(), departed: None }, Code::NotFound),
+        (Refusal::NoLease(lease), Code::NotFound),
+        (Refusal::LeaseFull { lease, limit: 1 }, Code::ResourceExhausted),
+        (Refusal::Lingers { name: name.clone(), reason: "x".into() }, precondition),
+        (Refusal::NotProven { name: name.clone(), what: "x".into() }, precondition),
+        (Refusal::Deposed { proposed: leader, leader }, precondition),
         (Refusal::NameTaken { name: name.clone(), holder, difference: "uid" }, Code::AlreadyExists),
         (Refusal::WrongToken { name: name.clone(), given, held }, precondition),
         (Refusal::WrongVersion { name: name.clone(), given: old, held: new }, precondition),
@@ -246,8 +274,9 @@ fn who_holds_a_name_and_what_differs_is_told() {
     let mut state = table();
     let mut rival = claim("a");
     rival.uid = "rival".into();
-    let command = Command::Allocate { claims: convert::claims(&[rival]).unwrap() };
-    let status = errors::refusal(apply(&mut state, &command).0.outcome.unwrap_err());
+    let command = allocating(convert::claims(&[rival]).unwrap());
+    let (applied, _) = apply(&mut state, &Origin::default(), &command);
+    let status = errors::refusal(applied.outcome.unwrap_err());
     let info = status.get_details_error_info().unwrap();
     assert_eq!(info.reason, reason::NAME_TAKEN);
     for (key, value) in [("worker", "w"), ("uid", "a-uid"), ("token", "2"), ("difference", "uid")] {
@@ -446,7 +475,7 @@ async fn workers_are_served() {
     let worker = api.set_phase(Request::new(phase)).await.unwrap().into_inner().worker.unwrap();
     assert_eq!(worker.phase(), v1::WorkerPhase::Cordoned);
     assert_eq!((worker.ranges[0].held, worker.ranges[0].free), (1, 63));
-    let remove = v1::RemoveRequest { name: "w".into() };
+    let remove = v1::RemoveRequest { name: "w".into(), force: None };
     let status = api.remove(Request::new(remove)).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
     let quarantine =

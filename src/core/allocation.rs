@@ -6,7 +6,9 @@ use std::sync::Arc;
 use imbl::OrdMap;
 
 use super::claim::Claim;
-use super::limits::{ADDRESS_MAX_BYTES, CGROUP_MAX_BYTES};
+use super::limits::{
+    ADDRESS_MAX_BYTES, CGROUP_MAX_BYTES, CONTAINER_ID_MAX_BYTES, CONTAINER_ID_MIN_BYTES,
+};
 use super::name::{
     InstanceName, Invalid, LeaseId, Millis, PortName, RangeName, Revision, Token, WorkerName,
     check_text,
@@ -127,7 +129,13 @@ impl Liveness {
             let limit = "not empty: a handle counts for one boot";
             return Err(Invalid::new("liveness.boot_id", "", limit));
         }
-        match &self.handle {
+        self.handle.validate()
+    }
+}
+
+impl Handle {
+    fn validate(&self) -> Result<(), Invalid> {
+        match self {
             Handle::Process { pid: 0, .. } => {
                 Err(Invalid::new("liveness.process.pid", 0, "1 or more"))
             }
@@ -140,11 +148,13 @@ impl Liveness {
                 }
             }
             Handle::Container(id) => {
-                let hexadecimal = id.chars().all(|c| c.is_ascii_hexdigit());
-                match hexadecimal && (12..=64).contains(&id.len()) {
+                let span = CONTAINER_ID_MIN_BYTES..=CONTAINER_ID_MAX_BYTES;
+                match span.contains(&id.len()) && id.chars().all(|c| c.is_ascii_hexdigit()) {
                     true => Ok(()),
                     false => {
-                        Err(Invalid::new("liveness.container", id, "12 to 64 hexadecimal digits"))
+                        let (low, high) = span.into_inner();
+                        let limit = format!("{low} to {high} hexadecimal digits");
+                        Err(Invalid::new("liveness.container", id, limit))
                     }
                 }
             }
@@ -211,7 +221,8 @@ impl Cause {
     }
 }
 
-/// The last change of an allocation and the version that it was made to.
+/// The last change of an allocation and the version that it was made to, in the words of its caller:
+/// one who comes back from a silence may know only the version from before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastChange {
     pub from: Revision,

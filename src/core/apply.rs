@@ -11,7 +11,7 @@ use super::allocation::{
 use super::claim::{Claim, PortRequest, Ports};
 use super::command::{Actor, Applied, Authority, Command, Event, Ground, Origin, Outcome, Refusal};
 use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MAX, WORKERS_MAX};
-use super::name::{InstanceName, LeaseId, Millis, Port, Revision, Token, WorkerName};
+use super::name::{InstanceName, Invalid, LeaseId, Millis, Port, Revision, Token, WorkerName};
 use super::place::{Grant, place, take_ports};
 use super::ports::{Quarantine, Source, Taken};
 use super::state::{State, uuids};
@@ -140,6 +140,10 @@ impl Change<'_> {
         by: Actor,
     ) -> Result<Outcome, Refusal> {
         let worker = self.worker(name)?;
+        if asked == WorkerPhase::Lost && !worker.has_agent() {
+            // Nobody would ever bring it back.
+            return Err(Invalid::new("phase", asked.name(), "of a worker with an agent").into());
+        }
         let away = matches!(worker.phase, WorkerPhase::Lost | WorkerPhase::Unverified);
         let phases = match by {
             Actor::Operator if away => (worker.phase, asked),
@@ -300,10 +304,7 @@ impl Change<'_> {
         {
             return Ok(Outcome::Confirmed(held));
         }
-        // One who comes back knows the version from before its silence.
-        if held.phase != Phase::Lingering || !repeats(&held, version, &ChangeKind::Lingered) {
-            check_version(&held, version)?;
-        }
+        let from = check_version(&held, version)?;
         if lease != held.lease {
             self.check_lease(lease)?;
         }
@@ -313,7 +314,7 @@ impl Change<'_> {
             reason: None,
             lease: lease.or(held.lease),
             liveness: liveness.cloned().or_else(|| held.liveness.clone()),
-            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Confirmed }),
+            last_change: Some(LastChange { from, kind: ChangeKind::Confirmed }),
             ..Allocation::clone(&held)
         });
         Ok(Outcome::Confirmed(confirmed))
@@ -338,11 +339,11 @@ impl Change<'_> {
         {
             return Ok(Outcome::Attached(held));
         }
-        check_version(&held, version)?;
+        let from = check_version(&held, version)?;
         self.check_lease(lease)?;
         Ok(Outcome::Attached(self.put_changed(Allocation {
             lease,
-            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Attached }),
+            last_change: Some(LastChange { from, kind: ChangeKind::Attached }),
             ..Allocation::clone(&held)
         })))
     }
@@ -362,30 +363,43 @@ impl Change<'_> {
             let name = name.clone();
             return Err(Refusal::WrongVersion { name, given: version, held: held.version });
         }
-        let unproven = |what: &str| Refusal::NotProven { name: name.clone(), what: what.into() };
+        let mut worker = self.worker_of(&held)?;
+        if let Some(what) = self.doubt(&held, &worker, ground) {
+            return Err(Refusal::NotProven { name: name.clone(), what: what.into() });
+        }
         match ground {
-            Ground::Unconfirmed if held.phase != Phase::Reserved => {
-                Err(unproven("it is confirmed"))
-            }
             Ground::Unconfirmed => {
                 let reason = format!("not confirmed within {}", held.confirm_within);
                 self.let_go(&held, Cause::Unconfirmed, reason)
             }
-            Ground::Gone { .. } if held.phase == Phase::Reserved => {
-                Err(unproven("its holder may still be starting"))
-            }
-            Ground::Gone { seen, .. } if *seen < held.version => {
-                Err(unproven("it changed after it was looked at"))
-            }
-            Ground::Gone { identity, reason, .. } => {
-                let mut worker = self.worker_of(&held)?;
-                if worker.spec.identity.as_ref() != Some(identity) {
-                    return Err(unproven("it was looked for elsewhere, or on another boot"));
-                }
+            Ground::Gone { reason, .. } => {
                 let why = ReleaseReason::Reclaimed { cause: Cause::Gone, reason: reason.clone() };
                 self.free(&mut worker, &held, why);
                 Ok(Outcome::Released(Some(held)))
             }
+        }
+    }
+
+    /// Why a ground does not prove what it is given for; `None` if it does. What is `Reserved` waits
+    /// for its confirm deadline even across a boot: its start may not have begun.
+    fn doubt(&self, held: &Allocation, worker: &Worker, ground: &Ground) -> Option<&'static str> {
+        let reserved = held.phase == Phase::Reserved;
+        match ground {
+            Ground::Unconfirmed => (!reserved).then_some("it is not RESERVED any more"),
+            Ground::Gone { .. } if reserved => Some("its holder may still be starting"),
+            Ground::Gone { identity, .. } if worker.spec.identity.as_ref() != Some(identity) => {
+                Some("it was looked for elsewhere, or on another boot")
+            }
+            Ground::Gone { .. } if worker.phase == WorkerPhase::Lost => {
+                Some("its worker has fallen silent since")
+            }
+            Ground::Gone { seen, .. } if *seen < held.version => {
+                Some("it changed after it was looked at")
+            }
+            Ground::Gone { seen, .. } if *seen > self.state.revision => {
+                Some("it was looked at with knowledge of a revision that does not exist yet")
+            }
+            Ground::Gone { .. } => None,
         }
     }
 
@@ -470,7 +484,7 @@ impl Change<'_> {
         {
             return Ok(Outcome::Swapped(held));
         }
-        check_version(&held, version)?;
+        let from = check_version(&held, version)?;
         let Some(reported) = held.ports.iter().find(|p| p.number == number) else {
             return Err(Refusal::PortNotHeld { name: name.clone(), port });
         };
@@ -497,7 +511,7 @@ impl Change<'_> {
                     reason: None,
                     liveness: None,
                     swaps: held.swaps + 1,
-                    last_change: Some(LastChange { from: held.version, kind: swapped }),
+                    last_change: Some(LastChange { from, kind: swapped }),
                     ..Allocation::clone(&held)
                 }))
             }
@@ -559,13 +573,15 @@ impl Change<'_> {
         seen: Revision,
     ) -> Result<Outcome, Refusal> {
         let mut worker = self.worker_to_change(name)?;
+        let known = self.state.revision;
         let mut changed = false;
         for port in ports {
             let number = port.get();
             let pool = worker.pool_of_mut(number);
             let pool = pool.ok_or_else(|| not_free(name, *port, Taken::Unmanaged))?;
+            let was_seen = |q: &Quarantine| (q.since..=known).contains(&seen);
             let may = |q: &Quarantine| {
-                by == Actor::Operator || (q.source != Source::Operator && q.since <= seen)
+                by == Actor::Operator || (q.source != Source::Operator && was_seen(q))
             };
             if pool.quarantined.get(&number).is_some_and(may) {
                 changed |= pool.lift(number);
@@ -730,10 +746,15 @@ fn check_token(held: &Allocation, given: Token) -> Result<(), Refusal> {
     Err(Refusal::WrongToken { name: held.name().clone(), given, held: held.token })
 }
 
-/// 0 is unguarded.
-fn check_version(held: &Allocation, given: Revision) -> Result<(), Refusal> {
-    if given == Revision(0) || given == held.version {
-        return Ok(());
+/// The version that a change is made to, for its repeats to be known by. 0 is unguarded, and one who
+/// comes back knows the version from before its silence.
+fn check_version(held: &Allocation, given: Revision) -> Result<Revision, Refusal> {
+    if given == Revision(0) {
+        return Ok(held.version);
+    }
+    let fell_silent = held.phase == Phase::Lingering && repeats(held, given, &ChangeKind::Lingered);
+    if given == held.version || fell_silent {
+        return Ok(given);
     }
     Err(Refusal::WrongVersion { name: held.name().clone(), given, held: held.version })
 }

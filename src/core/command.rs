@@ -204,8 +204,8 @@ impl Command {
                 check_text("reason", reason, REASON_MAX_BYTES)
             }
             Command::UpdateWorker { patch, .. } => patch.validate(),
-            Command::SetWorkerPhase { .. }
-            | Command::VerifyWorker { .. }
+            Command::SetWorkerPhase { phase, by, .. } => may_set(*by, *phase),
+            Command::VerifyWorker { .. }
             | Command::RemoveWorker { .. }
             | Command::Confirm { .. }
             | Command::Attach { .. }
@@ -230,6 +230,27 @@ impl Command {
         }
     }
 
+    /// All that [`Command::kind`] may say.
+    pub const KINDS: [&str; 17] = [
+        "register_worker",
+        "update_worker",
+        "set_worker_phase",
+        "verify_worker",
+        "remove_worker",
+        "allocate",
+        "confirm",
+        "attach",
+        "reclaim",
+        "grant_lease",
+        "revoke_lease",
+        "expire_lease",
+        "release",
+        "report_conflict",
+        "quarantine",
+        "lift_quarantine",
+        "checkpoint",
+    ];
+
     /// For metrics and traces.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -251,6 +272,19 @@ impl Command {
             Command::LiftQuarantine { .. } => "lift_quarantine",
             Command::Checkpoint(_) => "checkpoint",
         }
+    }
+}
+
+/// `Lost` is the leader's to say, and what a worker is to be else the operator's; `Unverified` comes
+/// with a restore alone.
+fn may_set(by: Actor, phase: WorkerPhase) -> Result<(), Invalid> {
+    use WorkerPhase::{Cordoned, Draining, Lost, Ready};
+    match (by, phase) {
+        (Actor::Operator, Ready | Cordoned | Draining) | (Actor::Leader(_), Ready | Lost) => Ok(()),
+        (Actor::Operator, _) => {
+            Err(Invalid::new("phase", phase.name(), "READY, CORDONED or DRAINING"))
+        }
+        (Actor::Leader(_), _) => Err(Invalid::new("phase", phase.name(), "READY or LOST")),
     }
 }
 

@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::allocation::{
     Allocation, ChangeKind, Departure, Handle, HeldGpu, HeldPort, LastChange, Lease, Liveness,
+    ReleaseReason,
 };
 use super::claim::{Claim, GpuChoice, GpuRequest, GpuShare, Placement, PortRequest, Ports};
 use super::name::Labels;
@@ -62,7 +63,7 @@ pub fn digest(state: &State) -> Digest {
         sink.number(at.0);
         sink.text(worker.as_str());
         sink.number(token.0);
-        sink.text(&why.to_string());
+        sink.why_released(why);
     });
     // Without members, as before there was one: the table alone.
     if !members.is_empty() {
@@ -246,6 +247,20 @@ impl Sink {
                 }
             }
         });
+    }
+
+    fn why_released(&mut self, why: &ReleaseReason) {
+        match why {
+            ReleaseReason::ByHolder => self.text("holder"),
+            ReleaseReason::Forced { reason } => {
+                self.text("forced");
+                self.text(reason);
+            }
+            ReleaseReason::Reclaimed { cause, reason } => {
+                self.text(cause.name());
+                self.text(reason);
+            }
+        }
     }
 
     fn claim(&mut self, claim: &Claim) {

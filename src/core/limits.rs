@@ -62,6 +62,10 @@ pub const SPAN_MIN_MS: u64 = 1_000;
 pub const SPAN_MAX_MS: u64 = 86_400_000;
 /// Longest cgroup path of a liveness handle, in bytes.
 pub const CGROUP_MAX_BYTES: usize = 1024;
+/// Shortest id of a container in a liveness handle, in hexadecimal digits.
+pub const CONTAINER_ID_MIN_BYTES: usize = 12;
+/// Longest, in the same.
+pub const CONTAINER_ID_MAX_BYTES: usize = 64;
 /// Reclaimed and forced-out names of which the table remembers when and why.
 pub const DEPARTURES_MAX: usize = 10_000;
 /// Workers that an explanation shows.

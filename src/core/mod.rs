@@ -9,6 +9,7 @@
 //!   worker; a network namespace of a machine belongs to one worker;
 //! - every allocation's worker, ports and GPUs exist and name it as their holder, its lease too
 //!   while it is on one; what lingers is on none; every index is the inverse of its map;
+//! - a name that is remembered as gone is not held;
 //! - the revision never goes back; one changing command is one revision; a token is the revision
 //!   of its grant, so that no (name, token) names two grants;
 //! - replicas that applied the same prefix have equal digests.

@@ -9,6 +9,7 @@
 
 use imbl::{OrdMap, Vector};
 
+use super::invariants::COUNTER_MAX;
 use super::limits::BAND_WINDOWS_MAX;
 use super::name::{InstanceName, Port, RangeName, Revision};
 
@@ -278,13 +279,13 @@ impl Pool {
         self.enqueue(number);
     }
 
-    /// Takes a free or held port out of use, or gives another reason for one that is. The caller deals
-    /// with a holder.
+    /// Takes a port out of use, or says anew why it is. The caller deals with a holder, and has
+    /// checked that it is not reserved.
     pub fn quarantine(&mut self, number: u16, quarantine: Quarantine) {
-        let again = self.quarantined.insert(number, quarantine).is_some();
-        if self.held.remove(&number).is_none() && !again {
+        if self.held.remove(&number).is_none() && self.is_free(number) {
             self.unfree(number);
         }
+        self.quarantined.insert(number, quarantine);
     }
 
     /// Puts a quarantined port back in use, at the end of the queue. False where it was not.
@@ -437,6 +438,9 @@ impl Pool {
         if self.freed.get_max().is_some_and(|(at, _)| *at >= self.next_freed) {
             return fail("the queue of freed ports runs ahead of its counter".into());
         }
+        if self.next_freed > COUNTER_MAX {
+            return fail("the counter of freed ports leaves no room".into());
+        }
         Ok(())
     }
 }
@@ -459,6 +463,10 @@ mod tests {
         InstanceName::parse("someone").unwrap()
     }
 
+    fn quarantine(reason: &str) -> Quarantine {
+        Quarantine { reason: reason.into(), source: Source::Observed, since: Revision(1) }
+    }
+
     fn take_all(pool: &mut Pool) -> Vec<u16> {
         std::iter::from_fn(|| pool.take_next(&someone())).collect()
     }
@@ -477,7 +485,7 @@ mod tests {
     #[test]
     fn a_reserved_or_quarantined_port_is_passed_over() {
         let mut p = pool(1, 5, &[2, 60000]);
-        p.quarantine(3, Quarantine { reason: "sshd".into(), since: Revision(1) });
+        p.quarantine(3, quarantine("sshd"));
         assert_eq!(p.taken(2), Some(Taken::Reserved));
         assert_eq!(p.taken(3), Some(Taken::Quarantined("sshd".into())));
         assert_eq!(p.taken(6), Some(Taken::Unmanaged));
@@ -488,17 +496,13 @@ mod tests {
     }
 
     #[test]
-    fn another_reason_for_a_quarantine_does_not_free_the_port() {
-        let mut p = pool(1, 2, &[]);
-        for (reason, source) in [("conflict", Source::Conflict), ("sshd", Source::Operator)] {
-            p.quarantine(1, Quarantine { reason: reason.into(), source, since: Revision(1) });
-            p.check().unwrap();
-            assert_eq!(p.taken(1), Some(Taken::Quarantined(reason.into())));
-        }
-        assert_eq!(take_all(&mut p), [2]);
-        assert!(p.lift(1));
-        assert_eq!(take_all(&mut p), [1]);
+    fn a_quarantined_port_may_be_quarantined_for_another_reason() {
+        let mut p = pool(1, 3, &[]);
+        p.quarantine(2, quarantine("seen"));
+        p.quarantine(2, quarantine("kept"));
         p.check().unwrap();
+        assert_eq!((p.free_count(), p.quarantined_count()), (2, 1));
+        assert_eq!(p.taken(2), Some(Taken::Quarantined("kept".into())));
     }
 
     #[test]
@@ -539,7 +543,7 @@ mod tests {
         take_all(&mut p);
         p.free(12);
         p.free(11);
-        p.quarantine(13, Quarantine { reason: "x".into(), since: Revision(3) });
+        p.quarantine(13, quarantine("x"));
         let mut grown = pool(9, 16, &[16]);
         grown.inherit(&p);
         grown.check().unwrap();

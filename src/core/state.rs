@@ -376,6 +376,9 @@ impl Restore {
         {
             return Err(format!("the departure of {name} is out of order"));
         }
+        if self.state.departures.len() == DEPARTURES_MAX {
+            return Err("too many departures are recorded".into());
+        }
         self.state.remember_departure(name, departure);
         Ok(())
     }

@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge};
+use metrics::{
+    Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
 use openraft::ServerState;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -49,6 +51,7 @@ pub fn describe() {
         ("portwarden_read_round_readers", "Readers served by one read round"),
     ] {
         describe_histogram!(name, Unit::Count, text);
+        let _registered = histogram!(name);
     }
     for (name, text) in [
         ("portwarden_proposal_seconds", "From proposal of an entry to its answer"),
@@ -56,9 +59,9 @@ pub fn describe() {
         ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
         ("portwarden_log_flush_seconds", "One flush of the log to the disk"),
         ("portwarden_digest_seconds", "Digest of the table for a checkpoint"),
-        ("portwarden_rpc_seconds", "One call of a client, by method and code"),
     ] {
         describe_histogram!(name, Unit::Seconds, text);
+        let _registered = histogram!(name);
     }
     for (name, text) in [
         ("portwarden_is_leader", "1 on the leader"),
@@ -102,6 +105,11 @@ pub fn describe() {
     counter!("portwarden_quarantines_total").absolute(0);
     for outcome in ["swapped", "reclaimed"] {
         counter!("portwarden_conflicts_total", "outcome" => outcome).absolute(0);
+    }
+    for kind in Command::KINDS {
+        counter!("portwarden_proposals_total", "command" => kind).absolute(0);
+        counter!("portwarden_commands_applied_total", "command" => kind, "outcome" => "ok")
+            .absolute(0);
     }
     for result in ["counted", "ignored", "unknown_worker", "other_identity"] {
         counter!("portwarden_reports_total", "result" => result).absolute(0);

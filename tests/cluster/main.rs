@@ -17,6 +17,7 @@ mod identity;
 mod lifecycle;
 mod load;
 mod members;
+mod monitoring;
 mod outcomes;
 mod pause;
 mod refusals;

@@ -20,8 +20,7 @@ fn script() -> Vec<(&'static str, Vec<Command>)> {
             s.labels = labels(&[("zone", "a"), ("gpu", "4090")]);
             s.reserved = [port(40003)].into();
             s.gpus[0].uuid = uuid.into();
-            let (machine_id, boot_id) = ("m-1".into(), "b-1".into());
-            s.identity = Some(Identity { machine_id, boot_id, namespace: 4026531840 });
+            s.identity = Some(golden_identity("b-1"));
         })
     };
     let plain = |first| spec(&[("service", first, first + 7)], &[]);
@@ -102,21 +101,104 @@ fn script() -> Vec<(&'static str, Vec<Command>)> {
                 ),
                 report("j", Token(24), 0, 40001),
                 allocate(&[claim("k", "w1").count(2).ask(Some("service"), Ports::Count(4))]),
-                Command::SetWorkerPhase { name: worker("w3"), phase: WorkerPhase::Draining },
+                phase("w3", WorkerPhase::Draining),
                 allocate(&[claim("l", "w3").count(1)]),
                 allocate(&[spread(any("l").count(1), "zone=b")]),
-                Command::RemoveWorker { name: worker("w3") },
+                remove("w3"),
                 force("d", "drained"),
                 force("b", "drained"),
-                Command::RemoveWorker { name: worker("w3") },
-                Command::UpdateWorker {
-                    name: worker("w1"),
-                    patch: WorkerPatch { gpus: Some(vec![]), ..WorkerPatch::default() },
-                },
+                remove("w3"),
+                update("w1", WorkerPatch { gpus: Some(vec![]), ..WorkerPatch::default() }),
                 allocate(&[with(spread(any("m").band(3), ""), |c| c.bound = true)]),
             ],
         ),
+        (
+            "leases",
+            vec![
+                grant_lease(10_000),
+                grant_lease(10_000),
+                grant_lease(999),
+                allocate(&[claim("n", "w1").count(1).on(LeaseId(33))]),
+                allocate(&[
+                    claim("o", "w2").count(1).on(LeaseId(33)),
+                    claim("p", "w2").count(1).on(LeaseId(34)),
+                ]),
+                allocate(&[claim("q", "w2").count(1).on(LeaseId(35))]),
+                confirm_with("n", Token(35), 35, process("b-1", 7), None),
+                attach("p", Token(36), 36, Some(LeaseId(33))),
+                attach("p", Token(36), 36, Some(LeaseId(33))),
+                attach("p", Token(36), 0, None),
+                Command::ExpireLease { id: LeaseId(33), under: DEPOSED },
+                expire(LeaseId(33)),
+                expire(LeaseId(33)),
+                attach("n", Token(35), 0, Some(LeaseId(34))),
+                confirm_with("n", Token(35), 37, None, Some(LeaseId(34))),
+                confirm_with("n", Token(35), 37, None, Some(LeaseId(34))),
+                revoke(LeaseId(34)),
+            ],
+        ),
+        (
+            "deadlines and evidence",
+            vec![
+                unconfirmed("n", 35, 42),
+                unconfirmed("k", 27, 27),
+                unconfirmed("p", 36, 39),
+                seen_gone("k", 27, 43, 42),
+                seen_gone("n", 35, 42, 99),
+                confirm("k", Token(27), 27),
+                confirm("k", Token(27), 27),
+                reboot("w1", golden_identity("b-2")),
+                seen_gone("n", 35, 42, 45),
+                lose("w1"),
+                judged("n", 35, 42, gone(golden_identity("b-2"), Revision(46))),
+            ],
+        ),
+        (
+            "what is seen in use",
+            vec![
+                find("w1"),
+                judged("n", 35, 42, gone(golden_identity("b-2"), Revision(47))),
+                observe("w2", &[40005, 40006]),
+                quarantine("w2", &[40006]),
+                clear("w2", &[40005, 40006], Revision(40)),
+                clear("w2", &[40005, 40006], Revision(60)),
+                observe("w1", &[40016, 40019]),
+            ],
+        ),
+        (
+            "the end of a worker",
+            vec![
+                lose("w2"),
+                phase("w1", WorkerPhase::Cordoned),
+                lose("w1"),
+                phase("w1", WorkerPhase::Ready),
+                report("k", Token(27), 0, 40016),
+                evict("w1", "burned"),
+                confirm("k", Token(27), 0),
+                allocate(&[claim("k", "w2").count(1)]),
+                remove("w1"),
+            ],
+        ),
     ]
+}
+
+fn golden_identity(boot: &str) -> Identity {
+    let (machine_id, boot_id) = ("m-1".into(), boot.into());
+    Identity { machine_id, boot_id, namespace: 4026531840 }
+}
+
+fn judged(name: &str, token: u64, version: u64, ground: Ground) -> Command {
+    let (name, token, version) = (instance(name), Token(token), Revision(version));
+    Command::Reclaim { name, token, version, ground, under: LEADER }
+}
+
+fn unconfirmed(name: &str, token: u64, version: u64) -> Command {
+    judged(name, token, version, Ground::Unconfirmed)
+}
+
+/// On the first boot, as of revision `seen`.
+fn seen_gone(name: &str, token: u64, version: u64, seen: u64) -> Command {
+    judged(name, token, version, gone(golden_identity("b-1"), Revision(seen)))
 }
 
 fn play() -> String {
@@ -125,7 +207,7 @@ fn play() -> String {
     for (group, commands) in script() {
         writeln!(played, "# {group}").unwrap();
         for command in &commands {
-            let (applied, _) = apply(&mut state, command);
+            let (applied, _) = apply(&mut state, &ORIGIN, command);
             check_invariants(&state).unwrap();
             writeln!(played, "{}: {}", command.kind(), answer(&applied.outcome)).unwrap();
         }

@@ -14,8 +14,9 @@ fn answer(outcome: &Result<Outcome, Refusal>) -> String {
     let granted = |a: &Allocation| {
         let ports: Vec<_> = a.ports.iter().map(|p| p.number).collect();
         let gpus: Vec<_> = a.gpus.iter().map(|g| g.index).collect();
+        let lease = a.lease.map_or(String::new(), |id| format!(" lease {id}"));
         format!(
-            "{} on {} ports {ports:?} gpus {gpus:?} token {} version {} {}",
+            "{} on {} ports {ports:?} gpus {gpus:?} token {} version {} {}{lease}",
             a.name(),
             a.worker,
             a.token,
@@ -31,6 +32,10 @@ fn answer(outcome: &Result<Outcome, Refusal>) -> String {
             format!("{} {}", if *repeated { "repeated" } else { "granted" }, all.join("; "))
         }
         Ok(Outcome::Confirmed(a)) => format!("confirmed {}", granted(a)),
+        Ok(Outcome::Attached(a)) => format!("attached {}", granted(a)),
+        Ok(Outcome::Lingers(a)) => format!("lingers {}", granted(a)),
+        Ok(Outcome::Lease(lease)) => format!("lease {}", lease.id),
+        Ok(Outcome::LeaseEnded(lease)) => format!("ended {}", lease.is_some()),
         Ok(Outcome::Released(a)) => format!("released {}", a.is_some()),
         Ok(Outcome::Swapped(a)) => format!("swapped {}", granted(a)),
         Ok(Outcome::Reclaimed { allocation, .. }) => format!("reclaimed {}", allocation.name()),

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::make::LEADER;
 use super::*;
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -10,14 +11,21 @@ pub struct Model {
     pub revision: u64,
     pub workers: BTreeMap<WorkerName, Host>,
     pub held: BTreeMap<InstanceName, Held>,
+    pub leases: BTreeMap<LeaseId, Millis>,
+    /// What left other than by its holder's word, and why.
+    pub gone: BTreeMap<InstanceName, &'static str>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Host {
     pub spec: WorkerSpec,
     pub phase: WorkerPhase,
+    /// What an operator wants it to be.
+    pub wanted: WorkerPhase,
+    pub created: u64,
+    pub booted: u64,
     pub ports: BTreeMap<u16, (RangeName, Slot)>,
-    clock: u64,
+    pub clock: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -25,7 +33,8 @@ pub enum Slot {
     /// Since when; 0 if it was never used. The lowest is given first.
     Free(u64),
     Held,
-    Quarantined,
+    /// On whose word, and since when.
+    Quarantined(Source, u64),
     Reserved,
 }
 
@@ -37,9 +46,12 @@ pub struct Held {
     pub ports: Vec<Vec<u16>>,
     pub gpus: BTreeSet<u32>,
     pub token: u64,
-    pub bound: bool,
-    /// The port that was swapped out, where that was the last change.
-    pub swapped: Option<u16>,
+    pub version: u64,
+    pub phase: Phase,
+    pub confirmed: bool,
+    pub lease: Option<LeaseId>,
+    pub liveness: Option<Liveness>,
+    pub last: Option<LastChange>,
 }
 
 /// What came of a command, or why it was refused. The details are in the table.
@@ -47,30 +59,74 @@ pub type Word = Result<&'static str, &'static str>;
 
 impl Model {
     pub fn apply(&mut self, command: &Command) -> Word {
-        let mut next = Model { revision: self.revision + 1, ..self.clone() };
+        let before = self.revision;
+        let mut next = Model { revision: before + 1, ..self.clone() };
         let word = next.run(command)?;
-        if (&next.workers, &next.held) != (&self.workers, &self.held) {
-            *self = next;
+        next.revision = before;
+        if next != *self {
+            *self = Model { revision: before + 1, ..next };
         }
         Ok(word)
     }
 
+    /// Without since when ports are free.
+    pub fn shown(&self) -> Model {
+        let mut shown = self.clone();
+        for host in shown.workers.values_mut() {
+            host.clock = 0;
+            let free = host.ports.values_mut().filter(|(_, slot)| matches!(slot, Slot::Free(_)));
+            free.for_each(|(_, slot)| *slot = Slot::Free(0));
+        }
+        shown
+    }
+
+    /// As the table of a new cluster.
+    pub fn anew(&mut self) {
+        self.revision += RESTORE_GAP;
+        self.workers.values_mut().for_each(|host| host.phase = WorkerPhase::Unverified);
+        for held in self.held.values_mut() {
+            (held.token, held.version, held.last) = (self.revision, self.revision, None);
+        }
+    }
+
     fn run(&mut self, command: &Command) -> Word {
         match command {
-            Command::RegisterWorker { name, spec } => self.respec(name, spec.clone()),
+            Command::Reclaim { under, .. }
+            | Command::ExpireLease { under, .. }
+            | Command::SetWorkerPhase { by: Actor::Leader(under), .. }
+            | Command::VerifyWorker { by: Actor::Leader(under), .. }
+            | Command::Quarantine { by: Actor::Leader(under), .. }
+            | Command::LiftQuarantine { by: Actor::Leader(under), .. }
+                if *under != LEADER =>
+            {
+                Err("Deposed")
+            }
+            Command::RegisterWorker { name, spec } => {
+                let known = self.workers.get(name).and_then(|host| host.spec.identity.clone());
+                let identity = spec.identity.clone().or(known);
+                self.respec(name, WorkerSpec { identity, ..spec.clone() })
+            }
             Command::UpdateWorker { name, patch } => {
                 let spec = patch.onto(&self.host(name)?.spec);
                 self.respec(name, spec)
             }
-            Command::SetWorkerPhase { name, phase } => {
-                self.host(name)?.phase = *phase;
+            Command::SetWorkerPhase { name, phase, by } => self.set_phase(name, *phase, *by),
+            Command::VerifyWorker { name, .. } => {
+                let host = self.host(name)?;
+                if host.phase == WorkerPhase::Unverified {
+                    host.phase = host.wanted;
+                }
                 Ok("worker")
             }
-            Command::RemoveWorker { name } => match self.held.values().any(|h| h.worker == *name) {
-                true => Err("WorkerInUse"),
-                false => Ok(self.workers.remove(name).map_or("removed false", |_| "removed true")),
-            },
-            Command::Allocate { claims } => {
+            Command::RemoveWorker { name, force } => {
+                let on = self.names(|held| held.worker == *name);
+                if force.is_none() && !on.is_empty() {
+                    return Err("WorkerInUse");
+                }
+                on.iter().try_for_each(|held| self.drop(held, "forced", "").map(drop))?;
+                Ok(self.workers.remove(name).map_or("removed false", |_| "removed true"))
+            }
+            Command::Allocate { claims, .. } => {
                 let Some(first) = claims.iter().find_map(|c| self.held.get(&c.name)) else {
                     return claims.iter().try_fold("granted", |_, claim| self.place(claim));
                 };
@@ -82,50 +138,187 @@ impl Model {
                     Err("NameTaken")
                 }
             }
-            Command::Confirm { name, token, .. } => {
-                let held = self.owned(name, token.0)?;
-                (held.bound, held.swapped) = (true, None);
-                Ok("confirmed")
+            Command::Confirm { name, token, version, liveness, lease } => {
+                let held = self.owned(name, token.0)?.clone();
+                let next = Held {
+                    phase: Phase::Bound,
+                    confirmed: true,
+                    lease: lease.or(held.lease),
+                    liveness: liveness.clone().or(held.liveness.clone()),
+                    ..held.clone()
+                };
+                self.change(held, next, version.0, ChangeKind::Confirmed, "confirmed")
+            }
+            Command::Attach { name, token, version, lease } => {
+                let held = self.owned(name, token.0)?.clone();
+                if held.phase == Phase::Lingering {
+                    return Err("Lingers");
+                }
+                let next = Held { lease: *lease, ..held.clone() };
+                self.change(held, next, version.0, ChangeKind::Attached, "attached")
             }
             Command::Release { name, .. } if !self.held.contains_key(name) => Ok("released false"),
-            Command::Release { name, authority } => {
-                if let Authority::Holder(token) = authority {
+            Command::Release { name, authority } => match authority {
+                Authority::Operator { .. } => self.drop(name, "forced", "released true"),
+                Authority::Holder(token) => {
                     self.owned(name, token.0)?;
+                    self.drop(name, "released", "released true")
                 }
-                self.drop(name, "released true")
+            },
+            Command::ReportConflict { name, token, version, port } => {
+                self.report(name, token.0, version.0, port.get())
             }
-            Command::ReportConflict { name, token, port, .. } => {
-                self.report(name, token.0, port.get())
+            Command::Reclaim { name, token, version, ground, .. } => {
+                let held = self.owned(name, token.0)?.clone();
+                if held.version != version.0 {
+                    return Err("WrongVersion");
+                }
+                match ground {
+                    Ground::Unconfirmed if held.phase == Phase::Reserved => {
+                        self.let_go(name, "unconfirmed")
+                    }
+                    Ground::Gone { identity, seen, .. } if self.proves(&held, identity, seen.0) => {
+                        self.drop(name, "gone", "released true")
+                    }
+                    _ => Err("NotProven"),
+                }
             }
-            Command::Quarantine { worker, ports, .. } => {
+            Command::Quarantine { worker, ports, by, .. } => self.quarantine(worker, ports, *by),
+            Command::LiftQuarantine { worker, ports, by, seen } => {
+                let now = self.revision;
                 let host = self.host(worker)?;
                 for port in ports {
-                    match host.ports.get_mut(&port.get()) {
-                        Some((_, slot @ (Slot::Free(_) | Slot::Quarantined))) => {
-                            *slot = Slot::Quarantined;
-                        }
-                        _ => return Err("PortNotFree"),
+                    let (_, slot) = host.ports.get(&port.get()).ok_or("PortNotFree")?.clone();
+                    if let Slot::Quarantined(source, since) = slot
+                        && (*by == Actor::Operator
+                            || source != Source::Operator && (since..now).contains(&seen.0))
+                    {
+                        host.free(port.get(), slot);
                     }
                 }
                 Ok("worker")
             }
-            Command::LiftQuarantine { worker, ports } => {
-                let host = self.host(worker)?;
-                for port in ports {
-                    host.ports.get(&port.get()).ok_or("PortNotFree")?;
-                    host.free(port.get(), Slot::Quarantined);
-                }
-                Ok("worker")
+            Command::GrantLease { ttl } => {
+                self.leases.insert(LeaseId(self.revision), *ttl);
+                Ok("lease")
+            }
+            Command::RevokeLease { id } | Command::ExpireLease { id, .. } => {
+                let was = self.leases.remove(id).is_some();
+                let on = self.names(|held| held.lease == Some(*id));
+                on.iter().try_for_each(|name| self.let_go(name, "lease_ended").map(drop))?;
+                Ok(if was { "ended true" } else { "ended false" })
             }
             Command::Checkpoint(_) => Ok("noted"),
         }
     }
 
-    /// A port keeps its past; what is held keeps its range, its GPU and its memory.
+    fn names(&self, which: impl Fn(&Held) -> bool) -> Vec<InstanceName> {
+        self.held.iter().filter(|(_, held)| which(held)).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// A change that its caller knows by a version: 0 is any, and one who comes back knows that from
+    /// before its silence.
+    fn change(
+        &mut self,
+        held: Held,
+        next: Held,
+        version: u64,
+        kind: ChangeKind,
+        word: &'static str,
+    ) -> Word {
+        let repeated = held.last.as_ref().is_some_and(|l| l.from.0 == version && l.kind == kind);
+        if next == held && (repeated || version == 0 || version == held.version) {
+            return Ok(word);
+        }
+        let from = held.known_as(version)?;
+        if next.lease != held.lease {
+            self.check_lease(next.lease)?;
+        }
+        let last = Some(LastChange { from, kind });
+        let name = held.claim.name.clone();
+        self.held.insert(name, Held { version: self.revision, last, ..next });
+        Ok(word)
+    }
+
+    /// Its holder fell silent: where an agent watches, that frees nothing.
+    fn let_go(&mut self, name: &InstanceName, cause: &'static str) -> Word {
+        let held = self.held[name].clone();
+        if self.host(&held.worker)?.spec.identity.is_none() {
+            return self.drop(name, cause, "released true");
+        }
+        let from = Revision(held.version);
+        let last = Some(LastChange { from, kind: ChangeKind::Lingered });
+        let (version, phase, lease) = (self.revision, Phase::Lingering, None);
+        self.held.insert(name.clone(), Held { version, phase, lease, last, ..held });
+        Ok("lingers")
+    }
+
+    fn proves(&self, held: &Held, identity: &Identity, seen: u64) -> bool {
+        let host = &self.workers[&held.worker];
+        held.phase != Phase::Reserved
+            && host.phase != WorkerPhase::Lost
+            && host.spec.identity.as_ref() == Some(identity)
+            && (held.version..self.revision).contains(&seen)
+    }
+
+    fn check_lease(&self, id: Option<LeaseId>) -> Result<(), &'static str> {
+        match id.is_none_or(|id| self.leases.contains_key(&id)) {
+            true => Ok(()),
+            false => Err("NoLease"),
+        }
+    }
+
+    fn set_phase(&mut self, name: &WorkerName, phase: WorkerPhase, by: Actor) -> Word {
+        let host = self.host(name)?;
+        if phase == WorkerPhase::Lost && host.spec.identity.is_none() {
+            return Err("Invalid");
+        }
+        let ready = !matches!(host.phase, WorkerPhase::Lost | WorkerPhase::Unverified);
+        if by == Actor::Operator {
+            host.wanted = phase;
+        }
+        if host.phase != WorkerPhase::Unverified && (ready || by != Actor::Operator) {
+            host.phase = if phase == WorkerPhase::Lost { phase } else { host.wanted };
+        }
+        Ok("worker")
+    }
+
+    /// What an operator says holds until an operator says otherwise.
+    fn quarantine(&mut self, worker: &WorkerName, ports: &[Port], by: Actor) -> Word {
+        let now = self.revision;
+        let host = self.host(worker)?;
+        for port in ports {
+            let (_, slot) = host.ports.get_mut(&port.get()).ok_or("PortNotFree")?;
+            match (by, &*slot) {
+                (Actor::Operator, Slot::Quarantined(Source::Operator, _)) => {}
+                (Actor::Operator, Slot::Free(_) | Slot::Quarantined(..)) => {
+                    *slot = Slot::Quarantined(Source::Operator, now);
+                }
+                (Actor::Operator, _) => return Err("PortNotFree"),
+                (_, Slot::Free(_)) => *slot = Slot::Quarantined(Source::Observed, now),
+                _ => {}
+            }
+        }
+        Ok("worker")
+    }
+
+    /// A port keeps its past; what is held keeps its range, its GPU, its memory and its namespace.
     fn respec(&mut self, name: &WorkerName, spec: WorkerSpec) -> Word {
-        let (phase, ports, clock) = (WorkerPhase::Ready, BTreeMap::new(), 0);
-        let new = Host { spec: spec.clone(), phase, ports, clock };
-        let old = self.workers.get(name).cloned().unwrap_or(new);
+        let boot = |spec: &WorkerSpec| spec.identity.as_ref().map(|id| id.boot_id.clone());
+        let old = self.workers.get(name).cloned().unwrap_or_else(|| Host {
+            spec: spec.clone(),
+            phase: WorkerPhase::Ready,
+            wanted: WorkerPhase::Ready,
+            created: self.revision,
+            booted: if spec.identity.is_some() { self.revision } else { 0 },
+            ports: BTreeMap::new(),
+            clock: 0,
+        });
+        let booted = match boot(&old.spec) {
+            before if before == boot(&spec) => old.booted,
+            None => old.created,
+            Some(_) => self.revision,
+        };
         let mut ports = BTreeMap::new();
         for range in &spec.ranges {
             for n in range.first.get()..=range.last.get() {
@@ -137,21 +330,44 @@ impl Model {
                 ports.insert(n, (range.name.clone(), slot));
             }
         }
+        let uuids = |spec: &WorkerSpec| -> BTreeSet<String> {
+            spec.gpus.iter().map(|g| g.uuid.clone()).filter(|uuid| !uuid.is_empty()).collect()
+        };
+        let others = self.workers.iter().filter(|other| other.0 != name).map(|other| &other.1.spec);
+        for other in others {
+            let same_id = spec.identity.is_some() && spec.identity == other.identity;
+            if same_id || !uuids(&spec).is_disjoint(&uuids(other)) {
+                return Err("IdentityTaken");
+            }
+        }
         let no_port = |(n, p): (_, &(_, Slot))| p.1 == Slot::Held && ports.get(n) != Some(p);
         let no_gpu = |old: &GpuSpec| {
             let used = self.used(name, old);
-            let fits = |new: &GpuSpec| used == self.used(name, new) && used <= new.memory_bytes;
+            let fits = |new: &GpuSpec| {
+                new.uuid == old.uuid && used == self.used(name, new) && used <= new.memory_bytes
+            };
             used > 0 && !spec.gpus.iter().any(|new| new.index == old.index && fits(new))
         };
-        if old.ports.iter().any(no_port) || old.spec.gpus.iter().any(no_gpu) {
+        let no_home = match (&old.spec.identity, &spec.identity) {
+            (Some(old), Some(new)) => {
+                old.machine_id != new.machine_id
+                    || old.boot_id == new.boot_id && old.namespace != new.namespace
+            }
+            _ => false,
+        };
+        if old.ports.iter().any(no_port)
+            || old.spec.gpus.iter().any(no_gpu)
+            || no_home && self.held.values().any(|held| held.worker == *name)
+        {
             return Err("WouldLose");
         }
-        self.workers.insert(name.clone(), Host { spec, ports, ..old });
+        self.workers.insert(name.clone(), Host { spec, ports, booted, ..old });
         Ok("worker")
     }
 
     /// Tries every worker, ordered by what it has free of what the claim needs most.
     fn place(&mut self, claim: &Claim) -> Word {
+        self.check_lease(claim.lease)?;
         let room = |name: &WorkerName, host: &Host| -> u64 {
             let gpus = host.spec.gpus.iter().map(|g| (g, g.memory_bytes - self.used(name, g)));
             match claim.gpus.as_ref().map(|g| g.share) {
@@ -211,42 +427,70 @@ impl Model {
         for (asked, ports) in requests {
             *ports = host.take(asked)?;
         }
-        let (worker, token) = (worker.clone(), self.revision);
-        let (bound, swapped) = (claim.bound, None);
-        let held = Held { claim: claim.clone(), worker, ports, gpus, token, bound, swapped };
+        let held = Held {
+            claim: claim.clone(),
+            worker: worker.clone(),
+            ports,
+            gpus,
+            token: self.revision,
+            version: self.revision,
+            phase: if claim.bound { Phase::Bound } else { Phase::Reserved },
+            confirmed: claim.bound,
+            lease: claim.lease,
+            liveness: None,
+            last: None,
+        };
         self.held.insert(claim.name.clone(), held);
+        self.gone.remove(&claim.name);
         Some(())
     }
 
     /// The port is quarantined; another one, or for a band another band, takes its place.
-    fn report(&mut self, name: &InstanceName, token: u64, number: u16) -> Word {
+    fn report(&mut self, name: &InstanceName, token: u64, version: u64, number: u16) -> Word {
         let mut held = self.owned(name, token)?.clone();
+        let kind = ChangeKind::Swapped { port: number };
         let request = held.ports.iter().position(|ports| ports.contains(&number));
-        if request.is_none() && held.swapped == Some(number) {
+        let repeated = held
+            .last
+            .as_ref()
+            .is_some_and(|last| last.kind == kind && (version == 0 || version == last.from.0));
+        if request.is_none() && repeated {
             return Ok("swapped");
         }
+        let from = held.known_as(version)?;
         let request = request.ok_or("PortNotHeld")?;
         let (mut asked, mut moved) =
             (held.claim.ports[request].clone(), held.ports[request].clone());
         if let Ports::Count(n) = &mut asked.ports {
             (*n, moved) = (1, vec![number]);
         }
+        let now = self.revision;
         let host = self.host(&held.worker)?;
+        if matches!(host.phase, WorkerPhase::Lost | WorkerPhase::Unverified) {
+            return Err("WorkerNotReady");
+        }
         let (range, slot) = host.ports.get_mut(&number).unwrap();
-        (asked.range, *slot) = (Some(range.clone()), Slot::Quarantined);
+        asked.range = Some(range.clone());
+        *slot = Slot::Quarantined(Source::Conflict, now);
         moved.iter().for_each(|n| host.free(*n, Slot::Held));
-        let Some(given) = host.take(&asked) else { return self.drop(name, "reclaimed") };
+        let Some(given) = host.take(&asked) else {
+            return self.drop(name, "conflict", "reclaimed");
+        };
         let places = held.ports[request].iter_mut().filter(|n| moved.contains(n));
         places.zip(given).for_each(|(old, new)| *old = new);
-        (held.bound, held.swapped) = (false, Some(number));
+        (held.phase, held.confirmed, held.liveness) = (Phase::Reserved, false, None);
+        (held.version, held.last) = (now, Some(LastChange { from, kind }));
         self.held.insert(name.clone(), held);
         Ok("swapped")
     }
 
-    fn drop(&mut self, name: &InstanceName, word: &'static str) -> Word {
+    fn drop(&mut self, name: &InstanceName, cause: &'static str, word: &'static str) -> Word {
         let held = self.held.remove(name).ok_or("NoAllocation")?;
         let host = self.host(&held.worker)?;
         held.ports.iter().flatten().for_each(|n| host.free(*n, Slot::Held));
+        if cause != "released" {
+            self.gone.insert(name.clone(), cause);
+        }
         Ok(word)
     }
 
@@ -266,6 +510,19 @@ impl Model {
             GpuShare::Exclusive => gpu.memory_bytes,
         })
         .sum()
+    }
+}
+
+impl Held {
+    fn known_as(&self, version: u64) -> Result<Revision, &'static str> {
+        let silent =
+            |last: &LastChange| last.kind == ChangeKind::Lingered && last.from.0 == version;
+        match version {
+            0 => Ok(Revision(self.version)),
+            _ if version == self.version => Ok(Revision(version)),
+            _ if self.last.as_ref().is_some_and(silent) => Ok(Revision(version)),
+            _ => Err("WrongVersion"),
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use portwarden::raft::*;
 use portwarden::store::DataDir;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tonic::Status;
 
 use crate::samples;
 
@@ -28,7 +29,7 @@ impl ApplyObserver for Seen {
         self.0.lock().unwrap().push(format!("{} {}", command.kind(), applied.revision));
     }
 
-    fn installed(&self) {
+    fn installed(&self, _: &core::State) {
         self.0.lock().unwrap().push("installed".into());
     }
 }
@@ -44,6 +45,10 @@ impl PeerHooks for Hooks {
 
     async fn probe(&self, _: proto::ProbeRequest) -> proto::ProbeResponse {
         proto::ProbeResponse { pristine: true, ..Default::default() }
+    }
+
+    async fn join(&self, _: proto::JoinRequest) -> Result<proto::JoinResponse, Status> {
+        Err(Status::unimplemented("not asked here"))
     }
 }
 
@@ -148,7 +153,8 @@ async fn write(nodes: &[Node], commands: &[Command]) -> usize {
         let place = leader(nodes).await;
         let node = &nodes[place];
         let mut metrics = node.raft.metrics();
-        match node.raft.client_write(Batch(commands.to_vec())).await {
+        let batch = Batch { at: samples::ORIGIN.at, commands: commands.to_vec() };
+        match node.raft.client_write(batch).await {
             Ok(written) => {
                 // Who got an answer sees it.
                 assert!(node.view.table().applied >= Some(written.log_id));
@@ -184,10 +190,10 @@ async fn cluster(count: u64, snapshot_every: u64) -> Cluster {
 async fn three_nodes_agree_and_one_comes_back() {
     let Cluster { dirs, mut nodes } = cluster(3, 50_000).await;
     let mut first = 0;
-    for command in samples::commands() {
+    for command in samples::plain() {
         first = write(&nodes, &[command]).await;
     }
-    let mut expected = samples::state();
+    let mut expected = samples::state_of(&samples::plain());
     for node in &nodes {
         expected.remember_member(node.id, &node.incarnation);
     }
@@ -209,7 +215,7 @@ async fn three_nodes_agree_and_one_comes_back() {
     }
     // Every node was told of every command, in order, once in each life.
     let told = nodes[first].seen.0.lock().unwrap().clone();
-    assert!(told.len() >= samples::commands().len() + 2);
+    assert!(told.len() >= samples::plain().len() + 2);
     assert_eq!(*nodes[2].seen.0.lock().unwrap(), told);
 }
 
@@ -217,7 +223,7 @@ async fn three_nodes_agree_and_one_comes_back() {
 async fn all_stop_and_everything_is_still_there() {
     let Cluster { dirs, mut nodes } = cluster(3, 5).await;
     let mut first = 0;
-    for command in samples::commands() {
+    for command in samples::plain() {
         first = write(&nodes, &[command]).await;
     }
     let before = nodes[first].view.table();

@@ -45,18 +45,18 @@ fn a_snapshot_remembers_every_id() {
         codec::encode_state(state, 1 << 20, sink).unwrap();
         bytes
     };
-    let header = b"R\x01\x00\x01\x00\x00\x00";
+    let header = b"R\x01\x00\x01\x00\x00\x00\x00\x00";
     assert_eq!(written(&state), header, "without members, as ever");
     state.remember_member(7, "i");
     state.remember_member(8, "");
-    let bytes = [&header[..], b"\x03\x02\x07\x01i\x08\x00"].concat();
+    let bytes = [&header[..], b"\x05\x02\x07\x01i\x08\x00"].concat();
     assert_eq!(written(&state), bytes);
     let found = read(&bytes).unwrap();
     assert_eq!((digest(&found), &found), (digest(&state), &state));
 
-    let twice = [&bytes[..], b"\x03\x01\x09\x00"].concat();
+    let twice = [&bytes[..], b"\x05\x01\x09\x00"].concat();
     assert!(read(&twice).unwrap_err().contains("out of place"));
-    for wrong in [&b"\x03\x00"[..], b"\x03\x02\x08\x00\x07\x00", b"\x03\x02\x07\x00\x07\x00"] {
+    for wrong in [&b"\x05\x00"[..], b"\x05\x02\x08\x00\x07\x00", b"\x05\x02\x07\x00\x07\x00"] {
         let why = read(&[&header[..], wrong].concat()).unwrap_err();
         assert!(why.contains("empty or out of order"), "{why}");
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use portwarden::core::{self, Phase, State, digest};
+use portwarden::core::{self, Cause, Departure, Phase, ReleaseReason, State, WorkerPhase, digest};
 use portwarden::store::codec::{MemberRecord, MembershipRecord, Position, SnapshotHead};
 use portwarden::store::{DataDir, LogRecord, SnapshotStore};
 
@@ -42,7 +42,17 @@ fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
 fn a_table_comes_back_with_the_same_digest() {
     let state = samples::state();
     // What the sample is for: all of it is there.
-    assert!(state.allocations_after(None).any(|a| a.phase == Phase::Reserved));
+    for phase in [Phase::Reserved, Phase::Bound, Phase::Lingering] {
+        assert!(state.phase_count(phase) > 0, "{phase:?}");
+    }
+    assert!(state.leases_after(None).any(|lease| !lease.allocations.is_empty()));
+    assert!(state.allocations_after(None).filter(|a| a.liveness.is_some()).count() >= 3);
+    assert!(state.workers_after(None).any(|w| w.phase == WorkerPhase::Lost));
+    assert!(state.workers_after(None).any(|w| w.booted > w.created));
+    for cause in Cause::ALL {
+        let left = |d: &Departure| matches!(d.why, ReleaseReason::Reclaimed { cause: c, .. } if c == cause);
+        assert!(state.departures().any(|(_, departure)| left(departure)), "{cause:?}");
+    }
     assert!(state.allocations_after(None).any(|a| a.swaps > 0 && a.last_change.is_some()));
     assert!(state.workers_after(None).any(|w| w.pools.iter().any(|p| p.quarantined_count() > 0)));
     assert!(state.workers_after(None).any(|w| w.pools.iter().any(|p| p.freed_order().count() > 1)));
@@ -63,7 +73,7 @@ fn a_table_comes_back_with_the_same_digest() {
 fn many_blocks_come_back() {
     let mut state = State::default();
     for i in 0..2000 {
-        core::apply(&mut state, &samples::register(&format!("w{i}"), 1));
+        core::apply(&mut state, &samples::ORIGIN, &samples::register(&format!("w{i}"), 1));
     }
     let dir = tempfile::tempdir().unwrap();
     let store = SnapshotStore::open(dir.path()).unwrap();

@@ -33,7 +33,7 @@ fn confirming_binds_once() {
     }
     assert!(matches!(t.refused(confirm("a", Token(99), 0)), Refusal::WrongToken { .. }));
     assert!(matches!(t.refused(confirm("a", a.token, 99)), Refusal::WrongVersion { .. }));
-    assert_eq!(t.refused(confirm("b", a.token, 0)), Refusal::NoAllocation(instance("b")));
+    assert_eq!(t.refused(confirm("b", a.token, 0)), no_allocation("b"));
 }
 
 #[test]
@@ -97,23 +97,37 @@ fn an_old_token_does_not_release_a_new_grant_of_the_same_name() {
 /// Field failure kubernetes-120536: a port stayed taken on one of several release paths.
 #[test]
 fn whatever_ends_an_allocation_gives_back_all_of_it() {
-    let asked = || claim("a", "w").count(1).band(2).gpu_gib(1, 10);
-    let build = || {
+    type End = fn(&mut Table, &Allocation);
+    let ends: [(&str, Option<&str>, u64, End); 8] = [
+        ("its holder", None, 3, |t, a| drop(t.ok(release("a", a.token)))),
+        ("an operator", None, 3, |t, _| drop(t.ok(force("a", "")))),
+        ("a conflict", None, 2, |t, a| drop(t.ok(report("a", a.token, 0, 40002)))),
+        ("a deadline", None, 3, |t, a| drop(t.ok(miss(a)))),
+        ("a lease's end", None, 3, |t, a| drop(t.ok(expire(a.lease.unwrap())))),
+        ("a lease's end by its holder", None, 3, |t, a| drop(t.ok(revoke(a.lease.unwrap())))),
+        ("evidence", Some("b1"), 3, |t, a| {
+            t.ok(confirm("a", a.token, 0));
+            let ground = gone(booted("b1"), t.state.revision);
+            t.ok(reclaim(&t.get("a").clone(), ground));
+        }),
+        ("evidence after a silence", Some("b1"), 3, |t, a| {
+            t.ok(expire(a.lease.unwrap()));
+            let ground = gone(booted("b1"), t.state.revision);
+            t.ok(reclaim(&t.get("a").clone(), ground));
+        }),
+    ];
+    for (what, boot, ports_left, end) in ends {
         let mut t = Table::default();
-        t.ok(register("w", spec(&[("service", 40000, 40002)], &[24])));
-        let a = t.grant(asked());
-        (t, a)
-    };
-    for (end, port_lost) in [(0, false), (1, false), (2, true)] {
-        let (mut t, a) = build();
-        match end {
-            0 => t.ok(release("a", a.token)),
-            1 => t.ok(force("a", "")),
-            _ => t.ok(report("a", a.token, 0, 40002)),
-        };
-        assert_eq!(t.state.allocation_count(), 0);
-        assert_eq!(t.worker("w").free_ports(), 3 - u64::from(port_lost));
-        assert_eq!(t.worker("w").idle_gpus(), 1);
+        let watched = |s: &mut WorkerSpec| s.identity = boot.map(booted);
+        t.ok(register("w", with(spec(&[("service", 40000, 40002)], &[24]), watched)));
+        let lease = t.lease();
+        let a = t.grant(claim("a", "w").count(1).band(2).gpu_gib(1, 10).on(lease));
+        end(&mut t, &a);
+        assert_eq!(t.state.allocation_count(), 0, "{what}");
+        assert_eq!(t.worker("w").free_ports(), ports_left, "{what}");
+        assert_eq!(t.worker("w").idle_gpus(), 1, "{what}");
+        assert!(t.state.lease(lease).is_none_or(|l| l.allocations.is_empty()), "{what}");
+        assert!(matches!(t.events[0], Event::Released { .. }), "{what}");
     }
 }
 
@@ -157,7 +171,7 @@ fn a_repeated_conflict_gets_the_same_swap_and_an_outdated_one_is_refused() {
         Refusal::WrongVersion { .. }
     ));
     assert!(matches!(t.refused(report("a", a.token, 0, 40000)), Refusal::PortNotHeld { .. }));
-    assert_eq!(t.refused(report("b", a.token, 0, 40000)), Refusal::NoAllocation(instance("b")));
+    assert_eq!(t.refused(report("b", a.token, 0, 40000)), no_allocation("b"));
 }
 
 #[test]
@@ -211,7 +225,8 @@ fn where_nothing_can_be_swapped_in_the_allocation_is_reclaimed_and_the_answer_sa
     assert!(reason.contains("range service has 2 of 3 ports free, 3 more wanted"), "{reason}");
     assert_eq!(t.worker("w").free_ports(), 2);
     assert_eq!(t.state.allocation_count(), 0);
-    assert_eq!(t.refused(report("c", c.token, 0, 40001)), Refusal::NoAllocation(instance("c")));
+    let shown = t.refused(report("c", c.token, 0, 40001)).to_string();
+    assert!(shown.starts_with(&format!("no allocation c: reclaimed: {reason}")), "{shown}");
 }
 
 #[test]

@@ -3,13 +3,21 @@
 use super::*;
 
 mod allocate;
+mod anew;
+mod departures;
+mod explained;
+mod guards;
+mod leases;
 mod life;
 mod limits_hold;
+mod lingering;
 #[allow(dead_code)] // shared with the integration test `core`
 #[path = "make.rs"]
 mod make;
+mod phases;
 mod placement;
 mod quarantines;
+mod reclaim;
 mod restored;
 mod workers;
 
@@ -32,9 +40,18 @@ impl Table {
         table
     }
 
+    /// The same with an agent, which has known the worker under boot `b1` from the start.
+    fn with_agent(last: u16) -> Self {
+        let mut table = Table::default();
+        let span = ("service", 40000, last);
+        let watched = with(spec(&[span], &[24]), |s| s.identity = Some(booted("b1")));
+        table.ok(register("w", watched));
+        table
+    }
+
     fn apply(&mut self, command: Command) -> Result<Outcome, Refusal> {
         let before = self.state.clone();
-        let (applied, events) = apply(&mut self.state, &command);
+        let (applied, events) = apply(&mut self.state, &ORIGIN, &command);
         check_invariants(&self.state).unwrap();
         let changed = before != self.state;
         assert_eq!(changed, digest(&before) != digest(&self.state));
@@ -74,8 +91,38 @@ impl Table {
         }
     }
 
+    /// Granted, and its holder said that it listens.
+    fn bound(&mut self, claim: Claim) -> Allocation {
+        let held = self.grant(claim);
+        self.ok(confirm(held.name().as_str(), held.token, 0));
+        self.get(held.name().as_str()).clone()
+    }
+
+    /// Granted, and not confirmed in time.
+    fn lingering(&mut self, claim: Claim) -> Allocation {
+        let held = self.grant(claim);
+        self.ok(miss(&held));
+        self.get(held.name().as_str()).clone()
+    }
+
+    fn lease(&mut self) -> LeaseId {
+        match self.ok(grant_lease(10_000)) {
+            Outcome::Lease(lease) => lease.id,
+            other => panic!("no lease: {other:?}"),
+        }
+    }
+
     fn get(&self, name: &str) -> &Allocation {
         self.state.allocation(&instance(name)).unwrap()
+    }
+
+    fn is_held(&self, name: &str) -> bool {
+        self.state.allocation(&instance(name)).is_some()
+    }
+
+    /// Names on a lease.
+    fn on(&self, id: LeaseId) -> Vec<&str> {
+        self.state.lease(id).unwrap().allocations.keys().map(InstanceName::as_str).collect()
     }
 
     fn worker(&self, name: &str) -> &Worker {
@@ -89,6 +136,19 @@ fn numbers(allocation: &Allocation) -> Vec<u16> {
 
 fn gpus(allocation: &Allocation) -> Vec<u32> {
     allocation.gpus.iter().map(|g| g.index).collect()
+}
+
+/// Nothing is known of how it left.
+fn no_allocation(name: &str) -> Refusal {
+    Refusal::NoAllocation { name: instance(name), departed: None }
+}
+
+/// What was not proven.
+fn unproven(refusal: Refusal) -> String {
+    match refusal {
+        Refusal::NotProven { what, .. } => what,
+        other => panic!("refused for another reason: {other}"),
+    }
 }
 
 /// What one worker lacked.

@@ -88,7 +88,7 @@ fn a_positive_term_narrows_the_search_to_its_label() {
 #[test]
 fn a_refusal_counts_what_each_worker_lacks() {
     let mut t = fleet(&[1, 4, 4, 2]);
-    t.ok(Command::SetWorkerPhase { name: worker("w3"), phase: WorkerPhase::Cordoned });
+    t.ok(phase("w3", WorkerPhase::Cordoned));
     t.ok(quarantine("w1", &[40001, 40002]));
     let asked = claim("a", "any").band(3).count(1).gpu_gib(1, 1).select("", Policy::Spread);
     let refusal = t.refused(allocate(&[asked]));
@@ -131,7 +131,8 @@ fn a_search_examines_a_bounded_number_of_workers() {
     let mut state = State::default();
     for i in 0..2000 {
         let span = ("service", 1, 2);
-        let (applied, _) = apply(&mut state, &register(&format!("w{i}"), spec(&[span], &[8])));
+        let (applied, _) =
+            apply(&mut state, &ORIGIN, &register(&format!("w{i}"), spec(&[span], &[8])));
         applied.outcome.unwrap();
     }
     check_invariants(&state).unwrap();
@@ -148,7 +149,7 @@ fn a_search_examines_a_bounded_number_of_workers() {
                 Placement::Select { selector, .. } => Placement::Select { selector, policy },
                 _ => Placement::Select { selector: Selector::default(), policy },
             };
-            let (applied, _) = apply(&mut state, &allocate(&[asked]));
+            let (applied, _) = apply(&mut state, &ORIGIN, &allocate(&[asked]));
             let (looked_at, _, _, reasons) = selection(applied.outcome.unwrap_err());
             let expected = if reasons.is_empty() { 0 } else { limit };
             assert_eq!(looked_at, expected, "{kind:?}");
@@ -164,16 +165,17 @@ fn a_refusal_speaks_of_the_workers_that_were_searched() {
     let limit = limits::PLACEMENT_CANDIDATES_MAX;
     let mut state = State::default();
     let mut add = |name: String, first: u16, last: u16| {
-        let (applied, _) = apply(&mut state, &register(&name, spec(&[("s", first, last)], &[])));
+        let (applied, _) =
+            apply(&mut state, &ORIGIN, &register(&name, spec(&[("s", first, last)], &[])));
         applied.outcome.unwrap();
     };
     (0..limit).for_each(|i| add(format!("full{i}"), 1, 2));
     add("roomy".into(), 5, 9);
     let asked = |policy| claim("a", "any").specific(5).select("", policy);
-    let (applied, _) = apply(&mut state, &allocate(&[asked(Policy::Binpack)]));
+    let (applied, _) = apply(&mut state, &ORIGIN, &allocate(&[asked(Policy::Binpack)]));
     let (looked_at, candidates, _, reasons) = selection(applied.outcome.unwrap_err());
     assert_eq!((looked_at, candidates), (limit as u64, limit as u64 + 1));
     assert_eq!(reasons, [(LackKind::PortTaken, limit as u64)]);
-    let (applied, _) = apply(&mut state, &allocate(&[asked(Policy::Spread)]));
+    let (applied, _) = apply(&mut state, &ORIGIN, &allocate(&[asked(Policy::Spread)]));
     applied.outcome.unwrap();
 }

@@ -2,25 +2,40 @@
 
 use super::*;
 
+/// A table with something of everything that a snapshot keeps.
 fn busy() -> Table {
     let mut t = Table::default();
     let labelled = |s: &mut WorkerSpec| {
         s.labels = labels(&[("zone", "a")]);
         s.reserved = [port(40004)].into();
-        s.identity = Some(Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 });
+        s.identity = Some(booted("b1"));
     };
     t.ok(register(
         "w",
         with(spec(&[("s", 40000, 40009), ("r", 41000, 41003)], &[24, 24]), labelled),
     ));
     t.ok(register("x", with(spec(&[], &[8]), |s| s.gpus[0].uuid = "GPU-x".into())));
-    let a = t.grant(claim("a", "w").count(2).ask(Some("r"), Ports::Contiguous(2)).gpu_gib(1, 4));
+    let elsewhere = Identity { namespace: 8, ..booted("b1") };
+    t.ok(register("y", with(spec(&[], &[]), |s| s.identity = Some(elsewhere))));
+    let lease = t.lease();
+    let a = t.grant(
+        claim("a", "w").count(2).ask(Some("r"), Ports::Contiguous(2)).gpu_gib(1, 4).on(lease),
+    );
     t.grant(claim("b", "w").specific(40008).gpus_alone(1));
     let gone = t.grant(claim("c", "w").count(2));
     t.ok(release("c", gone.token));
     t.ok(report("a", a.token, 0, 40000));
     t.ok(quarantine("w", &[40009]));
-    t.ok(Command::SetWorkerPhase { name: worker("x"), phase: WorkerPhase::Draining });
+    t.ok(observe("w", &[41002]));
+    let d = t.grant(claim("d", "w").count(1));
+    t.ok(confirm_with("d", d.token, 0, process("b1", 7), Some(lease)));
+    t.lingering(claim("l", "w").count(1));
+    t.grant(claim("out", "w").count(1));
+    t.ok(force("out", "stuck"));
+    let late = t.grant(claim("late", "x").gpu_gib(1, 1));
+    t.ok(miss(&late));
+    t.ok(phase("x", WorkerPhase::Draining));
+    t.ok(lose("y"));
     t
 }
 
@@ -29,69 +44,43 @@ fn a_rebuilt_table_is_the_same_and_goes_on_the_same() {
     let mut t = busy();
     let mut copy = rebuilt(&t.state).unwrap();
     assert_eq!(copy, t.state);
-    let next = allocate(&[claim("n", "w").count(3)]);
-    let applied = apply(&mut copy, &next);
-    assert_eq!(applied.0.outcome, t.apply(next));
-    assert_eq!(digest(&copy), digest(&t.state));
+    let lease = t.get("a").lease.unwrap();
+    for next in [allocate(&[claim("n", "w").count(1)]), expire(lease), find("y")] {
+        let applied = apply(&mut copy, &ORIGIN, &next);
+        assert_eq!(applied.0.outcome, t.apply(next));
+        assert_eq!(digest(&copy), digest(&t.state));
+    }
 }
 
 /// Rebuilds with one thing wrong.
-fn damaged(
-    spoil_worker: impl Fn(&mut Vec<Pool>, &WorkerSpec),
-    spoil: impl Fn(&mut Allocation),
-) -> Result<State, String> {
-    let state = busy().state;
-    let mut restore = Restore::new(state.feature_level, state.revision);
-    for w in state.workers_after(None) {
-        let mut pools: Vec<_> = w
-            .pools
-            .iter()
-            .zip(&w.spec.ranges)
-            .map(|(old, range)| empty(range, &w.spec, old, None))
-            .collect();
-        spoil_worker(&mut pools, &w.spec);
-        let spec = WorkerSpec::clone(&w.spec);
-        restore.worker(w.name.clone(), spec, w.phase, pools, w.created, w.version)?;
-    }
-    for a in state.allocations_after(None) {
-        restore.allocation(with(Allocation::clone(a), &spoil))?;
-    }
-    restore.finish()
+fn damaged(spoil: impl Fn(&mut Parts)) -> Result<State, String> {
+    with(Parts::of(&busy().state), spoil).restore()
 }
 
-/// A pool like `old`, with one port more in quarantine or in the queue.
-fn empty(range: &RangeSpec, spec: &WorkerSpec, old: &Pool, more: Option<(bool, u16)>) -> Pool {
-    let new = Pool::new(range.name.clone(), range.first, range.last, spec.reserved.iter().copied());
-    let (cursor, next) = old.cursors();
-    let mut freed: Vec<_> = old.freed_order().collect();
-    let mut quarantines: Vec<_> = old.quarantines().map(|(n, q)| (n, q.clone())).collect();
-    match more {
-        Some((true, n)) => {
-            quarantines.push((n, Quarantine { reason: String::new(), since: Revision(1) }));
-        }
-        Some((false, n)) => freed.push((next, n)),
-        None => {}
+impl Parts {
+    fn worker(&mut self, name: &str) -> &mut WorkerPart {
+        self.workers.iter_mut().find(|w| w.name == worker(name)).unwrap()
     }
-    Pool::restore(new, cursor, next + 1, freed, quarantines)
+
+    fn allocation(&mut self, name: &str) -> &mut Allocation {
+        self.allocations.iter_mut().find(|a| *a.name() == instance(name)).unwrap()
+    }
+}
+
+fn with_claim(a: &mut Allocation, change: impl FnOnce(&mut Claim)) {
+    a.claim = with(Claim::clone(&a.claim), change).into();
 }
 
 #[test]
-fn a_damaged_snapshot_is_refused_and_never_panics() {
-    let fine = |_: &mut Vec<Pool>, _: &WorkerSpec| {};
-    let on_a = |change: fn(&mut Allocation)| {
-        move |a: &mut Allocation| {
-            if a.name().as_str() == "a" {
-                change(a);
-            }
-        }
-    };
-    damaged(fine, |_| {}).unwrap();
+fn a_damaged_allocation_is_refused_and_never_panics() {
+    damaged(|_| {}).unwrap();
     type Spoil = fn(&mut Allocation);
-    let spoilt: [(&str, Spoil); 17] = [
+    let spoilt: [(&str, Spoil); 29] = [
         ("port twice", |a| a.ports[1].number = a.ports[0].number),
         ("port of another range", |a| a.ports[0].range = range("r")),
         ("port of nowhere", |a| a.ports[0].number = 7),
         ("reserved port", |a| a.ports[0].number = 40004),
+        ("quarantined port", |a| a.ports[0].number = 40009),
         ("one port too many", |a| {
             let extra = HeldPort { request: 99, number: 41003, ..a.ports[2].clone() };
             a.ports.push(extra);
@@ -105,51 +94,108 @@ fn a_damaged_snapshot_is_refused_and_never_panics() {
         ("too much memory", |a| a.gpus[0].memory_bytes = 30 * GIB),
         ("worker of nowhere", |a| a.worker = worker("nope")),
         ("a token from the future", |a| a.token = Token(99)),
+        ("a token older than its worker", |a| a.token = Token(1)),
         ("a version from the future", |a| a.version = Revision(99)),
-        ("the name of another", |a| {
-            a.claim = with(Claim::clone(&a.claim), |c| c.name = instance("b")).into();
+        ("a version without a change", |a| a.last_change = None),
+        ("a change from the future", |a| {
+            let from = a.version;
+            a.last_change = Some(LastChange { from, kind: ChangeKind::Confirmed });
         }),
-        ("an invalid claim", |a| {
-            a.claim = with(Claim::clone(&a.claim), |c| c.ports[0].ports = Ports::Count(0)).into();
+        ("the name of another", |a| with_claim(a, |c| c.name = instance("b"))),
+        ("an invalid claim", |a| with_claim(a, |c| c.ports[0].ports = Ports::Count(0))),
+        ("no time to confirm", |a| a.confirm_within = Millis(0)),
+        ("more swaps than allowed", |a| a.swaps = limits::SWAPS_MAX + 1),
+        ("bound by nobody", |a| a.phase = Phase::Bound),
+        ("reserved and confirmed", |a| a.confirmed = true),
+        ("a reason not to be there", |a| a.reason = Some("lost".into())),
+        ("a lease of nowhere", |a| a.lease = Some(LeaseId(2))),
+        ("a handle of a failed start", |a| a.liveness = process("b1", 7)),
+        ("lingering on a lease", |a| {
+            (a.phase, a.reason) = (Phase::Lingering, Some("lost".into()));
         }),
     ];
     for (what, change) in spoilt {
-        assert!(damaged(fine, on_a(change)).is_err(), "{what}");
+        assert!(damaged(|parts| change(parts.allocation("a"))).is_err(), "{what}");
     }
-    for more in
-        [(true, 7), (true, 40004), (true, 40000), (false, 7), (false, 40009), (false, 40001)]
-    {
-        let result = damaged(
-            |pools, spec| {
-                if let Some(range) = spec.ranges.first() {
-                    pools[0] = empty(range, spec, &pools[0], Some(more));
-                }
-            },
-            |_| {},
-        );
-        // A held port that the queue lists too is taken from the queue by its holder.
-        assert_eq!(result.is_err(), more != (false, 40001) && more != (true, 40000), "{more:?}");
+}
+
+#[test]
+fn damage_beyond_one_allocation_is_refused_too() {
+    type Spoil = fn(&mut Parts);
+    let spoilt: [(&str, Spoil); 26] = [
+        ("no feature level", |p| p.feature_level = 0),
+        ("a feature level of another build", |p| p.feature_level = FEATURE_LEVEL + 1),
+        ("a revision that leaves no room", |p| p.revision = Revision(u64::MAX)),
+        ("a revision that lies behind", |p| p.revision = Revision(5)),
+        ("a handle of nothing", |p| p.allocation("d").liveness = process("", 7)),
+        ("lingering without a reason", |p| p.allocation("l").reason = None),
+        ("lingering where no agent is", |p| {
+            let w = p.worker("w");
+            (w.spec.identity, w.revisions[2]) = (None, Revision(0));
+        }),
+        ("a lease from the future", |p| p.leases.push((LeaseId(99), Millis(1_000)))),
+        ("a lease of no revision", |p| p.leases.push((LeaseId(0), Millis(1_000)))),
+        ("a lease without time", |p| p.leases[0].1 = Millis(0)),
+        ("a lease twice", |p| p.leases.push(p.leases[0])),
+        ("a departure of what is held", |p| p.departures[0].0 = instance("a")),
+        ("a departure by its holder", |p| p.departures[0].1.why = ReleaseReason::ByHolder),
+        ("a departure from the future", |p| p.departures[1].1.revision = Revision(99)),
+        ("a departure before its grant", |p| p.departures[1].1.token = Token(98)),
+        ("a departure out of order", |p| p.departures.swap(0, 1)),
+        ("a departure twice", |p| p.departures.push(p.departures[1].clone())),
+        ("a worker of the future", |p| p.worker("w").revisions[1] = Revision(99)),
+        ("a worker registered after its change", |p| {
+            p.worker("x").revisions[0] = p.revision;
+        }),
+        ("a boot of the future", |p| p.worker("w").revisions[2] = p.revision),
+        ("a boot without an agent", |p| p.worker("x").revisions[2] = Revision(1)),
+        ("an agent without a boot", |p| p.worker("w").revisions[2] = Revision(0)),
+        ("a phase to go back to for nothing", |p| p.worker("w").phases.1 = WorkerPhase::Draining),
+        ("lost for ever", |p| p.worker("y").phases.1 = WorkerPhase::Lost),
+        ("a pool is missing", |p| drop(p.worker("w").pools.pop())),
+        ("two workers of one namespace", |p| p.worker("y").spec.identity = Some(booted("b1"))),
+    ];
+    for (what, change) in spoilt {
+        assert!(damaged(change).is_err(), "{what}");
     }
-    assert!(damaged(|pools, _| drop(pools.pop()), |_| {}).is_err(), "a pool is missing");
+}
+
+#[test]
+fn a_damaged_pool_is_refused_and_never_panics() {
+    let quarantine = |since: u64| Quarantine {
+        reason: String::new(),
+        source: Source::Observed,
+        since: Revision(since),
+    };
+    for number in [7, 40004] {
+        let spoil = |p: &mut PoolPart| p.quarantines.push((number, quarantine(1)));
+        assert!(damaged(|p| spoil(&mut p.worker("w").pools[0])).is_err(), "{number}");
+    }
+    for number in [7, 40004, 40009] {
+        let spoil = |p: &mut PoolPart| p.freed.push((p.next_freed - 1, number));
+        assert!(damaged(|p| spoil(&mut p.worker("w").pools[0])).is_err(), "{number}");
+    }
+    type Spoil = fn(&mut PoolPart);
+    let spoilt: [(&str, Spoil); 4] = [
+        ("a cursor outside", |p| p.cursor = 1),
+        ("a counter behind its queue", |p| p.next_freed = 1),
+        ("a counter that leaves no room", |p| p.next_freed = u64::MAX),
+        ("a quarantine from the future", |p| p.quarantines[0].1.since = Revision(99)),
+    ];
+    for (what, change) in spoilt {
+        assert!(damaged(|p| change(&mut p.worker("w").pools[0])).is_err(), "{what}");
+    }
 }
 
 #[test]
 fn a_record_that_comes_twice_is_refused() {
-    let state = busy().state;
-    let w = state.worker(&worker("x")).unwrap();
-    let mut restore = Restore::new(state.feature_level, state.revision);
-    let mut add = || {
-        restore.worker(
-            w.name.clone(),
-            WorkerSpec::clone(&w.spec),
-            w.phase,
-            vec![],
-            w.created,
-            w.version,
-        )
+    let twice = |p: &mut Parts| {
+        let again = Parts::of(&busy().state).workers.remove(1);
+        p.workers.push(again);
     };
-    add().unwrap();
-    assert_eq!(add().unwrap_err(), "worker x is recorded twice");
+    assert_eq!(damaged(twice).unwrap_err(), "worker x is recorded twice");
+    let twice = |p: &mut Parts| p.allocations.push(p.allocations[0].clone());
+    assert_eq!(damaged(twice).unwrap_err(), "allocation a: is recorded twice");
 }
 
 #[test]
@@ -157,20 +203,56 @@ fn digests_tell_states_apart() {
     let base = busy();
     let mut seen = std::collections::BTreeSet::from([digest(&base.state)]);
     let b = base.get("b").token;
+    let (d, lease) = (base.get("d"), base.get("a").lease.unwrap());
     for command in [
         release("b", b),
         confirm("b", b, 0),
-        quarantine("w", &[40007]),
+        confirm_with("b", b, 0, process("b1", 7), None),
+        confirm_with("b", b, 0, process("b1", 8), None),
+        confirm_with("b", b, 0, None, Some(lease)),
+        attach("b", b, 0, Some(lease)),
+        attach("d", d.token, 0, None),
+        reclaim(d, gone(booted("b1"), base.state.revision)),
+        force("d", "its ports are closed"),
+        miss(base.get("b")),
+        expire(lease),
+        revoke(lease),
+        grant_lease(1_000),
+        grant_lease(2_000),
+        quarantine("w", &[41003]),
+        observe("w", &[41003]),
         lift("w", &[40009]),
-        Command::SetWorkerPhase { name: worker("w"), phase: WorkerPhase::Lost },
+        lose("w"),
+        find("y"),
+        phase("y", WorkerPhase::Cordoned),
+        reboot("w", booted("b2")),
+        evict("w", "gone"),
         allocate(&[claim("n", "w").count(1)]),
+        allocate(&[claim("n", "w").count(1).on(lease)]),
         allocate(&[claim("n", "w").count(1).uid("u2")]),
         register("w2", spec(&[("s", 1, 2)], &[])),
     ] {
         let mut state = base.state.clone();
-        apply(&mut state, &command).0.outcome.unwrap();
+        apply(&mut state, &ORIGIN, &command).0.outcome.unwrap();
         assert!(seen.insert(digest(&state)), "{command:?}");
     }
+}
+
+/// What a command does not tell apart, a snapshot may.
+#[test]
+fn digests_tell_why_a_name_left() {
+    let left = |why: ReleaseReason| {
+        digest(&damaged(|parts| parts.departures[0].1.why = why.clone()).unwrap())
+    };
+    let reason = || "gone".to_string();
+    let mut seen = std::collections::BTreeSet::from([
+        left(ReleaseReason::Forced { reason: reason() }),
+        left(ReleaseReason::Forced { reason: String::new() }),
+    ]);
+    for cause in Cause::ALL {
+        seen.insert(left(ReleaseReason::Reclaimed { cause, reason: reason() }));
+    }
+    assert_eq!(seen.len(), 2 + Cause::ALL.len());
 }
 
 #[test]

@@ -6,18 +6,6 @@ fn identity(boot: &str, namespace: u64) -> Option<Identity> {
     Some(Identity { machine_id: "m".into(), boot_id: boot.into(), namespace })
 }
 
-fn update(name: &str, patch: WorkerPatch) -> Command {
-    Command::UpdateWorker { name: worker(name), patch }
-}
-
-fn phase(name: &str, phase: WorkerPhase) -> Command {
-    Command::SetWorkerPhase { name: worker(name), phase }
-}
-
-fn remove(name: &str) -> Command {
-    Command::RemoveWorker { name: worker(name) }
-}
-
 #[test]
 fn registering_the_same_again_changes_nothing() {
     let mut t = Table::with_ports(40003);
@@ -164,7 +152,7 @@ fn a_gpu_and_a_namespace_belong_to_one_worker() {
 fn only_a_ready_worker_is_given_new_allocations_and_what_is_held_stays() {
     let mut t = Table::with_ports(40003);
     let held = t.grant(claim("a", "w").count(1));
-    for p in WorkerPhase::ALL.into_iter().filter(|p| *p != WorkerPhase::Ready) {
+    for p in [WorkerPhase::Cordoned, WorkerPhase::Draining] {
         t.ok(phase("w", p));
         t.noop(phase("w", p));
         let refusal = t.refused(allocate(&[claim("b", "w").count(1)]));
@@ -177,7 +165,7 @@ fn only_a_ready_worker_is_given_new_allocations_and_what_is_held_stays() {
     t.ok(release("a", held.token));
     t.ok(phase("w", WorkerPhase::Ready));
     t.grant(claim("b", "w").count(1).select("", Policy::Spread));
-    assert_eq!(t.refused(phase("x", WorkerPhase::Lost)), Refusal::NoWorker(worker("x")));
+    assert_eq!(t.refused(phase("x", WorkerPhase::Ready)), Refusal::NoWorker(worker("x")));
 }
 
 #[test]
@@ -192,4 +180,102 @@ fn a_worker_is_removed_only_when_nothing_is_held() {
     assert_eq!(t.ok(remove("w")), Outcome::WorkerRemoved { removed: true });
     assert_eq!(t.events, [Event::WorkerRemoved(worker("w"))]);
     assert_eq!(t.noop(remove("w")), Outcome::WorkerRemoved { removed: false });
+}
+
+#[test]
+fn a_worker_remembers_since_when_its_boot_is_known() {
+    let mut t = Table::with_agent(40003);
+    let registered = t.worker("w").created;
+    assert_eq!(t.worker("w").booted, registered, "it had no earlier one");
+    t.ok(update("w", WorkerPatch { address: Some("moved".into()), ..WorkerPatch::default() }));
+    assert_eq!(t.worker("w").booted, registered);
+    t.ok(reboot("w", booted("b2")));
+    assert_eq!(t.worker("w").booted, t.state.revision);
+    let again = WorkerSpec::clone(&t.worker("w").spec);
+    t.ok(register("w", with(again, |s| s.identity = Some(booted("b3")))));
+    assert_eq!(t.worker("w").booted, t.state.revision);
+}
+
+/// What runs there when an agent first speaks of it does not belong to an earlier boot.
+#[test]
+fn an_agent_that_comes_to_a_worker_in_use_announces_no_boot() {
+    let mut t = Table::with_ports(40003);
+    assert_eq!((t.worker("w").booted, t.worker("w").has_agent()), (Revision(0), false));
+    let a = t.bound(claim("a", "w").count(1));
+    t.ok(reboot("w", booted("b1")));
+    assert!(t.worker("w").has_agent());
+    assert!(t.worker("w").booted <= a.version);
+    assert_eq!(t.get("a"), &a, "the record is adopted as it is");
+}
+
+#[test]
+fn what_is_held_stays_in_its_namespace_for_as_long_as_it_can() {
+    let elsewhere = |boot: &str| Identity { machine_id: "m2".into(), ..booted(boot) };
+    let other_namespace = |boot: &str| Identity { namespace: 8, ..booted(boot) };
+    let words = "it is network namespace 7 of machine m, and a is held there";
+    for (identity, refused) in [
+        (elsewhere("b1"), true),
+        (elsewhere("b2"), true),
+        (other_namespace("b1"), true),
+        // After a boot the numbers of namespaces begin anew.
+        (other_namespace("b2"), false),
+        (booted("b2"), false),
+    ] {
+        let mut t = Table::with_agent(40003);
+        t.grant(claim("a", "w").count(1));
+        match t.apply(reboot("w", identity.clone())) {
+            Ok(_) => assert!(!refused, "{identity:?}"),
+            Err(Refusal::WouldLose { what, .. }) => assert!(refused && what == words, "{what}"),
+            Err(other) => panic!("{identity:?}: {other}"),
+        }
+        t.ok(force("a", "moved"));
+        t.ok(reboot("w", elsewhere("b9")));
+    }
+}
+
+#[test]
+fn a_boot_that_is_over_leaves_its_namespace_to_others() {
+    let mut t = Table::with_agent(40003);
+    t.grant(claim("a", "w").count(1));
+    t.ok(reboot("w", booted("b2")));
+    let same = |boot: &str| with(spec(&[], &[]), |s| s.identity = Some(booted(boot)));
+    assert!(matches!(t.refused(register("x", same("b2"))), Refusal::IdentityTaken { .. }));
+    t.ok(register("x", same("b1")));
+}
+
+#[test]
+fn an_operator_may_remove_a_worker_with_all_that_it_holds() {
+    let mut t = Table::with_agent(40003);
+    t.ok(register("x", spec(&[("s", 1, 9)], &[])));
+    let lease = t.lease();
+    let b = t.bound(claim("b", "w").count(1).gpus_alone(1).on(lease));
+    let a = t.lingering(claim("a", "w").count(1));
+    t.grant(claim("c", "x").count(1));
+    let before = t.state.revision.0;
+    assert_eq!(t.ok(evict("w", "its disk burned")), Outcome::WorkerRemoved { removed: true });
+    assert_eq!(t.state.revision.0, before + 1, "one revision");
+    let why = ReleaseReason::Forced { reason: "its disk burned".into() };
+    assert_eq!(
+        t.events,
+        [
+            Event::Released { allocation: a.into(), why: why.clone() },
+            Event::Released { allocation: b.into(), why: why.clone() },
+            Event::WorkerRemoved(worker("w")),
+        ]
+    );
+    for name in ["a", "b"] {
+        assert!(!t.is_held(name));
+        assert_eq!(t.state.departure(&instance(name)).unwrap().why, why, "it is recorded");
+    }
+    assert!(t.on(lease).is_empty());
+    assert!(t.is_held("c"), "what is elsewhere stays");
+    assert_eq!(t.noop(evict("w", "again")), Outcome::WorkerRemoved { removed: false });
+    t.ok(register("y", with(spec(&[], &[]), |s| s.identity = Some(booted("b1")))));
+}
+
+#[test]
+fn an_empty_worker_is_removed_with_or_without_force() {
+    let mut t = Table::with_ports(40003);
+    assert_eq!(t.ok(evict("w", "")), Outcome::WorkerRemoved { removed: true });
+    assert_eq!(t.events, [Event::WorkerRemoved(worker("w"))]);
 }

@@ -1516,19 +1516,16 @@ pub fn take_record(progress: &mut Option<Progress>, record: Record<'_>) -> Check
         progress;
     let Counts { leases, workers, allocations, departures } = left;
     // Each kind begins when those before it have all come.
-    let (what, due, before) = match &record {
+    let before = [*leases, *workers, *allocations, *departures];
+    let (what, due, kinds_before) = match &record {
         Record::Header { .. } => return out_of_place("a header"),
-        Record::Lease { .. } => ("a lease", Some(&mut *leases), 0),
-        Record::Worker(_) => ("a worker", Some(&mut *workers), *leases),
-        Record::Allocation(_) => ("an allocation", Some(&mut *allocations), *leases + *workers),
-        Record::Departure(_) => {
-            ("a departure", Some(&mut *departures), *leases + *workers + *allocations)
-        }
-        Record::Members(_) => {
-            ("a list of members", None, *leases + *workers + *allocations + *departures)
-        }
+        Record::Lease { .. } => ("a lease", Some(leases), 0),
+        Record::Worker(_) => ("a worker", Some(workers), 1),
+        Record::Allocation(_) => ("an allocation", Some(allocations), 2),
+        Record::Departure(_) => ("a departure", Some(departures), 3),
+        Record::Members(_) => ("a list of members", None, 4),
     };
-    if before > 0 {
+    if before[..kinds_before].iter().any(|due| *due > 0) {
         return out_of_place(what);
     }
     if let Some(due) = due {
@@ -1581,7 +1578,7 @@ pub fn take_record(progress: &mut Option<Progress>, record: Record<'_>) -> Check
 impl Progress {
     pub fn complete(self) -> Checked<table::Restore> {
         let Counts { leases, workers, allocations, departures } = self.left;
-        if leases + workers + allocations + departures > 0 {
+        if [leases, workers, allocations, departures].iter().any(|due| *due > 0) {
             return Err(Why(format!(
                 "{leases} leases, {workers} workers, {allocations} allocations and {departures} \
                  departures are missing"

@@ -1,0 +1,87 @@
+//! The table of a cluster that is restored from a backup.
+
+use super::*;
+
+fn backed_up() -> Table {
+    let mut t = Table::with_agent(40009);
+    let lease = t.lease();
+    t.bound(claim("a", "w").count(2).gpu_gib(1, 4));
+    t.gang(&[claim("b", "w").count(1).on(lease), claim("c", "w").count(1)]);
+    t.lingering(claim("d", "w").count(1));
+    t.grant(claim("e", "w").count(1));
+    t.ok(force("e", "stuck"));
+    t.ok(observe("w", &[40009]));
+    t.state.remember_member(3, "three");
+    t
+}
+
+#[test]
+fn it_holds_what_was_held_and_its_revision_is_far_ahead() {
+    let t = backed_up();
+    let anew = t.state.anew();
+    check_invariants(&anew).unwrap();
+    assert_eq!(anew.revision.0, t.state.revision.0 + RESTORE_GAP);
+    for held in t.state.allocations_after(None) {
+        let now = anew.allocation(held.name()).unwrap();
+        assert_eq!((now.token.0, now.version), (anew.revision.0, anew.revision));
+        assert_eq!((&now.ports, &now.gpus, now.phase), (&held.ports, &held.gpus, held.phase));
+        assert_eq!((now.lease, &now.reason), (held.lease, &held.reason));
+    }
+    assert_eq!(anew.worker(&worker("w")).unwrap().pools[0].quarantined_count(), 1);
+    assert_eq!(anew.departures().count(), 1);
+    assert_eq!(anew.members().count(), 0, "ids of nodes start afresh");
+}
+
+#[test]
+fn it_is_restored_from_a_snapshot_as_it_is() {
+    let anew = backed_up().state.anew();
+    assert_eq!(rebuilt(&anew), Ok(anew));
+}
+
+#[test]
+fn no_token_of_the_old_cluster_counts() {
+    let old = backed_up();
+    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let a = old.get("a");
+    let judged = reclaim(a, gone(booted("b1"), t.state.revision));
+    for late in [
+        release("a", a.token),
+        confirm("a", a.token, 0),
+        attach("a", a.token, 0, None),
+        report("a", a.token, 0, 40000),
+        judged,
+    ] {
+        assert!(matches!(t.refused(late), Refusal::WrongToken { .. }));
+    }
+}
+
+#[test]
+fn a_holder_learns_its_new_token_by_repeating_its_request() {
+    let old = backed_up();
+    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let asked = Claim::clone(&old.get("a").claim);
+    let Outcome::Allocated { allocations, repeated: true } = t.noop(allocate(&[asked])) else {
+        panic!("not repeated");
+    };
+    assert_ne!(allocations[0].token, old.get("a").token);
+    t.ok(release("a", allocations[0].token));
+}
+
+#[test]
+fn what_an_agent_saw_of_the_old_cluster_proves_nothing() {
+    let old = backed_up();
+    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let seen = old.state.revision;
+    let refusal = t.refused(reclaim(t.get("a"), gone(booted("b1"), seen)));
+    assert_eq!(unproven(refusal), "it changed after it was looked at");
+}
+
+#[test]
+fn what_lingered_goes_on_lingering_and_can_be_revived() {
+    let old = backed_up();
+    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let d = t.get("d").clone();
+    assert_eq!(d.phase, Phase::Lingering);
+    t.ok(confirm("d", d.token, d.version.0));
+    t.noop(confirm("d", d.token, d.version.0));
+}

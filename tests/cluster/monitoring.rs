@@ -1,0 +1,76 @@
+//! What is watched is there: the alert rules and the dashboard name nothing that a node does not
+//! export, on every node, from the start.
+
+use std::collections::BTreeSet;
+
+use crate::support::{Cluster, http_get, wait_for};
+
+const RULES: &str = include_str!("../../deploy/prometheus/portwarden.rules.yml");
+const DASHBOARD: &str = include_str!("../../deploy/grafana/portwarden.json");
+const OPERATIONS: &str = include_str!("../../docs/operations.md");
+
+/// The families that a text names: `_bucket`, `_count` and `_sum` are of a histogram.
+fn families(text: &str) -> BTreeSet<String> {
+    let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    text.match_indices("portwarden_")
+        .map(|(at, _)| text[at..].chars().take_while(|c| word(*c)).collect::<String>())
+        .map(|name| {
+            let suffix = ["_bucket", "_count", "_sum"].iter().find(|s| name.ends_with(**s));
+            suffix.map_or(name.clone(), |suffix| name.trim_end_matches(suffix).to_string())
+        })
+        .collect()
+}
+
+#[test]
+fn every_metric_that_is_watched_is_exported_by_every_node_from_the_start() {
+    let cluster = Cluster::start(3);
+    let watched: BTreeSet<_> =
+        [RULES, DASHBOARD, OPERATIONS].into_iter().flat_map(families).collect();
+    assert!(watched.len() >= 15, "{watched:?}");
+    for node in &cluster.nodes {
+        wait_for("every family to be there", || {
+            let shown = http_get(&node.http(), "/metrics").ok()?;
+            let typed = shown.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+            let exported: BTreeSet<_> =
+                typed.filter_map(|line| Some(line.split(' ').next()?.to_string())).collect();
+            let missing: Vec<_> = watched.difference(&exported).collect();
+            if !missing.is_empty() {
+                eprintln!("node {} does not show {missing:?}", node.id);
+            }
+            missing.is_empty().then_some(())
+        });
+    }
+}
+
+/// A label for each worker or instance would grow without bound.
+#[test]
+fn label_sets_do_not_grow_with_the_table() {
+    let cluster = Cluster::start(1);
+    let series = || {
+        let shown = http_get(&cluster.nodes[0].http(), "/metrics").expect("metrics");
+        shown.lines().filter(|line| line.starts_with("portwarden_")).count()
+    };
+    let fill = |from: u32| {
+        for i in from..from + 10 {
+            cluster.worker(&format!("w{i}"), 40063);
+            let (name, worker) = (format!("a{i}"), format!("w{i}"));
+            cluster.cli(&["allocate", &name, "--worker", &worker, "--ports", "1"]).ok();
+        }
+        let workers = "portwarden_workers{node=\"1\",phase=\"READY\"}";
+        wait_for("the gauges", || {
+            (cluster.metric(0, workers) == Some(f64::from(from + 10))).then_some(())
+        });
+    };
+    fill(0);
+    let before = series();
+    fill(10);
+    assert_eq!(series(), before);
+}
+
+/// Every alert says in the runbook what it means and what to do.
+#[test]
+fn every_alert_is_in_the_runbook() {
+    let names = RULES.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
+    let missing: Vec<_> = names.filter(|name| !OPERATIONS.contains(*name)).collect();
+    assert!(missing.is_empty(), "docs/operations.md does not say what to do on {missing:?}");
+}
