@@ -7,6 +7,7 @@ mod checker;
 mod forgetting;
 mod history;
 mod nemesis;
+mod real;
 mod rig;
 mod run;
 mod watcher;
@@ -36,6 +37,9 @@ struct Args {
     nodes: u64,
     #[arg(long, default_value_t = 12)]
     clients: u32,
+    /// Workers with agents, and instances that really listen: their sockets are judged
+    #[arg(long)]
+    real: bool,
     /// The binary that is run
     #[arg(long)]
     binary: Option<PathBuf>,
@@ -61,6 +65,7 @@ impl Args {
             seed,
             nodes: self.nodes,
             clients: self.clients,
+            real: self.real,
             kinds: kinds?,
             binary,
             dir: self.keep.join(format!("seed-{seed}-{}", std::process::id())),
@@ -124,6 +129,12 @@ fn as_told() {
             std::process::exit(2);
         }
     }
+}
+
+#[test]
+#[ignore = "run by a run: an instance"]
+fn an_instance_listens() {
+    real::listen();
 }
 
 /// The whole thing, short: it works, and finds nothing.

@@ -46,6 +46,10 @@ pub const KINDS: &[Kind] = &[
     Kind { name: "torn", begin: torn },
     Kind { name: "clock", begin: clock },
     Kind { name: "restart", begin: rolling_restart },
+    Kind { name: "move-leader", begin: move_leader },
+    Kind { name: "replace", begin: replace },
+    Kind { name: "cut-worker", begin: cut_worker },
+    Kind { name: "kill-agent", begin: kill_agent },
 ];
 
 pub fn by_name(name: &str) -> Result<&'static Kind, String> {
@@ -196,7 +200,8 @@ fn isolate(rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<(String
         1 => clients.clone(),
         _ => clients.iter().copied().filter(|_| rng.random()).collect(),
     };
-    let what = format!("node {} from all others and {} clients", alone + 1, cut_off.len());
+    let what =
+        format!("node {} from all others and {} clients", rig.nodes[alone].id, cut_off.len());
     others.extend(cut_off);
     Some((what, impede(rig, apart(&[address], &others))))
 }
@@ -263,7 +268,7 @@ fn slow_disk(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, En
     let slow = (0..rig.nodes.len()).filter(|at| rig.nodes[*at].disk.forgets()).choose(rng)?;
     let by = Duration::from_millis(rng.random_range(20..400));
     rig.nodes[slow].disk.slow(by);
-    let what = format!("each sync of node {} takes {by:?}", slow + 1);
+    let what = format!("each sync of node {} takes {by:?}", rig.nodes[slow].id);
     Some((what, Box::new(move |rig| rig.nodes[slow].disk.slow(Duration::ZERO))))
 }
 
@@ -271,7 +276,7 @@ fn full_disk(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, En
     let full = (0..rig.nodes.len()).filter(|at| rig.nodes[*at].disk.is_small()).choose(rng)?;
     let leave = [0, 1 << 20, 8 << 20].choose(rng).copied()?;
     rig.nodes[full].disk.fill(leave);
-    let what = format!("{leave} bytes are left to node {}", full + 1);
+    let what = format!("{leave} bytes are left to node {}", rig.nodes[full].id);
     let end = move |rig: &mut Rig| {
         rig.nodes[full].disk.make_room();
         rig.look_after();
@@ -289,8 +294,110 @@ fn clock(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> 
     }
     let wrong = rng.random_range(0..rig.nodes.len());
     let by: i64 = [-86_400, -3_600, -5, 5, 3_600, 31_536_000].choose(rng).copied()?;
-    let path = rig.clock_path(wrong as u64 + 1);
+    let id = rig.nodes[wrong].id;
+    let path = rig.clock_path(id);
     std::fs::write(&path, format!("{by:+}")).ok()?;
     let end = move |_: &mut Rig| drop(std::fs::write(path, "+0"));
-    Some((format!("the clock of node {} is wrong by {by} s", wrong + 1), Box::new(end)))
+    Some((format!("the clock of node {id} is wrong by {by} s"), Box::new(end)))
+}
+
+// Membership, as an operator changes it.
+
+/// Longest that an operator waits here: meanwhile no other fault begins or ends.
+const OPERATOR_MAX: &str = "4s";
+
+fn move_leader(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let to = rig.nodes.choose(rng)?.id.to_string();
+    let mut moving = rig
+        .cli(&["member", "transfer-leader", &to, "--timeout", OPERATOR_MAX])
+        .spawn()
+        .expect("the command line starts");
+    let end = move |rig: &mut Rig| {
+        let ended = moving.wait().ok().and_then(|status| status.code());
+        rig.recorder.fault(format!("move-leader: ended with {ended:?}"));
+    };
+    Some((format!("to node {to}"), Box::new(end)))
+}
+
+/// A node is removed for good, and another one joins in its place.
+fn replace(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let at = rig.running().into_iter().choose(rng)?;
+    let id = rig.nodes[at].id;
+    // From here on it may end by itself, whatever the operator hears.
+    rig.nodes[at].leaving = true;
+    let removed = rig
+        .cli(&["member", "remove", &id.to_string(), "--timeout", OPERATOR_MAX])
+        .status()
+        .ok()
+        .and_then(|status| status.code());
+    match removed {
+        Some(0) => rig.replace(at).ok()?,
+        Some(6) => {} // nobody knows
+        _ => rig.nodes[at].leaving = false,
+    }
+    let new = rig.nodes[at].id;
+    let end = move |rig: &mut Rig| {
+        if new != id {
+            let mut promote =
+                rig.cli(&["member", "promote", &new.to_string(), "--timeout", OPERATOR_MAX]);
+            let ended = promote.status().ok().and_then(|status| status.code());
+            rig.recorder.fault(format!("replace: promotion of node {new} ended with {ended:?}"));
+        }
+    };
+    Some((format!("node {id} by node {new} ({removed:?})"), Box::new(end)))
+}
+
+// Real workers.
+
+/// A worker sees no node, while its instances live.
+fn cut_worker(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let worker = rig.site.as_ref()?.workers.choose(rng)?;
+    let (name, address) = (worker.name.clone(), worker.host.address);
+    let nodes = rig.addresses();
+    Some((name, impede(rig, apart(&[address], &nodes))))
+}
+
+fn kill_agent(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let site = rig.site.as_mut()?;
+    let at = rng.random_range(0..site.workers.len());
+    site.kill_agent(at);
+    let end = move |rig: &mut Rig| {
+        if let Some(site) = &mut rig.site {
+            site.kill_agent(at); // another fault may have started it
+            site.start_agent(at);
+        }
+    };
+    Some((site.workers[at].name.clone(), Box::new(end)))
+}
+
+/// At the end of a run: who was removed is replaced, and who joined votes. An error where that
+/// cannot be for a minute.
+pub fn complete_membership(rig: &mut Rig) -> Result<(), String> {
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(60) {
+        let Some(members) = rig.members() else { continue };
+        let mut complete = true;
+        for at in 0..rig.nodes.len() {
+            let id = rig.nodes[at].id;
+            match members.get(&id).map(String::as_str) {
+                Some("voter") => rig.nodes[at].leaving = false,
+                Some(_) => {
+                    complete = false;
+                    let id = id.to_string();
+                    let _ = rig.cli(&["member", "promote", &id, "--timeout", "10s"]).status();
+                }
+                None if rig.nodes[at].leaving => {
+                    complete = false;
+                    rig.replace(at)?;
+                }
+                // It joins, or waits to.
+                None => complete = false,
+            }
+        }
+        if complete {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Err(format!("the membership is not complete: {:?}", rig.members()))
 }

@@ -17,11 +17,12 @@ use crate::caller::Caller;
 use crate::checker::{self, Report, Rule, Violation};
 use crate::history::{Header, History, Record, Recorder};
 use crate::nemesis::{self, Kind};
+use crate::real::{self, Site};
 use crate::rig::disk::Disk;
 use crate::rig::net::Host;
 use crate::rig::{Life, Options, Rig};
 use crate::watcher::Watcher;
-use crate::workload::{self, Actor, WORKLOADS};
+use crate::workload::{self, Actor, REAL_WORKLOADS, WORKLOADS};
 
 /// How long it may take until all is well after the last fault: an election or two, a replay, and
 /// on two busy cores some patience.
@@ -30,6 +31,9 @@ const AVAILABLE_WITHIN: Duration = Duration::from_secs(60);
 const CONFIRM_WITHIN_MS: u64 = 600_000;
 /// Short, so that some end by themselves within a run.
 const QUARANTINE: &str = "3s";
+/// By when agents must have shown that everything is gone: three samples, the longest lease and
+/// `--zombie-after` many times over.
+const EVIDENCE_WITHIN: Duration = Duration::from_secs(45);
 /// Of calls that ask whether all is well.
 const PROBE: Duration = Duration::from_secs(2);
 
@@ -38,6 +42,8 @@ pub struct Plan {
     pub seed: u64,
     pub nodes: u64,
     pub clients: u32,
+    /// Real workers and instances, in place of clients that only speak.
+    pub real: bool,
     pub kinds: Vec<&'static Kind>,
     pub binary: PathBuf,
     /// History, logs and timelines are kept here.
@@ -120,7 +126,8 @@ impl Run {
         let header = Header {
             command: command_of(&plan),
             seed: plan.seed,
-            complete: true,
+            // Agents and supervisors are not recorded: what they ask for is not known.
+            complete: !plan.real,
             confirm_within_ms: CONFIRM_WITHIN_MS,
             available_within_ms: AVAILABLE_WITHIN.as_millis() as u64,
         };
@@ -142,7 +149,7 @@ impl Run {
         let options = Options {
             nodes: plan.nodes,
             binary: plan.binary.clone(),
-            flags: flags.map(String::from).to_vec(),
+            flags: flags.iter().map(ToString::to_string).collect(),
             faketime: has("clock"),
         };
         let mut rig = Rig::prepare(&plan.dir, options, recorder.clone(), disk)?;
@@ -150,6 +157,12 @@ impl Run {
         host.enter();
         let clients: Result<Vec<_>, _> =
             (0..plan.clients).map(|i| rig.net.host(&format!("client{i}"))).collect();
+        if plan.real {
+            let endpoints = rig.endpoints();
+            let recorder = recorder.clone();
+            let site = Site::build(&mut rig.net, &plan.dir, &plan.binary, &endpoints, recorder)?;
+            rig.site = Some(site);
+        }
         let operator = Caller::new(recorder.clone(), 0, &rig.endpoints(), 0);
         let flags = flags.join(" ");
         recorder.fault(format!("flags of serve: {flags}"));
@@ -161,9 +174,7 @@ impl Run {
             self.rig.start(at);
         }
         self.until_available().await?;
-        for worker in workload::workers() {
-            self.insist(Request::Register(worker)).await?;
-        }
+        self.begin_work().await?;
         let (stop, stopped) = watch::channel(false);
         let (stop_watching, watched_enough) = watch::channel(false);
         let told = self.watchers(&watched_enough)?;
@@ -172,6 +183,9 @@ impl Run {
         stop.send_replace(true);
         join(hands).await;
         self.heal().await?;
+        if let Some(site) = &mut self.rig.site {
+            site.stop_instances();
+        }
         self.settle_up().await?;
         self.until_told(&told).await;
         stop_watching.send_replace(true);
@@ -179,9 +193,49 @@ impl Run {
         Ok(())
     }
 
+    async fn begin_work(&mut self) -> Result<(), String> {
+        let seed = self.plan.seed;
+        if let Some(site) = &mut self.rig.site {
+            (0..site.workers.len()).for_each(|at| site.start_agent(at));
+        }
+        let names = self.workers();
+        for name in &names {
+            let worker = workload::workers().into_iter().find(|worker| worker.name == *name);
+            match worker {
+                Some(worker) => drop(self.insist(Request::Register(worker)).await?),
+                None => self.until_registered(name).await?,
+            }
+        }
+        if let Some(site) = &mut self.rig.site {
+            site.start_instances(seed);
+        }
+        Ok(())
+    }
+
+    /// All workers of this run.
+    fn workers(&self) -> Vec<String> {
+        match self.plan.real {
+            true => real::names(),
+            false => workload::workers().into_iter().map(|worker| worker.name).collect(),
+        }
+    }
+
+    async fn until_registered(&mut self, name: &str) -> Result<(), String> {
+        let began = Instant::now();
+        let get = Request::GetWorker(v1::GetWorkerRequest { name: name.into(), read: None });
+        while began.elapsed() < AVAILABLE_WITHIN {
+            if self.operator.call(get.clone()).await.ok().is_some() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Err(format!("no agent registered {name} for {AVAILABLE_WITHIN:?}"))
+    }
+
     fn clients(&self, stopped: &watch::Receiver<bool>) -> Vec<Hand> {
         let start = |(at, host): (usize, &Host)| {
-            let workload = &WORKLOADS[at % WORKLOADS.len()];
+            let workloads = if self.plan.real { REAL_WORKLOADS } else { WORKLOADS };
+            let workload = &workloads[at % workloads.len()];
             let (recorder, endpoints) = (self.recorder.clone(), self.rig.endpoints());
             let rng = StdRng::seed_from_u64(self.plan.seed ^ (at as u64 + 1) << 32);
             let me = at as u32 + 1;
@@ -202,7 +256,8 @@ impl Run {
         for number in 0..=self.rig.nodes.len() {
             let host = self.rig.net.host(&format!("watcher{number}"))?;
             let of_hot = number == self.rig.nodes.len();
-            let worker = if of_hot { workload::HOT } else { "" }.to_string();
+            let first = self.workers().into_iter().next().unwrap_or_default();
+            let worker = if of_hot { first } else { String::new() };
             let (recorder, endpoints) = (self.recorder.clone(), self.rig.endpoints());
             let told = Arc::new(AtomicU64::new(0));
             let watcher = Watcher {
@@ -230,6 +285,9 @@ impl Run {
             tokio::time::sleep(Duration::from_millis(20)).await;
             let now = began.elapsed();
             self.rig.look_after();
+            if let Some(site) = &mut self.rig.site {
+                site.look_after();
+            }
             let (due, later) = ends.into_iter().partition(|(at, _)| *at <= now);
             ends = later;
             due.into_iter().for_each(|(_, end): (_, Box<dyn FnOnce(&mut Rig) + Send>)| {
@@ -255,6 +313,7 @@ impl Run {
             }
         }
         self.recorder.put(|at| Record::Healed { at });
+        nemesis::complete_membership(&mut self.rig)?;
         self.until_available().await?;
         self.recorder.put(|at| Record::Available { at });
         Ok(())
@@ -272,7 +331,8 @@ impl Run {
                     break;
                 }
                 if began.elapsed() > 2 * AVAILABLE_WITHIN {
-                    self.recorder.fault(format!("node {} does not serve", at + 1));
+                    let id = self.rig.nodes[at].id;
+                    self.recorder.fault(format!("node {id} does not serve"));
                     return Ok(());
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -310,8 +370,16 @@ impl Run {
     /// All that is held is given back; before and after, the copies of all nodes are compared.
     async fn settle_up(&mut self) -> Result<(), String> {
         self.compare_copies().await?;
-        // What is on a lease or unconfirmed goes by itself; what is left is released.
-        tokio::time::sleep(Duration::from_millis(3_500)).await;
+        // What is on a lease or unconfirmed goes by itself, where there are agents on evidence; what
+        // is left is released.
+        let began = Instant::now();
+        let patience = if self.plan.real { EVIDENCE_WITHIN } else { Duration::from_millis(3_500) };
+        while began.elapsed() < patience && !self.table().await?.allocations.is_empty() {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+        if self.plan.real {
+            self.recorder.put(|at| Record::Emptied { at });
+        }
         for held in self.table().await?.allocations {
             let authority = Some(v1::release_request::Authority::Token(held.token));
             let release = v1::ReleaseRequest { name: held.name, authority };
@@ -319,8 +387,8 @@ impl Run {
         }
         self.recorder.put(|at| Record::Emptied { at });
         self.table().await?;
-        for worker in workload::workers() {
-            let get = v1::GetWorkerRequest { name: worker.name, read: None };
+        for name in self.workers() {
+            let get = v1::GetWorkerRequest { name, read: None };
             self.insist(Request::GetWorker(get)).await?;
         }
         self.compare_copies().await
@@ -384,12 +452,13 @@ async fn terminated() {
 pub fn command_of(plan: &Plan) -> String {
     let kinds: Vec<_> = plan.kinds.iter().map(|kind| kind.name).collect();
     format!(
-        "scripts/faults --seconds {} --seed {} --nodes {} --clients {} --nemesis {}",
+        "scripts/faults --seconds {} --seed {} --nodes {} --clients {} --nemesis {}{}",
         plan.seconds,
         plan.seed,
         plan.nodes,
         plan.clients,
-        kinds.join(",")
+        kinds.join(","),
+        if plan.real { " --real" } else { "" }
     )
 }
 

@@ -65,6 +65,17 @@ pub const WORKLOADS: &[Workload] = &[
     },
 ];
 
+/// The same for runs with real workers.
+pub const REAL_WORKLOADS: &[Workload] = &[
+    Workload { name: "sights", round: |a| Box::pin(sights(a)), pause: Duration::from_millis(60) },
+    Workload { name: "paper", round: |a| Box::pin(paper(a)), pause: Duration::from_millis(500) },
+    Workload {
+        name: "real-operators",
+        round: |a| Box::pin(real_operators(a)),
+        pause: Duration::from_millis(1_500),
+    },
+];
+
 impl Workload {
     /// Never ends: who wants no more drops it, at whatever it is at.
     pub async fn run(&self, mut actor: Actor) {
@@ -401,5 +412,46 @@ async fn library(a: &mut Actor) {
         let confirm = v1::ConfirmRequest { name, token, version, ..Default::default() };
         a.library.call(Request::Confirm(confirm)).await;
         a.library.call(release(held)).await;
+    }
+}
+
+// On real workers.
+
+/// Looks at everything that is held: from two looks it is certain what was held between them.
+async fn sights(a: &mut Actor) {
+    a.call(Request::List(v1::ListRequest { page_size: 10_000, ..Default::default() })).await;
+}
+
+/// Holds a port of a real worker on a lease, and uses it for nothing: an agent must find that out.
+async fn paper(a: &mut Actor) {
+    let Some(lease) = grant_lease(a).await else { return };
+    let workers = crate::real::names();
+    let worker = workers[a.rng.random_range(0..workers.len())].clone();
+    let claim = v1::Claim {
+        placement: Some(v1::claim::Placement::Worker(worker)),
+        lease,
+        bound: a.rng.random(),
+        ..on_hot(a.own_name(), a.uid())
+    };
+    let Some(held) = a.allocate(vec![claim]).await.pop() else { return };
+    if a.rng.random_bool(0.3) {
+        a.release(&held).await;
+    }
+}
+
+async fn real_operators(a: &mut Actor) {
+    let workers = crate::real::names();
+    let name = workers[a.rng.random_range(0..workers.len())].clone();
+    match a.rng.random_range(0..4) {
+        0 => {
+            for phase in [v1::WorkerPhase::Cordoned, v1::WorkerPhase::Ready] {
+                let (name, phase) = (name.clone(), phase.into());
+                a.call(Request::SetPhase(v1::SetPhaseRequest { name, phase })).await;
+            }
+        }
+        1 => lift_all(a, name).await,
+        _ => {
+            a.call(Request::GetWorker(v1::GetWorkerRequest { name, read: None })).await;
+        }
     }
 }

@@ -17,6 +17,9 @@ use portwarden::proto::v1;
 use super::known;
 use crate::history::{End, History, Nanos, Op, Record};
 
+/// By how much later the end of a process may be noticed.
+const SOCKET_SLACK: Nanos = 300_000_000;
+
 /// A span in which a grant certainly holds something.
 #[derive(Debug, Clone, PartialEq)]
 struct Span {
@@ -197,7 +200,7 @@ fn sockets(history: &History, spans: &BTreeMap<Thing, Vec<Span>>) -> Vec<String>
         let until = forced.min().unwrap_or(until).min(until);
         for span in spans.get(&thing).into_iter().flatten() {
             let another = (span.name.as_str(), span.token) != (name, token);
-            if another && span.from < until && from < span.until {
+            if another && span.from + SOCKET_SLACK < until && from < span.until {
                 broken.push(format!(
                     "{thing:?} was {}'s (token {}) while {name} (token {token}) listened on it",
                     span.name, span.token

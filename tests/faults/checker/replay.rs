@@ -472,16 +472,17 @@ impl Search<'_> {
             Maker::Call(at) => {
                 let op = facts.op(*at);
                 let (answer, after, events) = facts.outcome(*at, &place.state);
-                if self.answered(revision, *at) {
-                    if !facts.agrees(*at, &answer) {
-                        return Err(format!("{}: the core answers {answer:?}", shown(op)));
-                    }
+                let answered = self.answered(revision, *at) && facts.agrees(*at, &answer);
+                if answered {
                     in_time(op, place.latest)?;
+                } else if self.answered(revision, *at) && !op.repeats {
+                    return Err(format!("{}: the core answers {answer:?}", shown(op)));
                 } else if !op.repeats {
                     next.spent.insert(*at);
                 }
                 next.latest = next.latest.max(op.invoked);
-                (after, events, Some(*at))
+                // One that repeats may have made it by an earlier attempt than the one answered.
+                (after, events, answered.then_some(*at))
             }
         };
         if after.revision.0 != revision {

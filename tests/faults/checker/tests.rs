@@ -315,6 +315,24 @@ fn a_call_that_repeats_may_be_done_twice() {
 }
 
 #[test]
+fn an_earlier_attempt_may_have_made_the_revision_that_its_repeat_is_answered_with() {
+    for watched in [false, true] {
+        let mut s = Script::new();
+        s.worker("w", 40_009);
+        let a = s.grant("a");
+        let op = s.invoke_as(&release(&a), true);
+        s.happens(&release(&a)).expect("released");
+        let repeated = s.happens(&release(&a));
+        s.end(op, repeated);
+        s.grant("b");
+        if watched {
+            s.watch(1, 1);
+        }
+        s.good();
+    }
+}
+
+#[test]
 fn what_a_timer_does_explains_itself() {
     for watched in [false, true] {
         let mut s = Script::new();

@@ -3,6 +3,7 @@
 pub mod disk;
 pub mod net;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use net::{Host, Net};
 
 use crate::forgetting::Cut;
 use crate::history::{Record, Recorder};
+use crate::real::Site;
 
 /// A leader hands over first, and calls under way are answered.
 const STOP_MAX: Duration = Duration::from_secs(8);
@@ -32,6 +34,10 @@ pub struct Node {
     pub host: Host,
     pub disk: Disk,
     pub life: Life,
+    /// It was asked to leave the cluster: it may end by itself.
+    pub leaving: bool,
+    /// It did not begin the cluster, but joined it later.
+    joined: bool,
     child: Option<Child>,
 }
 
@@ -51,6 +57,7 @@ impl Node {
 
 /// What the run is made of; dropped in this order.
 pub struct Rig {
+    pub site: Option<Site>,
     pub nodes: Vec<Node>,
     pub net: Net,
     pub dir: PathBuf,
@@ -82,11 +89,19 @@ impl Rig {
         for id in 1..=options.nodes {
             let host = net.host(&format!("node{id}"))?;
             let disk = disk(id, &dir.join(format!("node-{id}")))?;
-            nodes.push(Node { id, host, disk, life: Life::Dead, child: None });
+            nodes.push(Node {
+                id,
+                host,
+                disk,
+                life: Life::Dead,
+                leaving: false,
+                joined: false,
+                child: None,
+            });
         }
         let Options { binary, flags, faketime, .. } = options;
         let (dir, faketime) = (dir.to_path_buf(), faketime && Path::new(LIBFAKETIME).exists());
-        Ok(Rig { nodes, net, dir, recorder, binary, flags, faketime })
+        Ok(Rig { site: None, nodes, net, dir, recorder, binary, flags, faketime })
     }
 
     pub fn endpoints(&self) -> Vec<String> {
@@ -111,7 +126,7 @@ impl Rig {
     }
 
     pub fn start(&mut self, at: usize) {
-        let initial: Vec<_> = self.nodes.iter().map(|n| format!("{}={}", n.id, n.peer())).collect();
+        let entry = self.entry(at);
         let node = &self.nodes[at];
         let log = File::options().create(true).append(true).open(self.log_path(node.id));
         let mut command = Command::new(&self.binary);
@@ -119,7 +134,8 @@ impl Rig {
             .args(["serve", "--insecure", "--id", &node.id.to_string(), "--data-dir"])
             .arg(node.disk.data())
             .args(["--listen", &node.client(), "--listen-peer", &node.peer()])
-            .args(["--listen-http", &node.http(), "--initial-cluster", &initial.join(",")])
+            .args(["--listen-http", &node.http()])
+            .args(entry)
             .args(&self.flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -139,6 +155,49 @@ impl Rig {
         let child = command.spawn().expect("the node starts");
         let node = &mut self.nodes[at];
         (node.child, node.life) = (Some(child), Life::Runs);
+    }
+
+    /// How it enters the cluster: read at the first start only.
+    fn entry(&self, at: usize) -> [String; 2] {
+        let others = self.nodes.iter().filter(|node| node.id != self.nodes[at].id);
+        match self.nodes[at].joined {
+            true => ["--join".into(), others.map(Node::peer).next().unwrap_or_default()],
+            false => {
+                let all = (1..).zip(&self.nodes).map(|(id, node)| format!("{id}={}", node.peer()));
+                ["--initial-cluster".into(), all.collect::<Vec<_>>().join(",")]
+            }
+        }
+    }
+
+    /// Another node takes the place of one that was removed: with nothing on its disk, under an id
+    /// that was never used.
+    pub fn replace(&mut self, at: usize) -> Result<(), String> {
+        self.kill(at, None);
+        let id = self.nodes.iter().map(|node| node.id).max().unwrap_or(0) + 1;
+        let disk = Disk::plain(&self.dir.join(format!("node-{id}")))?;
+        let node = &mut self.nodes[at];
+        (node.id, node.disk, node.leaving, node.joined) = (id, disk, false, true);
+        self.start(at);
+        Ok(())
+    }
+
+    /// The command line, as an operator uses it. To be called on a thread that is on a host.
+    pub fn cli(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.args(["--endpoints", &self.endpoints().join(",")]).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+    }
+
+    /// Roles by id, if anybody answers.
+    pub fn members(&self) -> Option<BTreeMap<u64, String>> {
+        let listed =
+            self.cli(&["member", "list", "-o", "json", "--timeout", "5s"]).output().ok()?;
+        let members: serde_json::Value = serde_json::from_slice(&listed.stdout).ok()?;
+        let role = |member: &serde_json::Value| {
+            Some((member["id"].as_u64()?, member["role"].as_str()?.to_string()))
+        };
+        members.as_array()?.iter().map(role).collect()
     }
 
     /// `kill -9`; with `cut`, the power of its disk goes too.
@@ -195,9 +254,10 @@ impl Rig {
             let code = status.code().unwrap_or(-1);
             let full = node.disk.is_small() && code == portwarden::store::FATAL_EXIT;
             let id = node.id;
-            match full {
-                true => self.recorder.fault(format!("node {id} ended: its disk is full")),
-                false => self.recorder.put(|at| Record::Ended { at, node: id, code }),
+            match (full, node.leaving) {
+                (true, _) => self.recorder.fault(format!("node {id} ended: its disk is full")),
+                (_, true) => self.recorder.fault(format!("node {id} has left ({code})")),
+                _ => self.recorder.put(|at| Record::Ended { at, node: id, code }),
             }
         }
     }
@@ -214,6 +274,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
+        self.site = None;
         for at in 0..self.nodes.len() {
             self.kill(at, None);
         }
