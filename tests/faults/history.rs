@@ -254,14 +254,12 @@ pub struct Recorder {
 struct Out {
     file: BufWriter<std::fs::File>,
     next_op: u64,
-    ok: u64,
-    unknown: u64,
 }
 
 impl Recorder {
     pub fn create(path: &Path, header: Header) -> std::io::Result<Recorder> {
         let file = BufWriter::new(std::fs::File::create(path)?);
-        let out = Mutex::new(Out { file, next_op: 1, ok: 0, unknown: 0 });
+        let out = Mutex::new(Out { file, next_op: 1 });
         let recorder = Recorder { began: Instant::now(), out };
         recorder.put(|_| Record::Header(header));
         Ok(recorder)
@@ -296,25 +294,10 @@ impl Recorder {
         let flushed = self.out().file.flush();
         flushed.expect("the history can be written");
     }
-
-    /// Calls that ended well, and calls whose end nobody knows.
-    pub fn counts(&self) -> (u64, u64) {
-        let out = self.out();
-        (out.ok, out.unknown)
-    }
-
-    pub fn elapsed(&self) -> std::time::Duration {
-        self.began.elapsed()
-    }
 }
 
 impl Out {
     fn write(&mut self, record: &Record) {
-        match record {
-            Record::Ok { .. } => self.ok += 1,
-            Record::Unknown { .. } => self.unknown += 1,
-            _ => {}
-        }
         serde_json::to_writer(&mut self.file, record).expect("the history can be written");
         self.file.write_all(b"\n").expect("the history can be written");
     }

@@ -221,11 +221,11 @@ fn halves(rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<(String,
 fn ring(rig: &mut Rig, _: &mut StdRng, _: &Clients) -> Option<(String, End)> {
     let nodes = rig.addresses();
     let (count, seen) = (nodes.len(), rig.majority() / 2);
-    let far = (0..count).tuple_combinations().filter(|(a, b): &(usize, usize)| {
+    let far = (0..count).array_combinations().filter(|[a, b]: &[usize; 2]| {
         let steps = b - a;
         steps.min(count - steps) > seen
     });
-    let rules: Vec<_> = far.flat_map(|(a, b)| apart(&nodes[a..=a], &nodes[b..=b])).collect();
+    let rules: Vec<_> = far.flat_map(|[a, b]| apart(&nodes[a..=a], &nodes[b..=b])).collect();
     // Of three nodes each sees both others: a ring without one of its sides is a bridge.
     (!rules.is_empty()).then(|| ("each sees a majority".into(), impede(rig, rules)))
 }
