@@ -19,10 +19,11 @@ use openraft::ServerState;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{CallError, Node};
+use crate::blocking::blocking;
 use crate::core::{Command, State};
 use crate::proto::peer;
 use crate::raft::NodeId;
-use crate::store::{Reserve, blocking};
+use crate::store::Reserve;
 
 /// How often a node looks after its own disk, and its leader after the others.
 const LOOK_EVERY: Duration = Duration::from_millis(500);

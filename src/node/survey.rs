@@ -8,8 +8,8 @@ use metrics::gauge;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Node;
+use crate::blocking::blocking;
 use crate::core::{Pool, Revision, State, WorkerName, WorkerPhase};
-use crate::store::blocking;
 
 const EVERY: Duration = Duration::from_secs(5);
 /// A range of which less is free is nearly full: a tenth.

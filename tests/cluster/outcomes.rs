@@ -74,7 +74,7 @@ impl Nodes<'_> {
     }
 
     fn door(&self, at: usize) -> Door {
-        Door::at(&self.servers[at].client_addr.to_string())
+        Door::at(self.servers[at].endpoint())
     }
 
     async fn leader(&self) -> Door {
@@ -270,7 +270,7 @@ fn what_a_stopping_node_had_in_its_log_is_unknown() {
         for other in nodes.servers.drain(..) {
             other.abort().await;
         }
-        let mut door = Door::at(&leader.client_addr.to_string());
+        let mut door = Door::at(leader.endpoint());
         let proposed = Arc::new(tokio::sync::Notify::new());
         let notify = proposed.clone();
         fail::cfg_callback("propose", move || notify.notify_one()).unwrap();

@@ -13,7 +13,7 @@ use rand::{Rng as _, SeedableRng as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
-use crate::caller::Caller;
+use crate::caller::{Caller, by_tcp};
 use crate::checker::{self, Report, Rule, Violation};
 use crate::history::{Header, History, Record, Recorder};
 use crate::nemesis::{self, Kind};
@@ -163,7 +163,7 @@ impl Run {
             let site = Site::build(&mut rig.net, &plan.dir, &plan.binary, &endpoints, recorder)?;
             rig.site = Some(site);
         }
-        let operator = Caller::new(recorder.clone(), 0, &rig.endpoints(), 0);
+        let operator = Caller::new(recorder.clone(), 0, by_tcp(&rig.endpoints()), 0);
         let flags = flags.join(" ");
         recorder.fault(format!("flags of serve: {flags}"));
         Ok(Run { plan, rig, recorder, operator, clients: clients? })
@@ -241,7 +241,7 @@ impl Run {
             let me = at as u32 + 1;
             self.recorder.fault(format!("process {me} is a client: {}", workload.name));
             Hand::start(host.clone(), stopped.clone(), move || {
-                workload.run(Actor::new(recorder, me, &endpoints, rng))
+                workload.run(Actor::new(recorder, me, by_tcp(&endpoints), rng), 1)
             })
         };
         self.clients.iter().enumerate().map(start).collect()
@@ -266,7 +266,7 @@ impl Run {
                 worker,
                 told: told.clone(),
             };
-            let work = move || watcher.follow(Caller::new(recorder, 0, &endpoints, number));
+            let work = move || watcher.follow(Caller::new(recorder, 0, by_tcp(&endpoints), number));
             watchers.push((Hand::start(host, stopped.clone(), work), told));
         }
         Ok(watchers)
@@ -343,7 +343,7 @@ impl Run {
 
     async fn serves(&self, endpoint: &str) -> bool {
         let one = [endpoint.to_string()];
-        let caller = Caller::new(self.recorder.clone(), 0, &one, 0);
+        let caller = Caller::new(self.recorder.clone(), 0, by_tcp(&one), 0);
         let mut caller = caller.with_timeout(PROBE);
         let grant = Request::GrantLease(v1::GrantRequest { ttl_ms: 1000 });
         let read = Request::List(v1::ListRequest::default());
@@ -407,7 +407,7 @@ impl Run {
         let min_revision = self.table().await?.revision;
         for at in 0..self.rig.nodes.len() {
             let endpoint = [self.rig.nodes[at].client()];
-            let mut caller = Caller::new(self.recorder.clone(), 0, &endpoint, 0);
+            let mut caller = Caller::new(self.recorder.clone(), 0, by_tcp(&endpoint), 0);
             let read = Some(v1::ReadOptions { stale: true, min_revision });
             let list = v1::ListRequest { read, page_size: 10_000, ..Default::default() };
             let Some(Response::List(list)) = caller.call(Request::List(list)).await.ok() else {

@@ -11,7 +11,7 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 use tokio::time::sleep;
 
-use crate::caller::{Caller, Ended, LibraryCaller};
+use crate::caller::{Caller, Ended, Endpoints, LibraryCaller};
 use crate::history::Recorder;
 
 /// The worker that everybody wants, of few ports.
@@ -77,21 +77,21 @@ pub const REAL_WORKLOADS: &[Workload] = &[
 ];
 
 impl Workload {
-    /// Never ends: who wants no more drops it, at whatever it is at.
-    pub async fn run(&self, mut actor: Actor) {
+    /// Never ends: who wants no more drops it, at whatever it is at. Pauses are so many times as long.
+    pub async fn run(&self, mut actor: Actor, pace: u32) {
         loop {
             (self.round)(&mut actor).await;
             actor.rounds += 1;
-            let pause = actor.rng.random_range(Duration::ZERO..self.pause);
+            let pause = actor.rng.random_range(Duration::ZERO..self.pause * pace);
             sleep(pause).await;
         }
     }
 }
 
 impl Actor {
-    pub fn new(recorder: Arc<Recorder>, me: u32, endpoints: &[String], rng: StdRng) -> Actor {
+    pub fn new(recorder: Arc<Recorder>, me: u32, endpoints: Endpoints, rng: StdRng) -> Actor {
         let mut rng = rng;
-        let library = LibraryCaller::new(recorder.clone(), me, endpoints, rng.random());
+        let library = LibraryCaller::new(recorder.clone(), me, endpoints.clone(), rng.random());
         let caller = Caller::new(recorder, me, endpoints, me as usize);
         Actor { caller, library, rng, me, rounds: 0 }
     }
