@@ -1,5 +1,6 @@
 //! Real processes, real sockets, real disk: what a user of the binary sees.
 
+mod agent;
 mod agreement;
 mod attacks;
 mod backup;
@@ -14,6 +15,7 @@ mod forgetting;
 mod grpc;
 mod hostile;
 mod identity;
+mod leases;
 mod lifecycle;
 mod load;
 mod members;
@@ -21,7 +23,10 @@ mod monitoring;
 mod outcomes;
 mod pause;
 mod refusals;
+mod run;
 mod space;
+mod spawned;
 mod support;
 mod survival;
+mod watch;
 mod wire;
