@@ -230,7 +230,7 @@ fn a_repeated_request_is_the_same_after_its_allocation_has_moved_to_another_leas
     let a = t.grant(asked.clone());
     t.ok(attach("a", a.token, 0, Some(new)));
     assert!(matches!(
-        t.noop(allocate(&[asked.clone()])),
+        t.noop(allocate(std::slice::from_ref(&asked))),
         Outcome::Allocated { repeated: true, .. }
     ));
     let refusal = t.refused(allocate(&[asked.on(new)]));
