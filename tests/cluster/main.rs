@@ -20,6 +20,7 @@ mod lifecycle;
 mod load;
 mod members;
 mod monitoring;
+mod namespaces;
 mod outcomes;
 mod pause;
 mod refusals;
