@@ -161,7 +161,8 @@ fn every_node_takes_every_call() {
             let status = door.cluster.status(v1::StatusRequest {}).await.unwrap().into_inner();
             assert_eq!(status.node, cluster.nodes[at].id);
             assert_eq!(status.members.len(), 3);
-            let members = door.cluster.list_members(v1::ListMembersRequest {}).await.unwrap();
+            let members =
+                door.cluster.list_members(v1::ListMembersRequest::default()).await.unwrap();
             assert_eq!(members.into_inner().members.len(), 3);
         }
     });
