@@ -110,13 +110,20 @@ pub enum Handle {
     Container(String),
 }
 
+/// How much of a long cgroup path people are shown.
+const CGROUP_SHOWN_CHARS: usize = 50;
+
 impl fmt::Display for Liveness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.handle {
             Handle::Process { pid, start_ticks } => {
                 write!(f, "process {pid} (started at tick {start_ticks})")
             }
-            Handle::Cgroup(path) => write!(f, "cgroup {path}"),
+            // The end of a path tells more than its beginning. A reason must not grow too long.
+            Handle::Cgroup(path) => match path.char_indices().nth_back(CGROUP_SHOWN_CHARS - 1) {
+                Some((at, _)) if at > 0 => write!(f, "cgroup …{}", &path[at..]),
+                _ => write!(f, "cgroup {path}"),
+            },
             Handle::Container(id) => write!(f, "container {id}"),
         }
     }
