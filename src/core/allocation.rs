@@ -240,7 +240,10 @@ pub struct LastChange {
 pub enum ChangeKind {
     Confirmed,
     Attached,
-    Lingered,
+    /// Its deadline passed, or its lease ended: then its deadline may be yet to come.
+    Lingered {
+        cause: Cause,
+    },
     /// The port that was reported.
     Swapped {
         port: u16,
