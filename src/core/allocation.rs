@@ -106,7 +106,7 @@ pub enum Handle {
     Process { pid: u32, start_ticks: u64 },
     /// Path below the root of the cgroup file system.
     Cgroup(String),
-    /// Its id: 12 to 64 hexadecimal digits.
+    /// Its id: 12 to 64 hexadecimal digits, in lower case as in the paths that it is looked for in.
     Container(String),
 }
 
@@ -156,11 +156,12 @@ impl Handle {
             }
             Handle::Container(id) => {
                 let span = CONTAINER_ID_MIN_BYTES..=CONTAINER_ID_MAX_BYTES;
-                match span.contains(&id.len()) && id.chars().all(|c| c.is_ascii_hexdigit()) {
+                let is_digit = |c: char| matches!(c, '0'..='9' | 'a'..='f');
+                match span.contains(&id.len()) && id.chars().all(is_digit) {
                     true => Ok(()),
                     false => {
                         let (low, high) = span.into_inner();
-                        let limit = format!("{low} to {high} hexadecimal digits");
+                        let limit = format!("{low} to {high} hexadecimal digits in lower case");
                         Err(Invalid::new("liveness.container", id, limit))
                     }
                 }

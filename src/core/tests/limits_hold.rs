@@ -219,6 +219,7 @@ fn limits_of_liveness_handles() {
     for nonsense in [
         container(&"a".repeat(CONTAINER_ID_MIN_BYTES - 1)),
         container("not-hexadecimal"),
+        container(&"A".repeat(CONTAINER_ID_MIN_BYTES)),
         with_handle("", pid(1)),
         with_handle("b", pid(0)),
         with_handle("b", Handle::Cgroup(String::new())),
