@@ -1,6 +1,7 @@
 //! A replicated allocator of network ports and GPUs: no port of a worker and no byte of GPU memory
 //! is ever given twice. The house and the way of one request through it: `docs/architecture.md`.
 
+pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod client;

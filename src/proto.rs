@@ -36,6 +36,8 @@ pub mod reason {
     pub const NOT_LEADER: &str = "NOT_LEADER";
     /// The name is held by another uid or for another request.
     pub const NAME_TAKEN: &str = "NAME_TAKEN";
+    /// The name was taken back, or forced out: when and why (`cause`, `at_ms`, and more).
+    pub const DEPARTED: &str = "DEPARTED";
     /// The worker is another network namespace, or another boot, than the agent that reports.
     pub const OTHER_IDENTITY: &str = "OTHER_IDENTITY";
     /// A learner has not caught up yet: ask again.

@@ -279,7 +279,7 @@ pub fn worker_patch(
     spec: Option<&v1::WorkerSpec>,
     fields: &[String],
 ) -> Result<WorkerPatch, Status> {
-    const FIELDS: &str = "some of address, labels, ranges, reserved, gpus";
+    const FIELDS: &str = "some of address, labels, ranges, reserved, gpus, identity";
     let spec = required_spec(spec)?;
     if fields.is_empty() {
         return Err(errors::invalid(Invalid::new("fields", "", FIELDS)));
@@ -295,6 +295,11 @@ pub fn worker_patch(
             }
             "reserved" => patch.reserved = Some(parse_reserved(&spec.reserved).map_err(within)?),
             "gpus" => patch.gpus = Some(spec.gpus.iter().map(parse_gpu_spec).collect()),
+            "identity" => {
+                let missing = || Invalid::new("identity", "", "given: an agent stays an agent");
+                let given = spec.identity.as_ref().ok_or_else(|| within(missing()))?;
+                patch.identity = Some(identity(given));
+            }
             other => {
                 let error = Invalid::new(format!("fields[{i}]"), other, FIELDS);
                 return Err(errors::invalid(error));

@@ -10,7 +10,9 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::core::{Allocation, Invalid, Lack, Refusal, Revision, Shortage, WorkerName};
+use crate::core::{
+    Allocation, Departure, Invalid, Lack, Refusal, ReleaseReason, Revision, Shortage, WorkerName,
+};
 use crate::node::CallError;
 use crate::node::members::NotChanged;
 use crate::proto::{DOMAIN, reason};
@@ -41,7 +43,13 @@ pub fn refusal(refusal: Refusal) -> Status {
     match &refusal {
         Refusal::Invalid(error) => invalid(error.clone()),
         Refusal::NoWorker(name) => not_found("worker", name.as_str()),
-        Refusal::NoAllocation { name, .. } => not_found("allocation", name.as_str()),
+        Refusal::NoAllocation { name, departed: None } => not_found("allocation", name.as_str()),
+        Refusal::NoAllocation { name, departed: Some(departed) } => {
+            let mut details =
+                ErrorDetails::with_resource_info("allocation", name.as_str(), "", text.as_str());
+            details.set_error_info(reason::DEPARTED, DOMAIN, departure_facts(departed));
+            Status::with_error_details(Code::NotFound, text.as_str(), details)
+        }
         Refusal::NoLease(id) => not_found("lease", &id.to_string()),
         Refusal::NameTaken { holder, difference, .. } => name_taken(&text, holder, difference),
         Refusal::IdentityTaken { what, value, owner } => {
@@ -94,6 +102,22 @@ fn name_taken(text: &str, holder: &Allocation, difference: &str) -> Status {
     ]);
     details.set_error_info(reason::NAME_TAKEN, DOMAIN, facts);
     Status::with_error_details(Code::AlreadyExists, text, details)
+}
+
+/// When and how a name left the table, for programs.
+fn departure_facts(departed: &Departure) -> HashMap<String, String> {
+    let cause = match &departed.why {
+        ReleaseReason::ByHolder => "released",
+        ReleaseReason::Forced { .. } => "forced",
+        ReleaseReason::Reclaimed { cause, .. } => cause.name(),
+    };
+    metadata([
+        ("cause", cause.to_string()),
+        ("worker", departed.worker.to_string()),
+        ("token", departed.token.to_string()),
+        ("revision", departed.revision.to_string()),
+        ("at_ms", departed.at.0.to_string()),
+    ])
 }
 
 fn capacity(text: String, facts: HashMap<String, String>) -> Status {

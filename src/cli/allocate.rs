@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{ArgGroup, ValueEnum};
 use serde::Deserialize;
@@ -14,15 +15,50 @@ use crate::proto::v1;
 
 #[derive(Debug, clap::Args)]
 #[command(
-    group(ArgGroup::new("what").args(["ports", "port", "contiguous", "gpus", "gpu", "file"])
-        .multiple(true).required(true)),
-    group(ArgGroup::new("where").args(["worker", "selector", "file"]).required(true)),
+    mut_group("what", |group| group.arg("file").required(true)),
+    mut_group("where", |group| group.arg("file").required(true)),
     after_help = AFTER_HELP,
 )]
 pub struct Args {
+    #[command(flatten)]
+    source: Source,
+    /// Put it on this lease: it is given back when the lease ends
+    #[arg(
+        long,
+        value_name = "ID",
+        default_value_t = 0,
+        hide_default_value = true,
+        conflicts_with = "file"
+    )]
+    lease: u64,
+    /// Say what would be granted, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Claims by flags or from a file, for `allocate` and `explain`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Source {
     /// Name of the instance, unique in the cluster
     #[arg(value_parser = parse::name::<InstanceName>, required_unless_present = "file")]
     name: Option<String>,
+    #[command(flatten)]
+    flags: ClaimFlags,
+    /// Tells a retry from a rival; default: a fresh one
+    #[arg(long, value_parser = parse::name::<Uid>)]
+    uid: Option<String>,
+    /// Claims as YAML or JSON (`-`: stdin); several are a gang, all or nothing
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["name", "ClaimFlags"])]
+    file: Option<String>,
+}
+
+/// What an instance asks for.
+#[derive(Debug, clap::Args)]
+#[command(
+    group(ArgGroup::new("what").args(["ports", "port", "contiguous", "gpus", "gpu"]).multiple(true)),
+    group(ArgGroup::new("where").args(["worker", "selector"])),
+)]
+pub(super) struct ClaimFlags {
     /// The worker to place it on
     #[arg(long, value_parser = parse::name::<WorkerName>)]
     worker: Option<String>,
@@ -40,7 +76,7 @@ pub struct Args {
         value_parser = clap::value_parser!(u32).range(1..=i64::from(limits::PORTS_PER_CLAIM_MAX))
     )]
     ports: Option<u32>,
-    /// This port; may be repeated
+    /// This port, or any one under a name (http=any); may be repeated
     #[arg(
         long,
         value_name = "[NAME=]PORT",
@@ -85,33 +121,24 @@ pub struct Args {
     /// Each GPU whole and alone
     #[arg(long, group = "share")]
     gpu_exclusive: bool,
-    /// Tells a retry from a rival; default: a fresh one
-    #[arg(long, value_parser = parse::name::<Uid>)]
-    uid: Option<String>,
+    /// Reclaim it if it is not confirmed within this (1s to 24h) [default: the server's, 10m]
+    #[arg(long, value_name = "DURATION", conflicts_with = "bound", value_parser = parse::span_of_time)]
+    pub confirm_within: Option<Duration>,
     /// Grant straight to BOUND, without a confirmation
     #[arg(long)]
     bound: bool,
     /// Label of the allocation; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
     label: Vec<(String, String)>,
-    /// Claims as YAML or JSON (`-`: stdin); several are a gang, all or nothing
-    #[arg(
-        short,
-        long,
-        value_name = "FILE",
-        conflicts_with_all = [
-            "name", "worker", "selector", "ports", "port", "contiguous", "range", "gpus", "gpu",
-            "gpu_memory", "gpu_exclusive", "bound", "label",
-        ]
-    )]
-    file: Option<String>,
 }
 
 const AFTER_HELP: &str = "\
 Examples:
   portwarden allocate qwen-0 --worker w1 --ports 2
-  portwarden allocate qwen-0 --worker w1 --port http=40001 --contiguous 4
+  portwarden allocate qwen-0 --worker w1 --port http=40001 --port metrics=any --contiguous 4
   portwarden allocate qwen-0 --selector 'zone=a,gpu' --policy spread --gpus 1 --gpu-memory 8GiB
+  portwarden allocate qwen-0 --worker w1 --ports 1 --lease 7 --confirm-within 2m
+  portwarden allocate qwen-0 --worker w1 --ports 1 --dry-run
   portwarden allocate -f gang.yaml -o json
 
 A file is a list of claims, or has them under the key `claims`:
@@ -122,7 +149,8 @@ A file is a list of claims, or has them under the key `claims`:
     - {name: http, count: 1}
     - {range: ray, contiguous: 4}
     gpus: {count: 1, memory: 24GiB}   # count or indexes: [0, 1]; memory or exclusive: true
-    bound: false
+    lease: 7                  # or none
+    confirm_within: 60s       # or bound: true
     labels: {model: qwen}
 
 If the outcome is unknown (exit code 6), repeat the command with the --uid that the error names.";
@@ -146,20 +174,30 @@ impl Policy {
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     let client = globals.client()?;
-    let uid = args.uid.clone().unwrap_or_else(|| client.fresh_uid());
-    let gang = args.file.is_some();
-    let mut claims = match &args.file {
-        Some(file) => read_claims(file)?,
-        None => vec![claim(args)],
-    };
-    for claim in claims.iter_mut().filter(|claim| claim.uid.is_empty()) {
-        claim.uid = uid.clone();
+    let uid = args.source.uid.clone().unwrap_or_else(|| client.fresh_uid());
+    let gang = args.source.file.is_some();
+    let mut claims = args.source.claims()?;
+    for claim in &mut claims {
+        if claim.uid.is_empty() {
+            claim.uid = uid.clone();
+        }
+        if !gang {
+            claim.lease = args.lease;
+        }
     }
-    let granted =
-        client.allocate(claims).await.map_err(CliError::repeat_with(format!("--uid {uid}")))?;
+    let answer = match args.dry_run {
+        true => client.allocate_dry_run(claims).await?,
+        false => {
+            let again = CliError::repeat_with(format!("--uid {uid}"));
+            client.allocate(claims).await.map_err(again)?
+        }
+    };
     let allocations: Vec<_> =
-        granted.allocations.into_iter().map(output::Allocation::from).collect();
-    let table = || output::allocations_table(&allocations);
+        answer.allocations.into_iter().map(output::Allocation::from).collect();
+    let table = || {
+        let table = output::allocations_table(&allocations);
+        if args.dry_run { format!("{table}\ndry run: nothing was changed") } else { table }
+    };
     match allocations.as_slice() {
         [only] if !gang => output::print(globals.output, only, table)?,
         all => output::print(globals.output, &all, table)?,
@@ -167,33 +205,57 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn claim(args: Args) -> v1::Claim {
-    use v1::port_request::Ports;
-    let range = args.range.unwrap_or_default();
-    let request =
-        |name: String, ports| v1::PortRequest { name, range: range.clone(), ports: Some(ports) };
-    let specific = args.port.into_iter().map(|p| request(p.name, Ports::Specific(p.number)));
-    let counted = args.ports.map(|n| request(String::new(), Ports::Count(n)));
-    let band = args.contiguous.map(|n| request(String::new(), Ports::Contiguous(n)));
-    let share = match args.gpu_memory {
-        Some(bytes) => v1::gpu_request::Share::MemoryBytes(bytes),
-        None => v1::gpu_request::Share::Exclusive(true),
-    };
-    let gpus = (args.gpus.is_some() || !args.gpu.is_empty()).then(|| v1::GpuRequest {
-        count: args.gpus.unwrap_or(0),
-        indexes: args.gpu,
-        share: Some(share),
-    });
-    v1::Claim {
-        name: args.name.unwrap_or_default(),
-        uid: String::new(),
-        placement: placement(args.worker, args.selector, args.policy),
-        ports: counted.into_iter().chain(specific).chain(band).collect(),
-        gpus,
-        lease: 0,
-        bound: args.bound,
-        labels: args.label.into_iter().collect(),
-        confirm_within_ms: 0,
+impl Source {
+    /// Those without a uid have none yet, unless `--uid` is given.
+    pub fn claims(self) -> Result<Vec<v1::Claim>, CliError> {
+        let uid = self.uid.unwrap_or_default();
+        let mut claims = match &self.file {
+            Some(file) => read_claims(file)?,
+            None => vec![self.flags.claim(self.name.unwrap_or_default())],
+        };
+        for claim in claims.iter_mut().filter(|claim| claim.uid.is_empty()) {
+            claim.uid = uid.clone();
+        }
+        Ok(claims)
+    }
+}
+
+impl ClaimFlags {
+    /// Without a uid and a lease.
+    pub fn claim(self, name: String) -> v1::Claim {
+        use v1::port_request::Ports;
+        let range = self.range.unwrap_or_default();
+        let request = |name: String, ports| v1::PortRequest {
+            name,
+            range: range.clone(),
+            ports: Some(ports),
+        };
+        let named = self
+            .port
+            .into_iter()
+            .map(|p| request(p.name, p.number.map_or(Ports::Count(1), Ports::Specific)));
+        let counted = self.ports.map(|n| request(String::new(), Ports::Count(n)));
+        let band = self.contiguous.map(|n| request(String::new(), Ports::Contiguous(n)));
+        let share = match self.gpu_memory {
+            Some(bytes) => v1::gpu_request::Share::MemoryBytes(bytes),
+            None => v1::gpu_request::Share::Exclusive(true),
+        };
+        let gpus = (self.gpus.is_some() || !self.gpu.is_empty()).then(|| v1::GpuRequest {
+            count: self.gpus.unwrap_or(0),
+            indexes: self.gpu,
+            share: Some(share),
+        });
+        v1::Claim {
+            name,
+            uid: String::new(),
+            placement: placement(self.worker, self.selector, self.policy),
+            ports: counted.into_iter().chain(named).chain(band).collect(),
+            gpus,
+            lease: 0,
+            bound: self.bound,
+            labels: self.label.into_iter().collect(),
+            confirm_within_ms: self.confirm_within.map_or(0, parse::ms),
+        }
     }
 }
 
@@ -226,6 +288,9 @@ struct ClaimInFile {
     #[serde(default)]
     ports: Vec<PortsInFile>,
     gpus: Option<GpusInFile>,
+    #[serde(default)]
+    lease: u64,
+    confirm_within: Option<String>,
     #[serde(default)]
     bound: bool,
     #[serde(default)]
@@ -316,6 +381,11 @@ fn claim_from_file(claim: ClaimInFile) -> Result<v1::Claim, String> {
     if claim.worker.is_some() && claim.selector.is_some() {
         return Err("selector: must be left out where a worker is given".into());
     }
+    let confirm_within = claim.confirm_within.map(|text| {
+        let span = parse::span_of_time(&text).map(parse::ms);
+        span.map_err(|why| format!("confirm_within: {text:?} {why}"))
+    });
+    let confirm_within = confirm_within.transpose()?;
     let ports = claim
         .ports
         .into_iter()
@@ -327,10 +397,10 @@ fn claim_from_file(claim: ClaimInFile) -> Result<v1::Claim, String> {
         placement: placement(claim.worker, claim.selector, claim.policy),
         ports: ports.collect::<Result<_, _>>()?,
         gpus: claim.gpus.map(gpus_from_file).transpose()?,
-        lease: 0,
+        lease: claim.lease,
         bound: claim.bound,
         labels: claim.labels,
-        confirm_within_ms: 0,
+        confirm_within_ms: confirm_within.unwrap_or(0),
     })
 }
 
@@ -385,6 +455,7 @@ mod tests {
             ("- {name: a, ports: [{count: 1, specific: 2}]}", "claims[0].ports[0]"),
             ("- {name: a, gpus: {count: 1, memory: 17TiB}}", "16 TiB"),
             ("- {name: a, worker: w, selector: x}", "selector"),
+            ("- {name: a, worker: w, confirm_within: 0s}", "1s to 24h"),
         ] {
             let error = parse_claims(text).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use tonic::Code;
 
+use super::output;
 use crate::client::{ClientError, Refused};
 use crate::proto::reason;
 
@@ -21,6 +22,23 @@ pub enum CliError {
     /// A conflict was reported, and no other port could be given.
     #[error("{name} was reclaimed: {reason}")]
     NothingElseFits { name: String, reason: String },
+    /// What was asked for is not there, or not any more.
+    #[error("{0}")]
+    NotFound(String),
+    /// It is not as it would have to be.
+    #[error("{0}")]
+    Conflict(String),
+    /// Each port that was tried is in use, and there is no other.
+    #[error("{0}")]
+    NothingFits(String),
+    #[error("{0}")]
+    TimedOut(String),
+    /// A program could not be started or has ended, with this exit code.
+    #[error("{text}")]
+    Program { text: String, code: u8 },
+    /// Time is over, and these are still held.
+    #[error("{worker} still holds {}: {}", .left.len(), .left.join(", "))]
+    StillHeld { worker: String, left: Vec<String> },
     /// A failed call; `repeat` are the flags under which it is safe to run the command again.
     #[error("{error}")]
     Call { error: ClientError, repeat: Option<String> },
@@ -51,6 +69,8 @@ pub fn client_exit_code(error: &ClientError) -> u8 {
         ClientError::Endpoint { .. } => USAGE,
         ClientError::Unavailable { .. } | ClientError::OutcomeUnknown { .. } => UNAVAILABLE,
         ClientError::Refused(refused) => match refused.status.code() {
+            // The history that was asked for is gone.
+            Code::OutOfRange if error.reason() == Some(reason::COMPACTED) => CONFLICT,
             Code::InvalidArgument | Code::OutOfRange => USAGE,
             Code::NotFound => NOT_FOUND,
             Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => CONFLICT,
@@ -80,6 +100,18 @@ pub(super) fn describe(error: &anyhow::Error) -> (u8, String) {
         Some(error @ CliError::NothingElseFits { .. }) => (
             NOTHING_FITS,
             format!("error: {error}\nhint: the port is quarantined; allocate anew\n"),
+        ),
+        Some(CliError::NotFound(text)) => (NOT_FOUND, format!("error: {text}\n")),
+        Some(CliError::NothingFits(text)) => (NOTHING_FITS, format!("error: {text}\n")),
+        Some(CliError::TimedOut(text)) => (UNAVAILABLE, format!("error: {text}\n")),
+        Some(CliError::Program { text, code }) => (*code, format!("error: {text}\n")),
+        Some(CliError::Conflict(text)) => (CONFLICT, format!("error: {text}\n")),
+        Some(error @ CliError::StillHeld { worker, .. }) => (
+            UNAVAILABLE,
+            format!(
+                "error: time is over: {error}\nhint: it goes on draining; wait longer with --timeout, \
+                 or see `portwarden list --worker {worker}`\n"
+            ),
         ),
         Some(CliError::Call { error, repeat }) => {
             (client_exit_code(error), describe_call(error, repeat.as_deref()))
@@ -115,7 +147,10 @@ fn describe_refused(text: &mut String, refused: &Refused) -> std::fmt::Result {
         let mut facts: Vec<_> = info.metadata.iter().collect();
         facts.sort();
         for (key, value) in facts {
-            writeln!(text, "  {key}: {value}")?;
+            match (key.as_str(), value.parse()) {
+                ("at_ms", Ok(ms)) => writeln!(text, "  at: {}", output::point_in_time(ms))?,
+                _ => writeln!(text, "  {key}: {value}")?,
+            }
         }
     }
     Ok(())
@@ -148,6 +183,8 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
     let broken = refused.details.precondition_failure().and_then(|p| p.violations.first());
     let text = match (refused.status.code(), error.reason()) {
         (Code::InvalidArgument, _) => "correct the fields above; `--help` shows the form",
+        (Code::NotFound, Some(reason::DEPARTED)) => "the name is free: allocate it anew",
+        (Code::NotFound, _) if kind == Some("lease") => "`portwarden lease list` shows them all",
         (Code::NotFound, _) if kind == Some("worker") => "`portwarden worker list` shows them all",
         (Code::NotFound, _) => "`portwarden list` shows them all",
         (_, Some(reason::NAME_TAKEN)) => {
@@ -158,6 +195,9 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
         (_, Some(reason::CAPACITY)) => {
             "ask for less, release something or add a worker; `portwarden worker list` shows what \
              is free"
+        }
+        (_, Some(reason::COMPACTED)) => {
+            "`portwarden list` shows what is now; watch from its revision on"
         }
         (_, Some(reason::LOW_SPACE)) => {
             "make room on the file systems of the data directories, or release something; \
@@ -173,6 +213,9 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
             }
             Some("WORKER_IN_USE" | "WOULD_LOSE") => {
                 "`portwarden list --worker NAME` shows what it holds"
+            }
+            Some("LINGERING") => {
+                "its holder may confirm it anew; an operator may `portwarden release NAME --force`"
             }
             Some("PORT_NOT_FREE") => "`portwarden worker get NAME` shows its ports",
             _ => return None,

@@ -3,12 +3,15 @@
 use std::process::ExitCode;
 
 use super::{Globals, output, parse};
+use crate::agent::host::wall_clock_ms;
 use crate::core::InstanceName;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   portwarden get qwen-0
-  portwarden get qwen-0 -o json")]
+  portwarden get qwen-0 -o json
+
+Of a name that was taken back lately it says when and why (exit code 3).")]
 pub struct Args {
     /// Name of the instance
     #[arg(value_parser = parse::name::<InstanceName>)]
@@ -17,7 +20,8 @@ pub struct Args {
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     let response = globals.client()?.get(&args.name, None).await?;
-    let allocation = output::Allocation::from(response.allocation.unwrap_or_default());
-    output::print(globals.output, &allocation, || output::allocations_table([&allocation]))?;
+    let found = response.allocation.unwrap_or_default();
+    let allocation = output::Allocation::from(found.clone());
+    output::print(globals.output, &allocation, || output::allocation_text(found, wall_clock_ms()))?;
     Ok(ExitCode::SUCCESS)
 }

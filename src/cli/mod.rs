@@ -13,7 +13,9 @@
 //! | 5 | nothing fits |
 //! | 6 | unavailable or timed out; says "outcome unknown" where it is |
 
+mod agent;
 mod allocate;
+mod attach;
 pub mod bench;
 mod completion;
 mod confirm;
@@ -21,7 +23,9 @@ pub mod demo;
 pub mod dev;
 mod embedded;
 mod error;
+mod explain;
 mod get;
+mod lease;
 mod list;
 mod member;
 mod output;
@@ -29,17 +33,20 @@ mod parse;
 mod recover;
 mod release;
 mod report_conflict;
+mod run;
 pub mod serve;
 mod snapshot;
 mod status;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod worker;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::client::{Client, ClientError, Options};
@@ -121,6 +128,8 @@ pub enum Command {
     Allocate(allocate::Args),
     /// Say that an instance listens: RESERVED becomes BOUND
     Confirm(confirm::Args),
+    /// Move an allocation to another lease
+    Attach(attach::Args),
     /// Give back what an instance holds
     Release(release::Args),
     /// Say that something else uses a port: it is quarantined and swapped
@@ -129,6 +138,16 @@ pub enum Command {
     Get(get::Args),
     /// List allocations
     List(list::Args),
+    /// Show each change of the table as it comes
+    Watch(watch::Args),
+    /// Say where a claim fits and why, or what is missing
+    Explain(explain::Args),
+    /// Manage leases: times to live that their holders keep alive
+    Lease(lease::Args),
+    /// Run a program that holds its ports for as long as it runs
+    Run(Box<run::Args>),
+    /// Watch a worker's host: what runs on each worker
+    Agent(agent::Args),
     /// Manage workers: the machines that instances run on
     Worker(worker::Args),
     /// Show and change the nodes of the cluster
@@ -140,7 +159,7 @@ pub enum Command {
     /// Begin a new cluster from one survivor, when the majority is lost for good
     Recover(recover::Args),
     /// Run one node
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Run an embedded cluster that stays up
     Dev(dev::Args),
     /// Show many schedulers allocating at once on an embedded cluster
@@ -172,6 +191,18 @@ fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Resolves at SIGTERM or SIGINT; from this call on neither ends the process by itself.
+fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
 /// Wrong input that clap could not see; exit code 2.
 fn usage(text: impl Into<String>) -> anyhow::Error {
     CliError::Usage(text.into()).into()
@@ -183,6 +214,12 @@ pub async fn run(cli: Cli) -> ExitCode {
     let result = match command {
         Command::Allocate(args) => allocate::run(args, globals).await,
         Command::Confirm(args) => confirm::run(args, globals).await,
+        Command::Attach(args) => attach::run(args, globals).await,
+        Command::Watch(args) => watch::run(args, globals).await,
+        Command::Explain(args) => explain::run(args, globals).await,
+        Command::Run(args) => run::run(*args, globals).await,
+        Command::Agent(args) => agent::run(args, globals).await,
+        Command::Lease(args) => lease::run(args, globals).await,
         Command::Release(args) => release::run(args, globals).await,
         Command::ReportConflict(args) => report_conflict::run(args, globals).await,
         Command::Get(args) => get::run(args, globals).await,
@@ -192,7 +229,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Status(args) => status::run(args, globals).await,
         Command::Snapshot(args) => snapshot::run(args, globals).await,
         Command::Recover(args) => recover::run(args, globals).await,
-        Command::Serve(args) => serve::run(args, globals).await,
+        Command::Serve(args) => serve::run(*args, globals).await,
         Command::Dev(args) => dev::run(args, globals).await,
         Command::Demo(args) => demo::run(args, globals).await,
         Command::Bench(args) => bench::run(args, globals).await,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytesize::ByteSize;
 use comfy_table::{Table, presets};
@@ -17,6 +18,12 @@ pub fn emit(text: &str) -> anyhow::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// A remark to people on stderr, beside the results.
+pub fn note(text: &str) {
+    // Where nobody reads it, nothing is lost.
+    let _ = writeln!(io::stderr(), "note: {text}");
 }
 
 /// The value as JSON, or what `table` makes of it.
@@ -121,6 +128,75 @@ pub fn allocations_table<'a>(allocations: impl IntoIterator<Item = &'a Allocatio
     table(&header, rows)
 }
 
+/// What is held, in one line.
+pub fn allocation_line(a: &Allocation) -> String {
+    let held = [ports_text(&a.ports), gpus_text(&a.gpus)];
+    let held: Vec<_> = held.into_iter().filter(|text| !text.is_empty()).collect();
+    format!("{} on {}: {}, token {}", a.phase, a.worker, held.join(" "), a.token)
+}
+
+/// One allocation with what its table line has no room for. `now_ms`: Unix time.
+pub fn allocation_text(allocation: v1::Allocation, now_ms: u64) -> String {
+    let mut lines = Vec::new();
+    let age = |since_ms: u64| {
+        let seconds = now_ms.saturating_sub(since_ms) / 1000;
+        humantime::format_duration(Duration::from_secs(seconds)).to_string()
+    };
+    let v1::Allocation { granted_at_ms, changed_at_ms, reason, lease, swaps, uid, .. } =
+        &allocation;
+    if *granted_at_ms > 0 {
+        lines.push(format!(
+            "granted {} ago, changed {} ago",
+            age(*granted_at_ms),
+            age(*changed_at_ms)
+        ));
+    }
+    if allocation.phase() == v1::Phase::Reserved && allocation.confirm_within_ms > 0 {
+        let within = Duration::from_millis(allocation.confirm_within_ms);
+        let within = humantime::format_duration(within);
+        lines.push(format!("to be confirmed within {within} of its last change"));
+    }
+    if !reason.is_empty() {
+        lines.push(format!("lingers: {reason}; it goes once its agent has seen that it is gone"));
+    }
+    if *lease > 0 {
+        lines.push(format!("on lease {lease}"));
+    }
+    if let Some(liveness) = &allocation.liveness {
+        lines.push(format!("lives as {}", liveness_text(liveness)));
+    }
+    if *swaps > 0 {
+        lines.push(format!("{swaps} ports were swapped because of conflicts"));
+    }
+    lines.push(format!("uid {uid}"));
+    let shown = Allocation::from(allocation);
+    if !shown.labels.is_empty() {
+        let labels = shown.labels.iter().map(|(key, value)| format!("{key}={value}"));
+        lines.push(format!("labels {}", labels.collect::<Vec<_>>().join(",")));
+    }
+    format!("{}\n{}", allocations_table([&shown]), lines.join("\n"))
+}
+
+/// `2026-11-25T06:20:00Z`, of Unix time in milliseconds.
+pub fn point_in_time(ms: u64) -> String {
+    // Later than any clock shows, it would not be a date.
+    let ms = ms.min(253_402_300_799_000);
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(ms)).to_string()
+}
+
+fn liveness_text(liveness: &v1::Liveness) -> String {
+    use v1::liveness::Handle;
+    let handle = match &liveness.handle {
+        Some(Handle::Process(process)) => {
+            format!("process {}, started at tick {}", process.pid, process.start_ticks)
+        }
+        Some(Handle::Cgroup(path)) => format!("cgroup {path}"),
+        Some(Handle::Container(id)) => format!("container {id}"),
+        None => "nothing known".into(),
+    };
+    format!("{handle}, of boot {}", liveness.boot_id)
+}
+
 fn none_as_dash(text: String) -> String {
     if text.is_empty() { "-".into() } else { text }
 }
@@ -168,6 +244,15 @@ pub struct Worker {
     pub allocations: u64,
     pub created: u64,
     pub version: u64,
+    /// Of its agent; null without one.
+    pub identity: Option<Identity>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Identity {
+    pub machine_id: String,
+    pub boot_id: String,
+    pub namespace: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -243,6 +328,11 @@ impl From<v1::Worker> for Worker {
             allocations: w.allocations,
             created: w.created,
             version: w.version,
+            identity: spec.identity.map(|identity| Identity {
+                machine_id: identity.machine_id,
+                boot_id: identity.boot_id,
+                namespace: identity.namespace,
+            }),
         }
     }
 }
@@ -280,6 +370,12 @@ pub fn worker_text(worker: &Worker) -> String {
         for Quarantined { number, reason, since } in &range.quarantined {
             text.push_str(&format!("\n  {number} quarantined since revision {since}: {reason}"));
         }
+    }
+    match &worker.identity {
+        Some(Identity { machine_id, boot_id, namespace }) => text.push_str(&format!(
+            "\nagent: network namespace {namespace} of machine {machine_id}, boot {boot_id}"
+        )),
+        None => text.push_str("\nagent: none; what is on a lease is freed when the lease ends"),
     }
     for gpu in worker.gpus.iter().filter(|gpu| gpu.holder_count > 0) {
         text.push_str(&format!("\nGPU {}: held by {}", gpu.index, gpu.holders.join(", ")));

@@ -42,6 +42,11 @@ pub fn span_of_time(text: &str) -> Result<Duration, String> {
     Millis::span("", ms).map(|_| duration).map_err(|_| wanted.into())
 }
 
+/// For the API.
+pub fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 pub fn memory(text: &str) -> Result<u64, String> {
     let wanted = format!(
         "must be 1 to {} bytes (16 TiB), such as 8GiB or 24000MB",
@@ -66,11 +71,12 @@ pub fn port(text: &str) -> Result<u32, String> {
     number.map(|port| port.get().into()).ok_or_else(|| "must be 1 to 65535".into())
 }
 
-/// `[name=]P`.
+/// `[name=]P`, or `name=any`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedPort {
     pub name: String,
-    pub number: u32,
+    /// `None`: any one.
+    pub number: Option<u32>,
 }
 
 pub fn named_port(text: &str) -> Result<NamedPort, String> {
@@ -78,7 +84,10 @@ pub fn named_port(text: &str) -> Result<NamedPort, String> {
         Some((name, number)) => (self::name::<PortName>(name)?, number),
         None => (String::new(), text),
     };
-    let number = port(number).map_err(|e| format!("the port {e}"))?;
+    let number = match number {
+        "any" if !name.is_empty() => None,
+        number => Some(port(number).map_err(|e| format!("the port {e}, or NAME=any"))?),
+    };
     Ok(NamedPort { name, number })
 }
 

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 
 use clap::ArgGroup;
 use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, timeout_at};
 
 use super::allocate::{list_or_key, read};
 use super::{CliError, Format, Globals, output, parse};
-use crate::client::Client;
+use crate::client::{Client, ClientError, Listing};
 use crate::core::WorkerName;
 use crate::proto::v1;
 
@@ -45,12 +46,10 @@ enum Command {
     Uncordon(Named),
     /// Say that a restored (UNVERIFIED) worker was compared with its host: it grants again
     Verify(Verify),
+    /// Empty a worker: nothing new comes, and what is left is shown
+    Drain(Drain),
     /// Remove a worker that holds nothing
-    #[command(after_help = "Examples:
-  portwarden worker remove w1
-
-What is gone already is a success. One that holds something is refused (exit code 4).")]
-    Remove(Named),
+    Remove(Remove),
     /// Do not give these ports: something else occupies them
     Quarantine(Quarantine),
     /// Give quarantined ports again
@@ -83,27 +82,62 @@ struct Named {
     name: String,
 }
 
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  portwarden worker drain w1
+  portwarden worker drain w1 --wait --timeout 10m
+
+What it holds stays until its holders release it. With --wait, exit code 6 where something is still held
+when --timeout is over; it goes on draining. `worker uncordon` takes it back.")]
+struct Drain {
+    /// Name of the worker
+    #[arg(value_parser = parse::name::<WorkerName>)]
+    name: String,
+    /// Wait until it holds nothing, within --timeout
+    #[arg(long)]
+    wait: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  portwarden worker remove w1
+  portwarden worker remove w1 --force --reason 'host was scrapped'
+
+What is gone already is a success. One that holds something is refused (exit code 4). --force frees all
+that it holds, whatever still runs there, and is recorded.")]
+struct Remove {
+    /// Name of the worker
+    #[arg(value_parser = parse::name::<WorkerName>)]
+    name: String,
+    /// Free what it holds: an operator's override
+    #[arg(long)]
+    force: bool,
+    /// Recorded with --force
+    #[arg(long, requires = "force", default_value = "")]
+    reason: String,
+}
+
 #[derive(Debug, Default, clap::Args)]
-struct SpecFlags {
+pub(super) struct SpecFlags {
     /// Host name or IP address where its ports are reached
     #[arg(long)]
-    address: Option<String>,
+    pub address: Option<String>,
     /// Managed ports; may be repeated, the first range is the default
     #[arg(long, value_name = "NAME=FIRST-LAST", value_parser = parse::range)]
-    range: Vec<v1::PortRange>,
+    pub range: Vec<v1::PortRange>,
     /// Ports never to be given; may be repeated
     #[arg(long, value_name = "PORT[-PORT]", allow_negative_numbers = true, value_parser = parse::port_span)]
-    reserve: Vec<parse::PortSpan>,
+    pub reserve: Vec<parse::PortSpan>,
     /// A GPU; may be repeated, its index is its place unless given
     #[arg(long, value_name = "memory=SIZE[,model=M][,uuid=U][,index=I]", value_parser = parse::gpu)]
-    gpu: Vec<parse::GpuFlag>,
+    pub gpu: Vec<parse::GpuFlag>,
     /// Label; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse::label)]
-    label: Vec<(String, String)>,
+    pub label: Vec<(String, String)>,
 }
 
 impl SpecFlags {
-    fn spec(self) -> v1::WorkerSpec {
+    pub fn spec(self) -> v1::WorkerSpec {
         v1::WorkerSpec {
             address: self.address.unwrap_or_default(),
             labels: self.label.into_iter().collect(),
@@ -115,7 +149,7 @@ impl SpecFlags {
     }
 
     /// Fields of the spec that were named.
-    fn fields(&self) -> Vec<String> {
+    pub fn fields(&self) -> Vec<String> {
         let named = [
             ("address", self.address.is_some()),
             ("labels", !self.label.is_empty()),
@@ -245,7 +279,8 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
             client.worker_verify(&name).await.map_err(again())?
         }
         Command::List(list) => return run_list(&client, list, globals.output).await,
-        Command::Remove(Named { name }) => return remove(&client, &name, globals.output).await,
+        Command::Remove(args) => return remove(&client, args, globals.output).await,
+        Command::Drain(args) => return drain(&client, args, &globals).await,
         Command::Get(Named { name }) => client.worker_get(&name, None).await?,
         Command::Cordon(Named { name }) => {
             client.worker_set_phase(&name, v1::WorkerPhase::Cordoned).await.map_err(again())?
@@ -293,9 +328,15 @@ struct Removed {
     revision: u64,
 }
 
-async fn remove(client: &Client, name: &str, format: Format) -> anyhow::Result<ExitCode> {
-    let again = CliError::repeat_with("the same arguments".into());
-    let response = client.worker_remove(name).await.map_err(again)?;
+async fn remove(client: &Client, args: Remove, format: Format) -> anyhow::Result<ExitCode> {
+    let Remove { name, force, reason } = args;
+    let response = match force {
+        true => client.worker_force_remove(&name, &reason).await?,
+        false => {
+            let again = CliError::repeat_with("the same arguments".into());
+            client.worker_remove(&name).await.map_err(again)?
+        }
+    };
     let result = Removed { removed: response.removed, revision: response.revision };
     output::print(format, &result, || match result.removed {
         true => format!("removed worker {name}"),
@@ -303,6 +344,74 @@ async fn remove(client: &Client, name: &str, format: Format) -> anyhow::Result<E
     })?;
     Ok(ExitCode::SUCCESS)
 }
+
+/// JSON of `worker drain`: the worker, and what it still holds.
+#[derive(Serialize)]
+struct Drained {
+    worker: output::Worker,
+    left: Vec<output::Allocation>,
+}
+
+async fn drain(client: &Client, args: Drain, globals: &Globals) -> anyhow::Result<ExitCode> {
+    let Drain { name, wait } = args;
+    let deadline = Instant::now() + globals.timeout;
+    let again = CliError::repeat_with("the same arguments".into());
+    client.worker_set_phase(&name, v1::WorkerPhase::Draining).await.map_err(again)?;
+    let left = match wait {
+        true => emptied(client, &name, deadline).await?,
+        false => held_by(client, &name).await?.items,
+    };
+    let worker = client.worker_get(&name, None).await?.worker.unwrap_or_default();
+    let left: Vec<_> = left.into_iter().map(output::Allocation::from).collect();
+    let result = Drained { worker: output::Worker::from(worker), left };
+    output::print(globals.output, &result, || {
+        let worker = output::workers_table([&result.worker]);
+        match result.left.as_slice() {
+            [] => format!("{worker}\n\nit holds nothing"),
+            left => format!("{worker}\n\nstill held:\n{}", output::allocations_table(left)),
+        }
+    })?;
+    if wait && !result.left.is_empty() {
+        let left = result.left.into_iter().map(|allocation| allocation.name).collect();
+        return Err(CliError::StillHeld { worker: name, left }.into());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn held_by(client: &Client, worker: &str) -> Result<Listing<v1::Allocation>, ClientError> {
+    client.list(v1::ListRequest { worker: worker.into(), ..Default::default() }).await
+}
+
+/// Waits, with progress on stderr, until a worker holds nothing or time is over; what is left then.
+async fn emptied(
+    client: &Client,
+    worker: &str,
+    deadline: Instant,
+) -> Result<Vec<v1::Allocation>, ClientError> {
+    let mut held = held_by(client, worker).await?;
+    let from_revision = held.revision + 1;
+    let request = v1::WatchRequest { from_revision, worker: worker.into(), ..Default::default() };
+    let mut watch = client.watch(request);
+    let mut told = None;
+    while !held.items.is_empty() {
+        let left = held.items.len();
+        if told.replace(left) != Some(left) {
+            let first: Vec<_> = held.items.iter().take(LEFT_SHOWN).map(|a| &*a.name).collect();
+            let more = if left > LEFT_SHOWN { ", …" } else { "" };
+            output::note(&format!("{left} left on {worker}: {}{more}", first.join(", ")));
+        }
+        match timeout_at(deadline, watch.next()).await {
+            Ok(Ok(heard)) if heard.events.is_empty() => {}
+            Ok(Ok(_)) => held = held_by(client, worker).await?,
+            Ok(Err(error)) => return Err(error),
+            Err(_) => break,
+        }
+    }
+    Ok(held.items)
+}
+
+/// Names that a line of progress shows.
+const LEFT_SHOWN: usize = 5;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

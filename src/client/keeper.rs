@@ -285,12 +285,12 @@ impl Book {
     }
 }
 
-type Opening = Pin<Box<dyn Future<Output = Result<Up, Verdict>> + Send>>;
+type Opening = Pin<Box<dyn Future<Output = Result<Box<Up>, Verdict>> + Send>>;
 
 /// The way to the cluster.
 enum Line {
     Down(Opening),
-    Up(Up),
+    Up(Box<Up>),
 }
 
 struct Up {
@@ -301,7 +301,7 @@ struct Up {
 }
 
 enum News {
-    Opened(Up),
+    Opened(Box<Up>),
     Answer { id: u64, sent: Duration, ttl_ms: u64 },
     Broken(Verdict),
 }
@@ -313,7 +313,7 @@ impl Line {
             sleep(pause).await;
             let (requests, taken) = mpsc::unbounded_channel();
             let answers = client.open(PATH, at, UnboundedReceiverStream::new(taken)).await?;
-            Ok(Up { requests, answers, under_way: VecDeque::new() })
+            Ok(Box::new(Up { requests, answers, under_way: VecDeque::new() }))
         }))
     }
 

@@ -29,7 +29,7 @@ use super::Node;
 use crate::core::{Applied, Checkpoint, Command, Digest, Event, Revision, State, digest};
 use crate::proto::peer;
 use crate::raft::{ApplyObserver, CommandAt, NodeId};
-use crate::store::exit_at_once;
+use crate::store::{exit_at_once, spawn_blocking};
 
 /// Exit status of a replica that does not agree (`EX_SOFTWARE` of sysexits.h).
 pub const DISAGREES_EXIT: i32 = 70;
@@ -145,7 +145,7 @@ impl Agreement {
 
     fn hash(&self, at: CommandAt, state: State) {
         let agreement = self.clone();
-        tokio::task::spawn_blocking(move || {
+        spawn_blocking(move || {
             let began = Instant::now();
             let taken = Taken { at, revision: state.revision, digest: digest(&state) };
             histogram!("portwarden_digest_seconds").record(began.elapsed().as_secs_f64());

@@ -36,23 +36,25 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fail::fail_point;
+use futures::Stream;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{RaftMetrics, ServerState};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::watch::Sender;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::{Connected, TcpIncoming};
 use tracing::{error, info, warn};
 
 use crate::core::{Applied, Command, Millis, Revision, State};
 use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
-    self, ApplyObserver as _, ClusterCell, ClusterMismatch, LocalIdentity, PeerHooks, PeerNetwork,
-    Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service, raft_config,
+    self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, PeerHooks,
+    PeerNetwork, Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service, raft_config,
 };
-use crate::store::{DataDir, StoreError};
+use crate::store::{DataDir, LogStore, StoreError};
 pub use agreement::DISAGREES_EXIT;
 pub use bootstrap::BootstrapError;
 pub use outcome::{CallError, ForwardError};
@@ -236,6 +238,23 @@ impl Node {
     /// the background. The node answers calls as soon as a leader is known.
     pub async fn start(config: NodeConfig, listener: TcpListener) -> Result<Node, StartError> {
         let data = DataDir::open(&config.data_dir, config.id)?;
+        // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        Node::start_over(config, data, incoming, Dial::default()).await
+    }
+
+    /// The same over a directory that is open, connections that come from elsewhere, and a way of
+    /// its own to others: in a simulation none of them is the host's.
+    pub async fn start_over<Io, E>(
+        config: NodeConfig,
+        data: DataDir,
+        incoming: impl Stream<Item = Result<Io, E>> + Send + 'static,
+        dial: Dial,
+    ) -> Result<Node, StartError>
+    where
+        Io: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+    {
         let log = data.log()?;
         let snapshots = data.snapshots()?;
         let cluster = ClusterCell::default();
@@ -255,7 +274,7 @@ impl Node {
             session: data.session().to_string(),
             client_endpoint: config.advertise.clone(),
         };
-        let network = PeerNetwork::new(local, cluster.clone());
+        let network = PeerNetwork::over(local, cluster.clone(), dial);
         let agreement = agreement::Agreement::new(config.id);
         let timers = timers::Timers::new(config.lifecycle.clone());
         let hub = watch::Hub::default();
@@ -275,11 +294,8 @@ impl Node {
         let calls = Arc::new(OnceLock::new());
         let cell = RaftCell::default();
         let hooks = Arc::new(Hooks { calls: calls.clone(), node: OnceLock::new() });
-        let addr = listener.local_addr().map_err(|e| StartError::Raft(e.to_string()))?;
         let (stop_peers, mut stop) = tokio::sync::watch::channel(false);
         let service = peer_service(cell.clone(), network.clone(), hooks.clone(), snapshots);
-        // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let peer_server = tokio::spawn(async move {
             let stopped = async move {
                 let _ = stop.wait_for(|stop| *stop).await;
@@ -290,7 +306,7 @@ impl Node {
                 .serve_with_incoming_shutdown(incoming, stopped)
                 .await;
             if let Err(e) = served {
-                error!(%addr, "the peer listener failed: {e}");
+                error!("the peer listener failed: {e}");
             }
         });
 
@@ -567,6 +583,16 @@ impl Node {
             )),
             None => Err(ForwardError::Broken(format!("node {to} sent an empty answer"))),
         }
+    }
+
+    /// What Raft says of itself here. For tests and simulations.
+    pub fn raft_metrics(&self) -> raft::Metrics {
+        self.inner.metrics()
+    }
+
+    /// The log as it is here. For tests and simulations.
+    pub fn log(&self) -> Result<LogStore, StoreError> {
+        self.inner.data.log()
     }
 
     /// The table as this node has it now; for telemetry.

@@ -16,14 +16,13 @@ use std::time::Duration;
 use futures::future::join_all;
 use metrics::gauge;
 use openraft::ServerState;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{CallError, Node};
 use crate::core::{Command, State};
 use crate::proto::peer;
 use crate::raft::NodeId;
-use crate::store::Reserve;
+use crate::store::{Reserve, blocking};
 
 /// How often a node looks after its own disk, and its leader after the others.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -166,7 +165,7 @@ pub(super) async fn look_after(node: Node) {
     while node.runs() {
         every.tick().await;
         let space = node.inner.space.clone();
-        let _ = spawn_blocking(move || space.look()).await; // it says itself what goes wrong
+        let _ = blocking(move || space.look()).await; // it says itself what goes wrong
         if let Some(room) = node.inner.space.own() {
             gauge!("portwarden_low_space", "node" => id.clone()).set(f64::from(u8::from(room.low)));
             gauge!("portwarden_disk_free_bytes", "node" => id.clone()).set(room.free_bytes as f64);

@@ -5,11 +5,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use metrics::gauge;
-use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Node;
 use crate::core::{Pool, Revision, State, WorkerName, WorkerPhase};
+use crate::store::blocking;
 
 const EVERY: Duration = Duration::from_secs(5);
 /// A range of which less is free is nearly full: a tenth.
@@ -144,7 +144,7 @@ impl Node {
         if known.revision == table.state.revision {
             return known;
         }
-        let counted = spawn_blocking(move || Survey::of(&table.state)).await;
+        let counted = blocking(move || Survey::of(&table.state)).await;
         let Ok(survey) = counted else { return known };
         *self.inner.surveys.0.lock().unwrap_or_else(PoisonError::into_inner) = survey.clone();
         survey

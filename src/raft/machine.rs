@@ -25,7 +25,7 @@ use super::types::{
     Batch, BatchReply, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
 };
 use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin};
-use crate::store::{SnapshotFile, SnapshotStore, StoreError};
+use crate::store::{SnapshotFile, SnapshotStore, StoreError, blocking};
 
 /// Before a snapshot for which there was no room is tried again.
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(1);
@@ -180,14 +180,6 @@ fn load(file: &SnapshotFile) -> Result<Table, StoreError> {
     Ok(Table { applied: meta.last_log_id, membership: meta.last_membership, state })
 }
 
-/// Runs what blocks on the disk beside the runtime.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, io::Error> {
-    let done = tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?;
-    Ok(done?)
-}
-
 /// Writes the table as it was when the builder was made.
 pub struct SnapshotBuilder {
     table: Table,
@@ -205,7 +197,7 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         loop {
             let (head, state, snapshots) =
                 (convert::head(&meta), self.table.state.clone(), self.snapshots.clone());
-            let written = tokio::task::spawn_blocking(move || snapshots.write(&head, &state));
+            let written = blocking(move || snapshots.write(&head, &state));
             match written.await.map_err(io::Error::other)? {
                 Ok(snapshot) => return Ok(Snapshot { meta, snapshot }),
                 // What was begun is gone, and the log has everything: it can wait for room.
@@ -261,12 +253,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         }
         let snapshots = self.snapshots.clone();
         // Loaded before it takes the place of the others: nothing is lost to one that is damaged.
-        self.table = blocking(move || {
+        let installed = blocking(move || {
             let table = load(&snapshot)?;
             snapshots.install(&snapshot)?;
-            Ok(table)
-        })
-        .await?;
+            Ok::<_, StoreError>(table)
+        });
+        self.table = installed.await.map_err(io::Error::other)??;
         self.publish();
         self.observer.installed(&self.table.state);
         Ok(())

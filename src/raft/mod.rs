@@ -30,7 +30,7 @@ pub use backup::{Backup, RestoreError, restore, salvage, write_backup};
 pub use config::{RaftOptions, raft_config};
 pub use identity::{ClusterCell, ClusterMismatch, LocalIdentity};
 pub use machine::{ApplyObserver, CommandAt, SnapshotBuilder, StateMachine, Table, TableView};
-pub use network::{ForwardError, JoinError, PeerClient, PeerNetwork};
+pub use network::{Dial, ForwardError, JoinError, PeerClient, PeerNetwork};
 pub use service::{PeerHooks, PeerService, RaftCell, peer_service, peer_transport};
 pub use types::*;
 

@@ -44,8 +44,7 @@ use crate::proto::peer::append_response::Result as AppendResult;
 use crate::proto::peer::peer_client::PeerClient as Rpc;
 use crate::proto::peer::snapshot_request::Part;
 use crate::proto::peer::transfer_response::Refusal;
-use crate::store::SnapshotFile;
-use crate::store::codec;
+use crate::store::{SnapshotFile, blocking, codec};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
@@ -91,6 +90,7 @@ pub enum JoinError {
 pub struct PeerNetwork {
     pub(super) identities: Identities,
     channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    dial: Dial,
     refusal: Arc<watch::Sender<Option<String>>>,
     removed: Arc<watch::Sender<bool>>,
     led: Arc<AtomicBool>,
@@ -99,7 +99,12 @@ pub struct PeerNetwork {
 
 impl PeerNetwork {
     pub fn new(local: LocalIdentity, cluster: ClusterCell) -> PeerNetwork {
+        PeerNetwork::over(local, cluster, Dial::default())
+    }
+
+    pub fn over(local: LocalIdentity, cluster: ClusterCell, dial: Dial) -> PeerNetwork {
         PeerNetwork {
+            dial,
             identities: Identities::new(local, cluster),
             channels: Arc::default(),
             refusal: Arc::new(watch::channel(None).0),
@@ -261,7 +266,7 @@ impl PeerNetwork {
         let channel = match channels.get(peer_addr) {
             Some(channel) => channel.clone(),
             None => {
-                let channel = connect(peer_addr)?;
+                let channel = connect(peer_addr, &self.dial)?;
                 channels.insert(peer_addr.into(), channel.clone());
                 channel
             }
@@ -272,19 +277,43 @@ impl PeerNetwork {
     }
 }
 
+/// How connections are made.
+#[derive(Clone)]
+pub struct Dial(Arc<dyn Fn(Endpoint) -> Channel + Send + Sync>);
+
+impl Dial {
+    /// `dial` must not connect before the first call.
+    pub fn by(dial: impl Fn(Endpoint) -> Channel + Send + Sync + 'static) -> Dial {
+        Dial(Arc::new(dial))
+    }
+}
+
+impl Default for Dial {
+    /// By TCP.
+    fn default() -> Dial {
+        Dial::by(|endpoint| endpoint.connect_lazy())
+    }
+}
+
+impl std::fmt::Debug for Dial {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Dial").finish_non_exhaustive()
+    }
+}
+
 /// Connects at the first call, not here.
-fn connect(peer_addr: &str) -> Result<Channel, String> {
+fn connect(peer_addr: &str, dial: &Dial) -> Result<Channel, String> {
     let endpoint = Endpoint::from_shared(format!("http://{peer_addr}"))
         .map_err(|error| format!("{peer_addr:?} is not an address: {error}"))?;
-    Ok(endpoint
+    let endpoint = endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .connect_lazy())
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+    Ok((dial.0)(endpoint))
 }
 
 /// There was no connection to send anything over.
@@ -567,7 +596,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         let counter = progress.clone();
         let file = snapshot.snapshot;
         // Ends by itself when the call does: it cannot send then.
-        tokio::task::spawn_blocking(move || send_file(&file, head, &parts, &counter));
+        tokio::spawn(send_file(file, head, parts, counter));
         let call = peer.snapshot(ReceiverStream::new(outgoing));
         let limit = option.soft_ttl();
         tokio::select! {
@@ -614,44 +643,57 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
     }
 }
 
-/// Sends a snapshot: its head, the file in chunks, its end. Blocks; a receiver that has gone ends
-/// it, and so does an error of the disk: the peer misses the end then, and refuses what it has.
-fn send_file(
-    file: &SnapshotFile,
+/// Sends a snapshot: its head, the file in chunks, its end. A receiver that has gone ends it, and so
+/// does an error of the disk: the peer misses the end then, and refuses what it has.
+async fn send_file(
+    file: SnapshotFile,
     head: proto::SnapshotHead,
-    parts: &mpsc::Sender<proto::SnapshotRequest>,
-    progress: &AtomicU64,
+    parts: mpsc::Sender<proto::SnapshotRequest>,
+    progress: Arc<AtomicU64>,
 ) {
-    let send = |part| {
+    let send = async |part| {
         progress.fetch_add(1, Ordering::Relaxed);
-        parts.blocking_send(proto::SnapshotRequest { part: Some(part) }).is_ok()
+        parts.send(proto::SnapshotRequest { part: Some(part) }).await.is_ok()
     };
-    if !send(Part::Head(head)) {
+    if !send(Part::Head(head)).await {
         return;
     }
     let mut crc = crc32fast::Hasher::new();
     let mut offset = 0;
     loop {
-        let mut chunk = vec![0; SNAPSHOT_CHUNK_BYTES];
-        match file.read_at(&mut chunk, offset) {
-            Ok(0) => break,
-            Ok(read) => {
-                chunk.truncate(read);
-                crc.update(&chunk);
-                offset += read as u64;
-                if !send(Part::Data(chunk.into())) {
-                    return;
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+        let chunk = match read_chunk(&file, offset).await {
+            Ok(chunk) => chunk,
             Err(error) => {
                 let path = file.path().display();
                 tracing::error!(%path, %error, "a snapshot cannot be read and is not sent");
                 return;
             }
+        };
+        if chunk.is_empty() {
+            break;
+        }
+        crc.update(&chunk);
+        offset += chunk.len() as u64;
+        if !send(Part::Data(chunk.into())).await {
+            return;
         }
     }
-    send(Part::End(proto::SnapshotEnd { crc32: crc.finalize() }));
+    send(Part::End(proto::SnapshotEnd { crc32: crc.finalize() })).await;
+}
+
+/// Empty at the end.
+async fn read_chunk(file: &SnapshotFile, offset: u64) -> std::io::Result<Vec<u8>> {
+    let file = file.clone();
+    let read = blocking(move || {
+        let mut chunk = vec![0; SNAPSHOT_CHUNK_BYTES];
+        loop {
+            match file.read_at(&mut chunk, offset) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                read => return read.map(|read| chunk[..read].to_vec()),
+            }
+        }
+    });
+    read.await.map_err(std::io::Error::other)?
 }
 
 /// Returns when nothing was sent for so long; the last wait is for the peer to install it.

@@ -16,7 +16,6 @@ use openraft::raft::{
     AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderError,
     TransferLeaderRequest, VoteRequest,
 };
-use tokio::sync::mpsc;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -34,12 +33,10 @@ use crate::proto::peer::peer_server::{Peer, PeerServer};
 use crate::proto::peer::snapshot_request::Part;
 use crate::proto::peer::transfer_response::Refusal;
 use crate::store::codec::{self, SnapshotHead};
-use crate::store::{SnapshotFile, SnapshotStore, StoreError};
+use crate::store::{SnapshotFile, SnapshotStore, StoreError, blocking};
 
 /// How long a peer may take to say that it is the one who calls.
 const SESSION_PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Chunks of a snapshot that have arrived and are not written yet.
-const SNAPSHOT_CHUNKS_AHEAD: usize = 4;
 
 /// The Raft of this node, once it runs. Clones share it.
 #[derive(Clone, Default)]
@@ -381,51 +378,43 @@ async fn receive(
     length: u64,
     announced: SnapshotHead,
 ) -> Result<SnapshotFile, Status> {
-    let (chunks, mut arrived) = mpsc::channel::<prost::bytes::Bytes>(SNAPSHOT_CHUNKS_AHEAD);
-    let (end, crc32) = tokio::sync::oneshot::channel();
-    // Ends by itself when this does: then there is no end to come.
-    let writer = tokio::task::spawn_blocking(move || {
-        let mut incoming = snapshots.receive()?;
-        while let Some(data) = arrived.blocking_recv() {
-            incoming.write(&data)?;
-        }
-        let Ok(crc32) = crc32.blocking_recv() else { return Ok(None) };
-        let file = incoming.finish(length, crc32)?;
-        file.verify()?;
-        Ok::<_, StoreError>(Some(file))
-    });
+    let mut incoming = on_disk(move || snapshots.receive()).await?;
     let mut received = 0;
-    loop {
+    let crc32 = loop {
         match messages.message().await?.and_then(|message| message.part) {
             Some(Part::Data(data)) => {
                 received += data.len() as u64;
                 if received > length {
                     return Err(malformed(format!("more than the announced {length} bytes")));
                 }
-                if chunks.send(data).await.is_err() {
-                    break; // it says why
-                }
+                incoming = on_disk(move || incoming.write(&data).map(|()| incoming)).await?;
             }
-            Some(Part::End(proto::SnapshotEnd { crc32 })) => {
-                let _ = end.send(crc32); // as above
-                break;
-            }
+            Some(Part::End(proto::SnapshotEnd { crc32 })) => break crc32,
             Some(Part::Head(_)) | None => {
                 return Err(malformed("the snapshot has no end".into()));
             }
         }
+    };
+    let file = on_disk(move || {
+        let file = incoming.finish(length, crc32)?;
+        file.verify()?;
+        Ok(file)
+    });
+    match file.await? {
+        file if *file.head() == announced => Ok(file),
+        _ => Err(malformed("the snapshot is not the one that was announced".into())),
     }
-    drop(chunks);
+}
+
+/// One step with the disk.
+async fn on_disk<T: Send + 'static>(
+    step: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Status> {
     let failed = |why: &dyn std::fmt::Display| Status::internal(format!("a snapshot: {why}"));
-    match writer.await.map_err(|error| failed(&error))? {
-        Ok(Some(file)) if *file.head() == announced => Ok(file),
-        Ok(Some(_)) => Err(malformed("the snapshot is not the one that was announced".into())),
-        Ok(None) => Err(malformed("the snapshot has no end".into())),
-        Err(error) => {
-            tracing::error!(%error, "a snapshot of a peer cannot be taken");
-            Err(failed(&error))
-        }
-    }
+    blocking(step).await.map_err(|error| failed(&error))?.map_err(|error| {
+        tracing::error!(%error, "a snapshot of a peer cannot be taken");
+        failed(&error)
+    })
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
 use super::coverage::Coverage;
-use super::{LogStore, SnapshotStore, StoreError};
+use super::{LogStore, SimulatedDisk, SnapshotStore, StoreError};
 
 const IDENTITY: &str = "identity";
 const FORMAT: u32 = 2;
@@ -45,6 +45,8 @@ pub struct DataDir {
     node_id: u64,
     coverage: Arc<Coverage>,
     lock: Arc<Lock>,
+    /// Its log is on this, and not in a file.
+    disk: Option<SimulatedDisk>,
     opened: Mutex<Opened>,
 }
 
@@ -115,8 +117,18 @@ impl DataDir {
             node_id,
             coverage: Arc::new(Coverage::new(path.to_path_buf())),
             lock,
+            disk: None,
             opened: Mutex::default(),
         })
+    }
+
+    /// As [`DataDir::open`], for a simulation: the log is on a disk of its own.
+    pub fn simulated(
+        path: &Path,
+        node_id: u64,
+        disk: SimulatedDisk,
+    ) -> Result<DataDir, StoreError> {
+        Ok(DataDir { disk: Some(disk), ..DataDir::open(path, node_id)? })
     }
 
     /// The node that a directory is of.
@@ -192,8 +204,11 @@ impl DataDir {
         if let Some(log) = &opened.log {
             return Ok(log.clone());
         }
-        let log =
-            LogStore::open_in(&self.path.join("log"), self.coverage.clone(), self.lock.clone())?;
+        let (path, coverage) = (self.path.join("log"), self.coverage.clone());
+        let log = match &self.disk {
+            None => LogStore::open_in(&path, coverage, self.lock.clone()),
+            Some(disk) => LogStore::simulated(&path, disk.clone(), coverage, self.lock.clone()),
+        }?;
         opened.log = Some(log.clone());
         Ok(log)
     }

@@ -25,7 +25,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::ops::Range;
+use std::ops::{Bound, Range};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -36,7 +36,9 @@ use metrics::histogram;
 use super::codec::{self, Ballot, Position};
 use super::coverage::{Coverage, PurgeLimit};
 use super::dir::Lock;
+use super::disk::{Changes, Disk, Key, Sled};
 use super::mark::{Mark, Marked};
+use super::simulated::SimulatedDisk;
 use super::{StoreError, dir, fatal, sync};
 
 /// Largest encoded entry, in bytes.
@@ -84,14 +86,31 @@ struct Start {
 #[derive(Debug)]
 struct Shared {
     path: PathBuf,
-    entries: sled::Tree,
+    disk: Arc<dyn Disk>,
     index: Arc<Mutex<Index>>,
     coverage: Arc<Coverage>,
     /// Without snapshots: it may begin anywhere.
     alone: bool,
     /// `None` only while it is being dropped.
-    queue: Option<mpsc::Sender<Op>>,
+    queue: Option<Queue>,
+    /// `None` where it is a task.
     writer: Option<JoinHandle<()>>,
+}
+
+/// The way to the writer.
+#[derive(Debug)]
+enum Queue {
+    Thread(mpsc::Sender<Op>),
+    Task(tokio::sync::mpsc::UnboundedSender<Op>),
+}
+
+impl Queue {
+    fn send(&self, op: Op) -> bool {
+        match self {
+            Queue::Thread(queue) => queue.send(op).is_ok(),
+            Queue::Task(queue) => queue.send(op).is_ok(),
+        }
+    }
 }
 
 /// What is known of the log without reading it.
@@ -183,51 +202,65 @@ impl LogStore {
         Start { alone, marks }: Start,
     ) -> Result<LogStore, StoreError> {
         sync::verify()?;
-        let (db, entries, meta) = catching(path, || {
+        let disk = catching(path, || {
             make(path)?;
             let db = open_sled(path)?;
             let tree =
                 |name| db.open_tree(name).map_err(StoreError::sled(path, "cannot be opened"));
             let (entries, meta) = (tree("entries")?, tree("meta")?);
-            Ok((db, entries, meta))
+            Ok(Sled { db, entries, meta })
         })?;
         let (mark, marked) = match marks {
             true => Mark::open(&path.join("mark")).map(|(mark, marked)| (Some(mark), marked))?,
             false => (None, Marked::default()),
         };
-        let index = catching(path, || scan(path, &entries, &meta, alone, &marked))?;
-        marked.check_vote(path, index.vote)?;
-        coverage.log_opened(index.purged)?;
+        let disk = Arc::new(disk);
+        let found = LogStore::found(path, &*disk, alone, &marked)?;
+        coverage.log_opened(found.purged)?;
         harden(path)?;
-
-        let durable = Marked { last: index.last, vote: index.vote };
-        let index = Arc::new(Mutex::new(index));
+        let writer = Writer::new(path, disk.clone(), mark, found, lock);
+        let index = writer.index.clone();
         let (queue, ops) = mpsc::channel();
-        let writer = Writer {
-            path: path.to_path_buf(),
-            entries: entries.clone(),
-            meta,
-            db,
-            index: index.clone(),
-            mark,
-            durable,
-            purging: guard(&index).purged.map(|at| at.index),
-            _lock: lock,
-        };
-        let writer = std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("log-writer".into())
             .spawn(move || writer.run(&ops))
             .map_err(StoreError::io(path, "cannot start the writer thread"))?;
-        let shared = Shared {
-            path: path.to_path_buf(),
-            entries,
-            index,
-            coverage,
-            alone,
-            queue: Some(queue),
-            writer: Some(writer),
-        };
+        let (queue, writer) = (Some(Queue::Thread(queue)), Some(thread));
+        let path = path.to_path_buf();
+        let shared = Shared { path, disk, index, coverage, alone, queue, writer };
         Ok(LogStore { shared: Arc::new(shared) })
+    }
+
+    /// Over a simulated disk: its writer is a task of the runtime, and flushes take the runtime's
+    /// time. `path` is for messages.
+    pub(super) fn simulated(
+        path: &Path,
+        disk: SimulatedDisk,
+        coverage: Arc<Coverage>,
+        lock: Arc<Lock>,
+    ) -> Result<LogStore, StoreError> {
+        let found = LogStore::found(path, &disk, false, &Marked::default())?;
+        coverage.log_opened(found.purged)?;
+        let disk = Arc::new(disk);
+        let writer = Writer::new(path, disk.clone(), None, found, lock);
+        let index = writer.index.clone();
+        let (queue, ops) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(writer.run_as_task(ops, SimulatedDisk::clone(&disk)));
+        let (queue, writer) = (Some(Queue::Task(queue)), None);
+        let path = path.to_path_buf();
+        let shared = Shared { path, disk, index, coverage, alone: false, queue, writer };
+        Ok(LogStore { shared: Arc::new(shared) })
+    }
+
+    fn found(
+        path: &Path,
+        disk: &dyn Disk,
+        alone: bool,
+        marked: &Marked,
+    ) -> Result<Index, StoreError> {
+        let index = catching(path, || scan(path, disk, alone, marked))?;
+        marked.check_vote(path, index.vote)?;
+        Ok(index)
     }
 
     /// Neither an entry nor a vote was ever written.
@@ -273,7 +306,7 @@ impl LogStore {
                 let tail_from = newest.first().map_or(end, |record| record.at.index);
                 (index.epoch, first..tail_from, newest)
             };
-            let read = read_disk(&self.shared.path, &self.shared.entries, on_disk, max_bytes);
+            let read = read_disk(&self.shared.path, &*self.shared.disk, on_disk, max_bytes);
             // Something was taken away meanwhile: what was read may be of two moments.
             if self.index().epoch != epoch {
                 continue;
@@ -393,7 +426,7 @@ impl LogStore {
     /// Called with the index locked, so that the queue has the order of the calls.
     fn send(&self, op: Op) {
         if let Some(queue) = &self.shared.queue
-            && queue.send(op).is_err()
+            && !queue.send(op)
         {
             fatal("the log's writer is gone", &self.shared.path.display());
         }
@@ -457,9 +490,7 @@ impl Tail {
 /// own (two, with that of [`Mark`]).
 struct Writer {
     path: PathBuf,
-    entries: sled::Tree,
-    meta: sled::Tree,
-    db: sled::Db,
+    disk: Arc<dyn Disk>,
     index: Arc<Mutex<Index>>,
     /// `None` only where its cost is measured.
     mark: Option<Mark>,
@@ -473,7 +504,7 @@ struct Writer {
 /// What one flush answers.
 #[derive(Default)]
 struct Round {
-    batch: sled::Batch,
+    batch: Changes,
     bytes: usize,
     ops: usize,
     /// What is on the disk once the round is.
@@ -485,27 +516,68 @@ struct Round {
 }
 
 impl Writer {
+    fn new(
+        path: &Path,
+        disk: Arc<dyn Disk>,
+        mark: Option<Mark>,
+        found: Index,
+        lock: Arc<Lock>,
+    ) -> Writer {
+        Writer {
+            path: path.to_path_buf(),
+            disk,
+            mark,
+            durable: Marked { last: found.last, vote: found.vote },
+            purging: found.purged.map(|at| at.index),
+            index: Arc::new(Mutex::new(found)),
+            _lock: lock,
+        }
+    }
+
     fn run(mut self, ops: &mpsc::Receiver<Op>) {
         let _guard = EndsProcess;
         while let Some(op) = self.next(ops) {
-            let Some(first) = op else {
-                self.purge_slice();
-                continue;
-            };
-            let mut round = Round { ends: self.durable, ..Round::default() };
-            self.take(&mut round, first);
-            while round.bytes < ROUND_BYTES && round.ops < ROUND_OPS {
-                match ops.try_recv() {
-                    Ok(op) => self.take(&mut round, op),
-                    Err(_) => break,
+            match op {
+                Some(first) => {
+                    let round = self.gather(first, || ops.try_recv().ok());
+                    self.finish(round);
                 }
+                None => self.purge_slice(),
             }
-            self.finish(round);
         }
-        self.must(self.db.flush());
+        self.must(self.disk.flush());
         if let Some(mark) = &mut self.mark {
             mark.end();
         }
+    }
+
+    /// The same, where time is the runtime's.
+    async fn run_as_task(
+        mut self,
+        mut ops: tokio::sync::mpsc::UnboundedReceiver<Op>,
+        disk: SimulatedDisk,
+    ) {
+        while let Some(first) = ops.recv().await {
+            let round = self.gather(first, || ops.try_recv().ok());
+            tokio::time::sleep(disk.latency()).await;
+            self.finish(round);
+            while self.purging.is_some() {
+                self.purge_slice();
+            }
+        }
+    }
+
+    /// All that waits, as far as one round takes it.
+    fn gather(&mut self, first: Op, mut next: impl FnMut() -> Option<Op>) -> Round {
+        let mut round = Round { ends: self.durable, ..Round::default() };
+        self.take(&mut round, first);
+        while round.bytes < ROUND_BYTES && round.ops < ROUND_OPS {
+            match next() {
+                Some(op) => self.take(&mut round, op),
+                None => break,
+            }
+        }
+        round
     }
 
     /// Outer `None`: everybody has left. Inner `None`: nothing waits, and there is a purge to do.
@@ -526,9 +598,8 @@ impl Writer {
             Op::Append { append, records, done } => {
                 for record in &records {
                     round.bytes += record.payload.len();
-                    for (key, value) in chunks(record) {
-                        round.batch.insert(&key, value);
-                    }
+                    let parts = chunks(record).into_iter();
+                    round.batch.extend(parts.map(|(key, value)| (key, Some(value))));
                 }
                 round.ends.last = records.last().map(|r| r.at).or(round.ends.last);
                 round.append = append;
@@ -563,7 +634,7 @@ impl Writer {
             return; // nobody waits: it rides with the next flush
         }
         let began = Instant::now();
-        self.must(self.db.flush());
+        self.must(self.disk.flush());
         histogram!("portwarden_log_flush_seconds").record(began.elapsed().as_secs_f64());
         // That of the round before: it had this round's time.
         if let Some(mark) = &mut self.mark {
@@ -590,15 +661,12 @@ impl Writer {
     /// Writes a value after all that came before it.
     fn set(&self, round: &mut Round, key: &str, value: Option<Vec<u8>>) {
         self.write_batch(round);
-        self.must(match value {
-            Some(value) => self.meta.insert(key, value),
-            None => self.meta.remove(key),
-        });
+        self.must(self.disk.set(key, value));
     }
 
     fn write_batch(&self, round: &mut Round) {
         let batch = std::mem::take(&mut round.batch);
-        self.must(self.entries.apply_batch(batch));
+        self.must(self.disk.write(batch));
     }
 
     fn truncate(&mut self, round: &mut Round, end: u64, last: Option<Position>) {
@@ -611,12 +679,12 @@ impl Writer {
             mark.lower(self.durable);
         }
         round.ends.last = last;
-        self.remove(self.entries.range(key(end, 0)..));
+        self.remove(self.disk.range((Bound::Included(key(end, 0)), Bound::Unbounded)));
     }
 
     fn purge_slice(&mut self) {
         let Some(upto) = self.purging else { return };
-        let oldest = self.entries.range(..key(upto + 1, 0));
+        let oldest = self.disk.range((Bound::Unbounded, Bound::Excluded(key(upto + 1, 0))));
         if self.remove(oldest.take(PURGE_SLICE_KEYS)) < PURGE_SLICE_KEYS {
             self.purging = None;
         }
@@ -624,13 +692,11 @@ impl Writer {
 
     /// Removes these keys, all or none, and says how many they were.
     fn remove(&self, found: impl Iterator<Item = sled::Result<(sled::IVec, sled::IVec)>>) -> usize {
-        let mut gone = sled::Batch::default();
-        let mut count = 0;
-        for pair in found {
-            gone.remove(self.must(pair).0);
-            count += 1;
-        }
-        self.must(self.entries.apply_batch(gone));
+        let keys = found.map(|pair| self.must(pair).0);
+        let gone: Changes =
+            keys.filter_map(|key| Some((key.as_ref().try_into().ok()?, None))).collect();
+        let count = gone.len();
+        self.must(self.disk.write(gone));
         count
     }
 
@@ -757,7 +823,7 @@ fn is_locked(error: &std::io::Error) -> bool {
 }
 
 /// Index and chunk, big-endian.
-fn key(index: u64, chunk: u16) -> [u8; 10] {
+fn key(index: u64, chunk: u16) -> Key {
     let mut key = [0; 10];
     key[..8].copy_from_slice(&index.to_be_bytes());
     key[8..].copy_from_slice(&chunk.to_be_bytes());
@@ -779,7 +845,7 @@ fn checksum(at: Position, payload: &[u8]) -> u32 {
 }
 
 /// Keys and values of an entry. There are at most 65 535 chunks: [`ENTRY_MAX_BYTES`] sees to it.
-fn chunks(record: &LogRecord) -> Vec<([u8; 10], Vec<u8>)> {
+fn chunks(record: &LogRecord) -> Vec<(Key, Vec<u8>)> {
     let LogRecord { at, payload } = record;
     let (first, rest) = payload.split_at(payload.len().min(CHUNK_BYTES - HEADER_BYTES));
     let count = 1 + rest.len().div_ceil(CHUNK_BYTES);
@@ -909,7 +975,7 @@ fn assemble(
 /// have, and whether these are all.
 fn read_disk(
     path: &Path,
-    entries: &sled::Tree,
+    disk: &dyn Disk,
     range: Range<u64>,
     max_bytes: usize,
 ) -> Result<(Vec<LogRecord>, usize, bool), StoreError> {
@@ -917,7 +983,8 @@ fn read_disk(
     if range.is_empty() {
         return Ok((records, 0, true));
     }
-    let found = entries.range(key(range.start, 0)..key(range.end, 0));
+    let bounds = (key(range.start, 0), key(range.end, 0));
+    let found = disk.range((Bound::Included(bounds.0), Bound::Excluded(bounds.1)));
     for record in assemble(path, range.start, found) {
         let record = record?;
         if !records.is_empty() && bytes + record.payload.len() > max_bytes {
@@ -934,14 +1001,8 @@ fn read_disk(
 }
 
 /// Reads and checks everything.
-fn scan(
-    path: &Path,
-    entries: &sled::Tree,
-    meta: &sled::Tree,
-    alone: bool,
-    marked: &Marked,
-) -> Result<Index, StoreError> {
-    let get = |key| meta.get(key).map_err(StoreError::sled(path, "cannot be read"));
+fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<Index, StoreError> {
+    let get = |key| disk.get(key).map_err(StoreError::sled(path, "cannot be read"));
     let position = |key| {
         let bytes = get(key)?;
         let decoded = bytes.map(|bytes| codec::decode_position(&bytes));
@@ -953,16 +1014,19 @@ fn scan(
 
     let mut begins = purged.map_or(0, |at| at.index + 1);
     // What a later write or purge would come across is found now.
-    for pair in meta.iter().chain(entries.range(..key(begins, 0))) {
+    let purged_before = (Bound::Unbounded, Bound::Excluded(key(begins, 0)));
+    for pair in disk.values().chain(disk.range(purged_before)) {
         pair.map_err(StoreError::sled(path, "cannot be read"))?;
     }
     if alone && purged.is_none() {
-        let first = entries.first().map_err(StoreError::sled(path, "cannot be read"))?;
+        let first = disk.range((Bound::Unbounded, Bound::Unbounded)).next().transpose();
+        let first = first.map_err(StoreError::sled(path, "cannot be read"))?;
         begins = first.and_then(|(key, _)| parse_key(&key)).map_or(0, |(index, _)| index);
     }
     let mut last = purged;
     let mut appended_bytes = 0;
-    for record in assemble(path, begins, entries.range(key(begins, 0)..)) {
+    let entries = disk.range((Bound::Included(key(begins, 0)), Bound::Unbounded));
+    for record in assemble(path, begins, entries) {
         let LogRecord { at, payload } = record?;
         appended_bytes += payload.len() as u64;
         if let Some(before) = last

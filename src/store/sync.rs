@@ -10,6 +10,7 @@
 //! no sync is ever tried again: see [`fatal`].
 
 use std::io::Write as _;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use libc::{c_int, c_uint};
@@ -43,10 +44,21 @@ pub const FATAL_EXIT: c_int = 74;
 /// Ends the process at once, without another answer to anybody: what was asked is of unknown
 /// outcome. No destructor runs, nothing more is written.
 pub fn fatal(what: &str, error: &dyn std::fmt::Display) -> ! {
+    if let Some(end) = INSTEAD.get() {
+        end(&format!("{what}: {error}"));
+    }
     tracing::error!(what, %error, "the disk failed; the process ends without another answer");
     // The subscriber may be buffered.
     let _ = writeln!(std::io::stderr(), "portwarden: {what}: {error}; the process ends");
     exit_at_once(FATAL_EXIT)
+}
+
+static INSTEAD: OnceLock<fn(&str) -> !> = OnceLock::new();
+
+/// From now on this is done where the process would end: a simulation has many nodes in one process,
+/// of which one must end. Once a process.
+pub fn on_fatal(end: fn(&str) -> !) {
+    let _ = INSTEAD.set(end);
 }
 
 /// Ends the process without running anything more of it.

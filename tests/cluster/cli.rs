@@ -69,7 +69,7 @@ fn worker() -> Value {
             "held_bytes": "number", "exclusive": "bool", "holder_count": "number",
             "holders": ["string"],
         }],
-        "allocations": "number", "created": "number", "version": "number",
+        "allocations": "number", "created": "number", "version": "number", "identity": "map?",
     })
 }
 

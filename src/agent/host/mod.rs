@@ -1,0 +1,189 @@
+//! The host: all that an agent and `run` know of it goes through here.
+//!
+//! The rest of the agent holds rules over what a [`Host`] shows, so that tests give it one made up.
+//! Everything here reads and waits for the kernel; callers are asynchronous and go through
+//! [`tokio::task::spawn_blocking`].
+
+mod cgroups;
+pub mod child;
+mod clock;
+pub mod gpus;
+mod identity;
+mod local_ports;
+pub mod probe;
+mod processes;
+pub mod sockets;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::ops::RangeInclusive;
+use std::sync::{Mutex, PoisonError};
+
+use super::processes::Processes;
+use super::ranges::LocalPorts;
+use crate::proto::v1;
+use crate::proto::v1::liveness::Handle;
+pub use clock::{boot_clock, wall_clock_ms};
+use gpus::{GpuSeen, Gpus};
+pub use identity::boot_id;
+pub use processes::start_ticks;
+use sockets::{Socket, State};
+
+/// What is to be looked at in one sample.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Wanted {
+    pub ports: Vec<RangeInclusive<u16>>,
+    pub handles: Vec<Handle>,
+}
+
+/// One sample.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// Sockets on the wanted ports that somebody has, with the processes that have them open as far
+    /// as those are known.
+    pub sockets: Vec<(Socket, BTreeSet<u32>)>,
+    /// For each wanted handle, whether it lives; `None` where that cannot be told from here.
+    pub alive: Vec<Option<bool>>,
+    pub processes: Processes,
+    /// Empty without a driver.
+    pub gpus: Vec<GpuSeen>,
+}
+
+pub trait Host: Send + Sync + 'static {
+    fn identity(&self) -> io::Result<v1::Identity>;
+    fn local_ports(&self) -> io::Result<LocalPorts>;
+    /// The GPUs of the host; empty without a driver.
+    fn gpus(&self) -> Result<Vec<v1::GpuSpec>, String>;
+    /// Why something cannot be told from here, in words.
+    fn blind_spots(&self) -> Vec<String>;
+    fn look(&self, wanted: &Wanted) -> io::Result<Seen>;
+}
+
+/// Scans of all processes' file descriptors are spared while nothing new turns up, but for one in so
+/// many samples: who has a socket open may change.
+const OWNERS_KEPT_SAMPLES: u32 = 12;
+
+/// This host.
+pub struct Linux {
+    gpus: Box<dyn Gpus>,
+    owners: Mutex<Owners>,
+}
+
+/// Who has which socket open, as of the last scan.
+#[derive(Default)]
+struct Owners {
+    of: BTreeMap<u64, BTreeSet<u32>>,
+    samples: u32,
+}
+
+impl Owners {
+    fn of(&mut self, inodes: &BTreeSet<u64>) -> &BTreeMap<u64, BTreeSet<u32>> {
+        self.samples += 1;
+        let known = inodes.iter().all(|inode| self.of.contains_key(inode));
+        if !known || self.samples >= OWNERS_KEPT_SAMPLES {
+            self.samples = 0;
+            self.of = inodes.iter().map(|inode| (*inode, BTreeSet::new())).collect();
+            self.of.extend(processes::owners(inodes));
+        }
+        &self.of
+    }
+}
+
+impl Linux {
+    pub fn new(gpus: Box<dyn Gpus>) -> Self {
+        Linux { gpus, owners: Mutex::default() }
+    }
+
+    fn sockets(&self, ports: &[RangeInclusive<u16>]) -> io::Result<Vec<(Socket, BTreeSet<u32>)>> {
+        let mut found = sockets::sockets()?;
+        found.retain(|socket| {
+            socket.state != State::Closing && ports.iter().any(|p| p.contains(&socket.port))
+        });
+        let inodes = found.iter().map(|socket| socket.inode).filter(|inode| *inode != 0).collect();
+        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        let owners = owners.of(&inodes);
+        let owned = |socket: Socket| (socket, owners.get(&socket.inode).cloned());
+        Ok(found.into_iter().map(owned).map(|(s, pids)| (s, pids.unwrap_or_default())).collect())
+    }
+}
+
+impl Host for Linux {
+    fn identity(&self) -> io::Result<v1::Identity> {
+        identity::identity()
+    }
+
+    fn local_ports(&self) -> io::Result<LocalPorts> {
+        local_ports::local_ports()
+    }
+
+    fn gpus(&self) -> Result<Vec<v1::GpuSpec>, String> {
+        self.gpus.inventory()
+    }
+
+    fn blind_spots(&self) -> Vec<String> {
+        [processes::blind_spot(), cgroups::blind_spot()].into_iter().flatten().collect()
+    }
+
+    fn look(&self, wanted: &Wanted) -> io::Result<Seen> {
+        let sockets = self.sockets(&wanted.ports)?;
+        let named: Vec<&v1::Process> = wanted.handles.iter().filter_map(process_of).collect();
+        let mut processes = processes::processes(&named).map_err(io::Error::other)?;
+        if named.len() < wanted.handles.len() {
+            let owners = sockets.iter().flat_map(|(_, pids)| pids.iter().copied()).collect();
+            processes::read_cgroups(&mut processes, &owners);
+        }
+        let judge = Judge::new(&processes, &wanted.handles);
+        let alive = wanted.handles.iter().map(|handle| judge.alive(handle)).collect();
+        // A driver that fails now and then is like none: it proves nothing.
+        let gpus = self.gpus.in_use().unwrap_or_default();
+        Ok(Seen { sockets, alive, processes, gpus })
+    }
+}
+
+fn process_of(handle: &Handle) -> Option<&v1::Process> {
+    match handle {
+        Handle::Process(process) => Some(process),
+        Handle::Cgroup(_) | Handle::Container(_) => None,
+    }
+}
+
+/// Tells whether handles live. What is found lives; what is not found has gone only where all
+/// would have been seen.
+struct Judge<'a> {
+    processes: &'a Processes,
+    sees_all_processes: bool,
+    cgroups: Option<cgroups::Hierarchies>,
+}
+
+impl<'a> Judge<'a> {
+    fn new(processes: &'a Processes, handles: &[Handle]) -> Self {
+        let of_processes = handles.iter().any(|handle| process_of(handle).is_some());
+        let of_cgroups = handles.iter().any(|handle| process_of(handle).is_none());
+        let sees_cgroups = of_cgroups && cgroups::blind_spot().is_none();
+        Judge {
+            processes,
+            sees_all_processes: of_processes && processes::blind_spot().is_none(),
+            cgroups: sees_cgroups.then(cgroups::Hierarchies::mounted),
+        }
+    }
+
+    fn alive(&self, handle: &Handle) -> Option<bool> {
+        match handle {
+            Handle::Process(process) => match self.processes.is_alive(process) {
+                true => Some(true),
+                false => self.sees_all_processes.then_some(false),
+            },
+            Handle::Cgroup(path) => self.cgroups.as_ref().map(|c| c.is_populated(path)),
+            Handle::Container(id) => self.cgroups.as_ref()?.is_container_populated(id),
+        }
+    }
+}
+
+/// A handle to a process of this host, as its worker's agent knows it; or why there can be none.
+pub fn process_handle(process: v1::Process) -> Result<v1::Liveness, String> {
+    if processes::in_time_namespace() {
+        return Err("this is a time namespace: its agent counts starts from elsewhere".into());
+    }
+    let boot_id = boot_id().map_err(|error| format!("the boot has no id: {error}"))?;
+    Ok(v1::Liveness { boot_id, handle: Some(Handle::Process(process)) })
+}

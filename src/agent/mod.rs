@@ -1,0 +1,273 @@
+//! What runs on a worker: the agent, and `run`.
+//!
+//! An agent makes a worker its own ([`register`]), follows what the table says of it ([`table`]), and
+//! tells the cluster once an interval what its host shows ([`sample`]). It decides nothing: the leader
+//! weighs what it tells, and what it does not know it does not say. So
+//!
+//! - a sample is stamped with the revision that the agent had applied before it looked;
+//! - one sample is under way at a time, and nothing is kept of an old one: an agent that lost the
+//!   cluster for a day uses no more memory, and goes on where it finds it;
+//! - "gone" is said only of what would have been seen ([`Host::blind_spots`]);
+//! - a worker that was removed, or that another agent has made its own, is not taken back: the agent
+//!   ends, and says why.
+
+mod drift;
+pub mod host;
+mod processes;
+mod ranges;
+mod register;
+pub mod run;
+mod sample;
+mod table;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tonic::Code;
+use tracing::{debug, info, warn};
+
+use crate::client::{Client, ClientError};
+use crate::proto::{reason, v1};
+use drift::Differences;
+use host::{Host, Seen};
+use ranges::LocalPorts;
+pub use register::Told;
+use sample::{Plan, Stamp};
+use table::Table;
+
+/// Before the cluster is asked again to take the worker.
+const JOIN_PAUSE: Duration = Duration::from_secs(1);
+/// A report that takes longer is followed by a newer one.
+const REPORT_MAX: Duration = Duration::from_secs(10);
+/// What goes wrong again and again is said again after this.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
+
+/// Why an agent ends.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error(transparent)]
+    Call(#[from] ClientError),
+    #[error("this host has no identity: {0}")]
+    NoIdentity(std::io::Error),
+    #[error("there is no worker {worker}, and to register it --address is needed")]
+    NoSuchWorker { worker: String },
+    #[error("worker {worker} was removed; start its agent again to register it anew")]
+    Removed { worker: String },
+    #[error(
+        "worker {worker} is network namespace {} of machine {}, boot {}, and not this one; remove it, \
+         or start this agent with --take-over if that machine is gone",
+        .machine.namespace, .machine.machine_id, .machine.boot_id
+    )]
+    OfAnotherMachine { worker: String, machine: v1::Identity },
+    #[error(
+        "another agent has made worker {worker} its own: network namespace {} of machine {}, boot {}",
+        .by.namespace, .by.machine_id, .by.boot_id
+    )]
+    Taken { worker: String, by: v1::Identity },
+}
+
+pub struct Agent {
+    client: Client,
+    host: Arc<dyn Host>,
+    worker: String,
+    interval: Duration,
+    told: Told,
+    identity: v1::Identity,
+    /// Of the last report.
+    number: u64,
+    differences: Differences,
+    warned_of_ranges: Option<String>,
+    trouble: Trouble,
+}
+
+impl Agent {
+    pub fn new(
+        client: Client,
+        host: Arc<dyn Host>,
+        worker: String,
+        interval: Duration,
+        told: Told,
+    ) -> Result<Self, AgentError> {
+        let identity = host.identity().map_err(AgentError::NoIdentity)?;
+        Ok(Agent {
+            client,
+            host,
+            worker,
+            interval,
+            told,
+            identity,
+            number: 0,
+            differences: Differences::default(),
+            warned_of_ranges: None,
+            trouble: Trouble::default(),
+        })
+    }
+
+    /// Until `stop` resolves, or there is nothing left to do.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<(), AgentError> {
+        tokio::select! {
+            ended = self.serve() => ended,
+            () = stop => {
+                info!(worker = self.worker, "stopping");
+                Ok(())
+            }
+        }
+    }
+
+    async fn serve(&mut self) -> Result<(), AgentError> {
+        let v1::Identity { machine_id, boot_id, namespace } = &self.identity;
+        info!(worker = self.worker, machine_id, boot_id, namespace, "starting");
+        for why in self.host.blind_spots() {
+            warn!("{why}; that something there is gone is not told");
+        }
+        self.join().await?;
+        let (shown, table) = watch::channel(None);
+        let follower = table::follow(self.client.clone(), self.worker.clone(), shown);
+        tokio::select! {
+            never = follower => match never {},
+            ended = self.tell_on(table) => ended,
+        }
+    }
+
+    /// Once an interval, when there is a table.
+    async fn tell_on(
+        &mut self,
+        table: watch::Receiver<Option<Arc<Table>>>,
+    ) -> Result<(), AgentError> {
+        let mut ticks = interval(self.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let known = table.borrow().clone();
+            if let Some(known) = known {
+                self.tell(&known).await?;
+            }
+        }
+    }
+
+    /// Tries until the cluster has taken the worker, or refused it.
+    async fn join(&mut self) -> Result<(), AgentError> {
+        loop {
+            let host = &*self.host;
+            let joined =
+                register::join(&self.client, host, &self.worker, &self.told, &self.identity).await;
+            match joined {
+                Ok(()) => return Ok(()),
+                Err(AgentError::Call(
+                    error @ (ClientError::Unavailable { .. } | ClientError::OutcomeUnknown { .. }),
+                )) => self.trouble.say(&error.to_string()),
+                Err(error) => return Err(error),
+            }
+            sleep(JOIN_PAUSE).await;
+        }
+    }
+
+    /// Looks at the host and tells the cluster.
+    async fn tell(&mut self, table: &Table) -> Result<(), AgentError> {
+        if table.worker.is_none() {
+            return Err(AgentError::Removed { worker: self.worker.clone() });
+        }
+        let plan = Plan::of(table, &self.identity.boot_id);
+        let (kernel, seen) = match self.look(&plan).await {
+            Ok(seen) => seen,
+            Err(error) => {
+                self.trouble.say(&format!("the host cannot be looked at: {error}"));
+                return Ok(());
+            }
+        };
+        self.warn_of_ranges(table, &kernel);
+        self.number += 1;
+        let stamp = Stamp {
+            worker: &self.worker,
+            identity: &self.identity,
+            number: self.number,
+            kernel: &kernel,
+        };
+        let report = sample::report(&stamp, table, &plan, &seen);
+        self.differences.tell(&report.drift);
+        let timeout = REPORT_MAX.min(self.interval.max(Duration::from_secs(2)));
+        match self.client.with_timeout(timeout).worker_report(report).await {
+            Ok(v1::ReportResponse { ignored, .. }) if !ignored.is_empty() => {
+                debug!(ignored, "the report was not counted");
+                self.trouble.is_over();
+            }
+            Ok(_) => self.trouble.is_over(),
+            Err(error) => return self.refused(error).await,
+        }
+        Ok(())
+    }
+
+    async fn look(&self, plan: &Plan) -> std::io::Result<(LocalPorts, Seen)> {
+        let (host, wanted) = (self.host.clone(), plan.wanted.clone());
+        let look = move || Ok((host.local_ports()?, host.look(&wanted)?));
+        spawn_blocking(look).await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+    }
+
+    async fn refused(&mut self, error: ClientError) -> Result<(), AgentError> {
+        match error.code() {
+            Some(Code::NotFound) => Err(AgentError::Removed { worker: self.worker.clone() }),
+            _ if error.reason() == Some(reason::OTHER_IDENTITY) => self.rejoin(error).await,
+            _ => {
+                self.trouble.say(&format!("the report was not taken: {error}"));
+                Ok(())
+            }
+        }
+    }
+
+    /// The record has another identity. Who registered it anew without one left it to whoever is
+    /// there; another agent did not.
+    async fn rejoin(&mut self, refused: ClientError) -> Result<(), AgentError> {
+        let record = match self.client.worker_get(&self.worker, None).await {
+            Ok(answer) => answer.worker.unwrap_or_default(),
+            Err(error) => {
+                self.trouble.say(&format!("{refused}; {error}"));
+                return Ok(());
+            }
+        };
+        match record.spec.unwrap_or_default().identity {
+            Some(by) if by != self.identity => {
+                Err(AgentError::Taken { worker: self.worker.clone(), by })
+            }
+            _ => self.join().await,
+        }
+    }
+
+    /// Says so when managed ranges overlap with what the kernel gives away, and when they no longer
+    /// do.
+    fn warn_of_ranges(&mut self, table: &Table, kernel: &LocalPorts) {
+        let spec = table.worker.as_ref().and_then(|worker| worker.spec.as_ref());
+        let warning = spec.and_then(|spec| kernel.warning(&spec.ranges));
+        if warning != self.warned_of_ranges {
+            match &warning {
+                Some(warning) => warn!("{warning}"),
+                None => info!("outgoing connections take no managed ports any more"),
+            }
+            self.warned_of_ranges = warning;
+        }
+    }
+}
+
+/// Says what goes wrong at once, then once in a while, and when it is over.
+#[derive(Default)]
+struct Trouble {
+    said: Option<(Instant, String)>,
+}
+
+impl Trouble {
+    fn say(&mut self, what: &str) {
+        let again = |(at, said): &(Instant, String)| said != what && at.elapsed() > SAY_AGAIN;
+        if self.said.as_ref().is_none_or(|said| again(said) || said.0.elapsed() > SAY_AGAIN) {
+            warn!("{what}; still trying");
+            self.said = Some((Instant::now(), what.to_string()));
+        }
+    }
+
+    fn is_over(&mut self) {
+        if self.said.take().is_some() {
+            info!("the cluster takes reports again");
+        }
+    }
+}

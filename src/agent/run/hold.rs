@@ -1,0 +1,202 @@
+//! Holds an allocation while its program runs.
+//!
+//! In the steady state the keeper renews the lease, and nothing happens here. Where that fails:
+//!
+//! - *keep* (the worker has an agent): the allocation lingers and keeps its ports, so that the program
+//!   goes on. As soon as the cluster is back, a new lease and a confirmation under the token revive
+//!   it. Only where the cluster says that it is gone, or another's, must the program stop.
+//! - *stop* (it has none): when the lease ends, the ports are given to others. The program is stopped
+//!   before that, counted from when the last acknowledged keepalive was sent: asked when a third of
+//!   the TTL is left, killed when a tenth is.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+use tonic::Code;
+use tracing::{debug, info, warn};
+
+use crate::client::{Client, ClientError, Holding, Keeper, Standing};
+use crate::proto::v1;
+
+/// Before the cluster is asked again.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Longest sleep: the keeper's clock may have jumped, as after a suspension.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnLeaseLost {
+    Keep,
+    Stop,
+}
+
+/// Why a program must stop.
+#[derive(Debug)]
+pub enum Lost {
+    /// The cluster has given away what it held, or is about to and cannot be asked.
+    LeaseEnds,
+    /// What it held is gone, or another's.
+    Gone(String),
+}
+
+pub struct Hold {
+    client: Client,
+    keeper: Keeper,
+    lease: Holding,
+    on_lease_lost: OnLeaseLost,
+    /// As it was last seen.
+    pub held: v1::Allocation,
+}
+
+impl Hold {
+    pub fn new(
+        client: Client,
+        keeper: Keeper,
+        lease: Holding,
+        on_lease_lost: OnLeaseLost,
+        held: v1::Allocation,
+    ) -> Self {
+        Hold { client, keeper, lease, on_lease_lost, held }
+    }
+
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    pub fn lease(&self) -> u64 {
+        self.lease.id()
+    }
+
+    /// What is left of the lease at least.
+    fn left(&self) -> Duration {
+        match self.lease.standing() {
+            Standing::Held { until } => until.saturating_sub(self.keeper.now()),
+            Standing::Unproven | Standing::Gone => Duration::ZERO,
+        }
+    }
+
+    /// Until a program that is killed then has surely ended before the lease does.
+    pub fn grace(&self) -> Duration {
+        match self.on_lease_lost {
+            OnLeaseLost::Keep => Duration::MAX,
+            OnLeaseLost::Stop => self.left().saturating_sub(self.lease.ttl() / 10),
+        }
+    }
+
+    /// For how long the program may go on before it must be asked to end.
+    fn spare(&self) -> Duration {
+        match self.on_lease_lost {
+            OnLeaseLost::Keep => Duration::MAX,
+            OnLeaseLost::Stop => self.left().saturating_sub(self.lease.ttl() / 3),
+        }
+    }
+
+    /// Resolves when it must be asked to end.
+    pub async fn ending(&mut self) -> Lost {
+        loop {
+            let spare = self.spare();
+            if spare.is_zero() {
+                return Lost::LeaseEnds;
+            }
+            tokio::select! {
+                _ = self.lease.changed() => {}
+                () = sleep(spare.min(LOOK_EVERY)) => {}
+            }
+        }
+    }
+
+    /// Says that the program runs, under this handle; what lingers is revived by it. Tried until the
+    /// cluster answers, for as long as the program may go on without.
+    pub async fn confirm(&mut self, liveness: Option<v1::Liveness>) -> Result<(), Lost> {
+        loop {
+            let spare = self.spare();
+            if spare.is_zero() {
+                return Err(Lost::LeaseEnds);
+            }
+            let error = match timeout(spare, self.try_confirm(liveness.clone())).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => error,
+                Err(_) => continue,
+            };
+            match error.code() {
+                Some(Code::FailedPrecondition | Code::NotFound) => self.look(&error).await?,
+                _ => debug!(%error, "not confirmed yet"),
+            }
+            sleep(PAUSE.min(self.spare())).await;
+        }
+    }
+
+    async fn try_confirm(&mut self, liveness: Option<v1::Liveness>) -> Result<(), ClientError> {
+        // One that ended meanwhile would be refused.
+        if self.lease.standing() == Standing::Gone {
+            self.lease = self.keeper.grant(self.lease.ttl()).await?;
+        }
+        let answer = self.client.confirm_with(v1::ConfirmRequest {
+            name: self.held.name.clone(),
+            token: self.held.token,
+            version: self.held.version,
+            liveness,
+            lease: self.lease.id(),
+        });
+        self.held = answer.await?.allocation.unwrap_or_default();
+        Ok(())
+    }
+
+    /// After a refusal: is it still there under the same token? Then it has another version, or the
+    /// lease has just ended.
+    async fn look(&mut self, refused: &ClientError) -> Result<(), Lost> {
+        match self.client.get(&self.held.name, None).await {
+            Ok(answer) => {
+                let found = answer.allocation.unwrap_or_default();
+                if found.token != self.held.token {
+                    let why = format!("{refused}; {} is another's now", self.held.name);
+                    return Err(Lost::Gone(why));
+                }
+                self.held = found;
+            }
+            Err(error) if error.code() == Some(Code::NotFound) => {
+                return Err(Lost::Gone(error.to_string()));
+            }
+            Err(error) => debug!(%error, "the allocation cannot be looked up yet"),
+        }
+        Ok(())
+    }
+
+    /// Keeps it, until the program must stop.
+    pub async fn kept(&mut self, liveness: Option<v1::Liveness>) -> Lost {
+        if self.on_lease_lost == OnLeaseLost::Stop {
+            return self.ending().await;
+        }
+        loop {
+            match self.lease.changed().await {
+                Standing::Held { .. } => continue,
+                Standing::Unproven => {
+                    let lease = self.lease.id();
+                    warn!(lease, "not kept alive in time; the program goes on, its ports linger");
+                    continue;
+                }
+                Standing::Gone => {}
+            }
+            warn!(lease = self.lease.id(), "the lease has ended; a new one is asked for");
+            if let Err(lost) = self.confirm(liveness.clone()).await {
+                return lost;
+            }
+            info!(lease = self.lease.id(), "the allocation is confirmed anew");
+        }
+    }
+
+    /// Gives back what is held: the program has ended. What cannot be given back now is reclaimed in
+    /// time, by the end of the lease and, where there is an agent, by what that sees.
+    pub async fn release(self) {
+        let Hold { client, lease, held, .. } = self;
+        match client.release(&held.name, held.token).await {
+            Ok(_) => debug!(name = held.name, "released"),
+            Err(error) => {
+                warn!(name = held.name, %error, "not released; it is reclaimed in time");
+                return;
+            }
+        }
+        if let Err(error) = client.lease_revoke(lease.id()).await {
+            debug!(%error, "the lease is left to expire");
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Signals that are passed on to a program.
+
+use std::future::poll_fn;
+use std::io;
+use std::task::Poll;
+
+use rustix::process::Signal;
+use tokio::signal::unix::{self, SignalKind, signal};
+
+/// Those that a supervisor is sent for its program. From here on none of them ends this process.
+const PASSED_ON: [Signal; 7] = [
+    Signal::HUP,
+    Signal::INT,
+    Signal::QUIT,
+    Signal::TERM,
+    Signal::USR1,
+    Signal::USR2,
+    Signal::WINCH,
+];
+
+pub struct Signals(Vec<(Signal, unix::Signal)>);
+
+impl Signals {
+    pub fn listen() -> io::Result<Self> {
+        let listen = |kind: Signal| Ok((kind, signal(SignalKind::from_raw(kind.as_raw()))?));
+        PASSED_ON.into_iter().map(listen).collect::<io::Result<_>>().map(Signals)
+    }
+
+    /// The next one. May be dropped and called again.
+    pub async fn next(&mut self) -> Signal {
+        poll_fn(|context| {
+            for (kind, stream) in &mut self.0 {
+                if let Poll::Ready(Some(())) = stream.poll_recv(context) {
+                    return Poll::Ready(*kind);
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// The next one that asks for an end.
+    pub async fn stop(&mut self) -> Signal {
+        loop {
+            let signal = self.next().await;
+            if asks_for_an_end(signal) {
+                return signal;
+            }
+        }
+    }
+}
+
+/// What a program does about it is its own affair; one that is starting is not started anew after it.
+pub fn asks_for_an_end(signal: Signal) -> bool {
+    [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM].contains(&signal)
+}

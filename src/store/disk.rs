@@ -1,0 +1,71 @@
+//! Where the log lies: sled, or a disk that is simulated.
+
+use std::fmt::Debug;
+use std::ops::Bound;
+
+use sled::IVec;
+
+/// Index and chunk of a part of an entry, big-endian.
+pub type Key = [u8; 10];
+
+/// Parts of entries to be written, or removed (`None`).
+pub type Changes = Vec<(Key, Option<Vec<u8>>)>;
+
+pub type Pairs<'a> = Box<dyn Iterator<Item = sled::Result<(IVec, IVec)>> + 'a>;
+
+/// Two maps that keep what was flushed. What was written and not flushed may be lost when the process
+/// ends, but only from the end on: what is left is a prefix of what was written.
+pub trait Disk: Debug + Send + Sync {
+    /// All of the changes or none.
+    fn write(&self, changes: Changes) -> sled::Result<()>;
+    fn range(&self, bounds: (Bound<Key>, Bound<Key>)) -> Pairs<'_>;
+    /// Values beside the entries.
+    fn set(&self, key: &str, value: Option<Vec<u8>>) -> sled::Result<()>;
+    fn get(&self, key: &str) -> sled::Result<Option<IVec>>;
+    fn values(&self) -> Pairs<'_>;
+    /// Returns when everything that was written is on the disk.
+    fn flush(&self) -> sled::Result<()>;
+}
+
+#[derive(Debug)]
+pub struct Sled {
+    pub db: sled::Db,
+    pub entries: sled::Tree,
+    pub meta: sled::Tree,
+}
+
+impl Disk for Sled {
+    fn write(&self, changes: Changes) -> sled::Result<()> {
+        let mut batch = sled::Batch::default();
+        for (key, value) in changes {
+            match value {
+                Some(value) => batch.insert(&key, value),
+                None => batch.remove(&key),
+            }
+        }
+        self.entries.apply_batch(batch)
+    }
+
+    fn range(&self, bounds: (Bound<Key>, Bound<Key>)) -> Pairs<'_> {
+        Box::new(self.entries.range(bounds))
+    }
+
+    fn set(&self, key: &str, value: Option<Vec<u8>>) -> sled::Result<()> {
+        match value {
+            Some(value) => self.meta.insert(key, value).map(drop),
+            None => self.meta.remove(key).map(drop),
+        }
+    }
+
+    fn get(&self, key: &str) -> sled::Result<Option<IVec>> {
+        self.meta.get(key)
+    }
+
+    fn values(&self) -> Pairs<'_> {
+        Box::new(self.meta.iter())
+    }
+
+    fn flush(&self) -> sled::Result<()> {
+        self.db.flush().map(drop)
+    }
+}
