@@ -176,7 +176,10 @@ fn a_worker_is_checked_before_it_is_proposed() {
     };
     assert!(patch(&["address", "ranges"]).unwrap().labels.is_none());
     assert_eq!(violation(&patch(&[]).unwrap_err()).0, "fields");
-    assert_eq!(violation(&patch(&["address", "identity"]).unwrap_err()).0, "fields[1]");
+    assert_eq!(violation(&patch(&["address", "name"]).unwrap_err()).0, "fields[1]");
+    let (field, text) = violation(&patch(&["identity"]).unwrap_err());
+    assert_eq!(field, "spec.identity");
+    assert!(text.contains("an agent stays an agent"), "{text}");
     assert!(convert::settable_phase(v1::WorkerPhase::Lost.into()).is_err());
     assert!(convert::settable_phase(99).is_err());
 }
