@@ -113,7 +113,7 @@ fn shown(event: &Event, revision: Revision, view: &State) -> v1::WatchEvent {
         Event::Changed(allocation) => {
             let kind = match allocation.last_change.as_ref().map(|last| &last.kind) {
                 Some(ChangeKind::Attached) => "attached",
-                Some(ChangeKind::Lingered) => "lingering",
+                Some(ChangeKind::Lingered { .. }) => "lingering",
                 Some(ChangeKind::Swapped { .. }) => "swapped",
                 Some(ChangeKind::Confirmed) | None => "confirmed",
             };

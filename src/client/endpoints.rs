@@ -135,7 +135,11 @@ mod tests {
         endpoints.learn(&["b:1".into(), "c:1".into()]);
         assert_eq!(names(&endpoints), ["b:1", "c:1", "a:1"]);
         endpoints.learn(&["d:1".into()]);
-        assert_eq!(names(&endpoints), ["b:1", "d:1", "a:1"], "the one that answered is still first");
+        assert_eq!(
+            names(&endpoints),
+            ["b:1", "d:1", "a:1"],
+            "the one that answered is still first"
+        );
         endpoints.learn(&[]);
         assert_eq!(names(&endpoints).len(), 3, "an empty answer teaches nothing");
     }
