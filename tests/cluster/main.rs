@@ -5,6 +5,7 @@ mod agreement;
 mod attacks;
 mod backup;
 mod bootstrap;
+mod churn;
 mod cli;
 mod compaction;
 mod damage;
