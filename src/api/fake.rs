@@ -50,7 +50,7 @@ pub(crate) fn table() -> State {
     };
     assert!(apply(&mut state, &Origin::default(), &register).0.outcome.is_ok());
     let claims = convert::claims(&[claim("a")]).unwrap();
-    let allocate = Command::Allocate { claims, confirm_within: Millis(600_000) };
+    let allocate = Command::allocate(claims, Millis(600_000));
     assert!(apply(&mut state, &Origin::default(), &allocate).0.outcome.is_ok());
     state
 }

@@ -1,5 +1,6 @@
 //! Conversions at their limits, the status of every refusal, and the rules of the dispatcher.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
@@ -25,8 +26,8 @@ fn violation(status: &Status) -> (String, String) {
     (bad.field_violations[0].field.clone(), bad.field_violations[0].description.clone())
 }
 
-fn allocating(claims: Vec<core::Claim>) -> Command {
-    Command::Allocate { claims, confirm_within: Millis(600_000) }
+fn allocating(claims: Vec<Arc<core::Claim>>) -> Command {
+    Command::allocate(claims, Millis(600_000))
 }
 
 fn checked(claims: Vec<v1::Claim>) -> Result<(), Status> {

@@ -608,8 +608,7 @@ mod tests {
                 bound: false,
                 labels: Labels::new(),
             };
-            let allocate =
-                Command::Allocate { claims: vec![claim], confirm_within: Millis(600_000) };
+            let allocate = Command::allocate([claim], Millis(600_000));
             match self.ok(allocate) {
                 Outcome::Allocated { mut allocations, .. } => allocations.remove(0),
                 other => panic!("{other:?}"),
@@ -834,7 +833,7 @@ mod tests {
             confirm_within: None,
             labels: Labels::new(),
         };
-        s.ok(Command::Allocate { claims: vec![claim], confirm_within: Millis(600_000) });
+        s.ok(Command::allocate([claim], Millis(600_000)));
         let identity = Some(s.sample.identity.clone());
         let patch = crate::core::WorkerPatch { identity, ..Default::default() };
         s.ok(Command::UpdateWorker { name: "w2".parse().unwrap(), patch });

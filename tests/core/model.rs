@@ -2,6 +2,7 @@
 //! What is left half done on an error is thrown away with its copy.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::make::LEADER;
 use super::*;
@@ -131,7 +132,7 @@ impl Model {
                     return claims.iter().try_fold("granted", |_, claim| self.place(claim));
                 };
                 let mut held = claims.iter().map(|c| Some((c, self.held.get(&c.name)?)));
-                let same = |(c, h): (&Claim, &Held)| h.claim == *c && h.token == first.token;
+                let same = |(c, h): (&Arc<Claim>, &Held)| h.claim == **c && h.token == first.token;
                 if held.all(|pair| pair.is_some_and(same)) {
                     Ok("repeated")
                 } else {

@@ -182,10 +182,7 @@ fn limits_of_quarantines_and_reasons() {
 #[test]
 fn limits_of_spans() {
     let (low, high) = (SPAN_MIN_MS as usize, SPAN_MAX_MS as usize);
-    let within = |claim: Claim, ms: u64| Command::Allocate {
-        claims: vec![claim],
-        confirm_within: Millis(ms),
-    };
+    let within = |claim: Claim, ms: u64| Command::allocate([claim], Millis(ms));
     let asked = || claim("a", "w").count(1);
     holds("ttl", high, |n| grant_lease(n as u64));
     holds("confirm_within", high, |n| within(asked(), n as u64));

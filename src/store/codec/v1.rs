@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bincode::{BorrowDecode, Decode, Encode};
 
-use super::{MemberRecord, MembershipRecord, PayloadRef};
+use super::{MemberRecord, MembershipRecord};
 use crate::core::{self as table, Invalid, LeaseId, Millis, Port, Quarantine, Revision, Token};
 
 /// Why something that was read is not what it should be.
@@ -122,7 +122,7 @@ impl<'a> From<&'a MembershipRecord> for Membership<'a> {
 }
 
 impl Membership<'_> {
-    fn restore(self) -> MembershipRecord {
+    pub fn restore(self) -> MembershipRecord {
         let Membership { configs, nodes } = self;
         MembershipRecord {
             configs: configs.into_iter().map(BTreeSet::from_iter).collect(),
@@ -153,29 +153,8 @@ pub enum Payload<'a> {
     Membership(Membership<'a>),
 }
 
-impl<'a> From<&'a PayloadRef<'a>> for Payload<'a> {
-    fn from(payload: &'a PayloadRef<'a>) -> Self {
-        match payload {
-            PayloadRef::Blank => Payload::Blank,
-            PayloadRef::Batch { at, commands } => {
-                Payload::Batch { at: at.0, commands: commands.iter().map(Command::from).collect() }
-            }
-            PayloadRef::Membership(membership) => Payload::Membership(membership.into()),
-        }
-    }
-}
-
-impl Payload<'_> {
-    pub fn restore(self) -> Checked<super::Payload> {
-        Ok(match self {
-            Payload::Blank => super::Payload::Blank,
-            Payload::Batch { at, commands } => super::Payload::Batch {
-                at: Millis(at),
-                commands: each(commands, Command::restore)?,
-            },
-            Payload::Membership(membership) => super::Payload::Membership(membership.restore()),
-        })
-    }
+pub fn restore_commands(commands: Vec<Command<'_>>) -> Checked<Vec<table::Command>> {
+    each(commands, Command::restore)
 }
 
 // Commands.
@@ -359,7 +338,7 @@ impl<'a> From<&'a table::Command> for Command<'a> {
                 Command::RemoveWorker { name: name.as_str(), force: force.as_deref() }
             }
             table::Command::Allocate { claims, confirm_within } => Command::Allocate {
-                claims: claims.iter().map(Claim::from).collect(),
+                claims: claims.iter().map(|claim| Claim::from(&**claim)).collect(),
                 confirm_within: confirm_within.0,
             },
             table::Command::Confirm { name, token, version, liveness, lease: id } => {
@@ -452,7 +431,7 @@ impl Command<'_> {
                 force: force.map(String::from),
             },
             Command::Allocate { claims, confirm_within } => table::Command::Allocate {
-                claims: each(claims, Claim::restore)?,
+                claims: each(claims, |claim| claim.restore().map(Arc::new))?,
                 confirm_within: Millis(confirm_within),
             },
             Command::Confirm { name, guard: Guard { token, version }, liveness, lease } => {
