@@ -143,13 +143,11 @@ impl Run {
             1 | 2 if small => Disk::small(at),
             _ => Disk::plain(at),
         };
-        let snapshots = ["50", "400", "20000"][rng.random_range(0..3)];
-        let flags =
-            ["--quarantine", QUARANTINE, "--snapshot-every", snapshots, "--low-space", "12MiB"];
+        let flags = flags(&plan, &mut rng);
         let options = Options {
             nodes: plan.nodes,
             binary: plan.binary.clone(),
-            flags: flags.iter().map(ToString::to_string).collect(),
+            flags: flags.clone(),
             faketime: has("clock"),
         };
         let mut rig = Rig::prepare(&plan.dir, options, recorder.clone(), disk)?;
@@ -432,6 +430,17 @@ impl Run {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
+}
+
+/// What every node is told beside its addresses.
+fn flags(plan: &Plan, rng: &mut StdRng) -> Vec<String> {
+    let snapshots = ["50", "400", "20000"][rng.random_range(0..3)];
+    let mut flags =
+        vec!["--quarantine", QUARANTINE, "--snapshot-every", snapshots, "--low-space", "12MiB"];
+    if plan.real {
+        flags.extend(["--zombie-after", "4s", "--worker-lost-after", "4s"]);
+    }
+    flags.into_iter().map(String::from).collect()
 }
 
 async fn join(hands: Vec<Hand>) {
