@@ -420,7 +420,10 @@ impl Change<'_> {
             phase: Phase::Lingering,
             reason: Some(reason),
             lease: None,
-            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Lingered }),
+            last_change: Some(LastChange {
+                from: held.version,
+                kind: ChangeKind::Lingered { cause },
+            }),
             ..Allocation::clone(held)
         })))
     }
@@ -752,8 +755,11 @@ fn check_version(held: &Allocation, given: Revision) -> Result<Revision, Refusal
     if given == Revision(0) {
         return Ok(held.version);
     }
-    let fell_silent = held.phase == Phase::Lingering && repeats(held, given, &ChangeKind::Lingered);
-    if given == held.version || fell_silent {
+    let before_silence = match &held.last_change {
+        Some(LastChange { from, kind: ChangeKind::Lingered { .. } }) => Some(*from),
+        _ => None,
+    };
+    if given == held.version || Some(given) == before_silence {
         return Ok(given);
     }
     Err(Refusal::WrongVersion { name: held.name().clone(), given, held: held.version })

@@ -246,8 +246,9 @@ impl Model {
         if self.host(&held.worker)?.spec.identity.is_none() {
             return self.drop(name, cause, "released true");
         }
+        let cause = if cause == "lease_ended" { Cause::LeaseEnded } else { Cause::Unconfirmed };
         let from = Revision(held.version);
-        let last = Some(LastChange { from, kind: ChangeKind::Lingered });
+        let last = Some(LastChange { from, kind: ChangeKind::Lingered { cause } });
         let (version, phase, lease) = (self.revision, Phase::Lingering, None);
         self.held.insert(name.clone(), Held { version, phase, lease, last, ..held });
         Ok("lingers")
@@ -515,8 +516,9 @@ impl Model {
 
 impl Held {
     fn known_as(&self, version: u64) -> Result<Revision, &'static str> {
-        let silent =
-            |last: &LastChange| last.kind == ChangeKind::Lingered && last.from.0 == version;
+        let silent = |last: &LastChange| {
+            matches!(last.kind, ChangeKind::Lingered { .. }) && last.from.0 == version
+        };
         match version {
             0 => Ok(Revision(self.version)),
             _ if version == self.version => Ok(Revision(version)),

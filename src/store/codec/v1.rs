@@ -1101,7 +1101,7 @@ struct LastChange {
 enum ChangeKind {
     Confirmed,
     Attached,
-    Lingered,
+    Lingered(Cause),
     Swapped(u16),
 }
 
@@ -1128,6 +1128,28 @@ enum Cause {
     Unconfirmed,
     LeaseEnded,
     Gone,
+}
+
+impl From<table::Cause> for Cause {
+    fn from(cause: table::Cause) -> Self {
+        match cause {
+            table::Cause::Conflict => Cause::Conflict,
+            table::Cause::Unconfirmed => Cause::Unconfirmed,
+            table::Cause::LeaseEnded => Cause::LeaseEnded,
+            table::Cause::Gone => Cause::Gone,
+        }
+    }
+}
+
+impl From<Cause> for table::Cause {
+    fn from(cause: Cause) -> Self {
+        match cause {
+            Cause::Conflict => table::Cause::Conflict,
+            Cause::Unconfirmed => table::Cause::Unconfirmed,
+            Cause::LeaseEnded => table::Cause::LeaseEnded,
+            Cause::Gone => table::Cause::Gone,
+        }
+    }
 }
 
 /// All records of a state, in their order.
@@ -1333,7 +1355,7 @@ impl<'a> From<&'a table::Allocation> for Allocation<'a> {
                 kind: match kind {
                     table::ChangeKind::Confirmed => ChangeKind::Confirmed,
                     table::ChangeKind::Attached => ChangeKind::Attached,
-                    table::ChangeKind::Lingered => ChangeKind::Lingered,
+                    table::ChangeKind::Lingered { cause } => ChangeKind::Lingered((*cause).into()),
                     table::ChangeKind::Swapped { port } => ChangeKind::Swapped(*port),
                 },
             }),
@@ -1392,7 +1414,9 @@ impl Allocation<'_> {
                 kind: match kind {
                     ChangeKind::Confirmed => table::ChangeKind::Confirmed,
                     ChangeKind::Attached => table::ChangeKind::Attached,
-                    ChangeKind::Lingered => table::ChangeKind::Lingered,
+                    ChangeKind::Lingered(cause) => {
+                        table::ChangeKind::Lingered { cause: cause.into() }
+                    }
                     ChangeKind::Swapped(port) => table::ChangeKind::Swapped { port },
                 },
             }),
@@ -1413,15 +1437,9 @@ impl<'a> From<(&'a table::InstanceName, &'a table::Departure)> for Departure<'a>
             why: match why {
                 table::ReleaseReason::ByHolder => ReleaseReason::ByHolder,
                 table::ReleaseReason::Forced { reason } => ReleaseReason::Forced(reason),
-                table::ReleaseReason::Reclaimed { cause, reason } => ReleaseReason::Reclaimed {
-                    cause: match cause {
-                        table::Cause::Conflict => Cause::Conflict,
-                        table::Cause::Unconfirmed => Cause::Unconfirmed,
-                        table::Cause::LeaseEnded => Cause::LeaseEnded,
-                        table::Cause::Gone => Cause::Gone,
-                    },
-                    reason,
-                },
+                table::ReleaseReason::Reclaimed { cause, reason } => {
+                    ReleaseReason::Reclaimed { cause: (*cause).into(), reason }
+                }
             },
         }
     }
@@ -1440,15 +1458,9 @@ impl Departure<'_> {
                 ReleaseReason::Forced(reason) => {
                     table::ReleaseReason::Forced { reason: reason.into() }
                 }
-                ReleaseReason::Reclaimed { cause, reason } => table::ReleaseReason::Reclaimed {
-                    cause: match cause {
-                        Cause::Conflict => table::Cause::Conflict,
-                        Cause::Unconfirmed => table::Cause::Unconfirmed,
-                        Cause::LeaseEnded => table::Cause::LeaseEnded,
-                        Cause::Gone => table::Cause::Gone,
-                    },
-                    reason: reason.into(),
-                },
+                ReleaseReason::Reclaimed { cause, reason } => {
+                    table::ReleaseReason::Reclaimed { cause: cause.into(), reason: reason.into() }
+                }
             },
         };
         into.departure(table::InstanceName::parse(name)?, departure)?;
