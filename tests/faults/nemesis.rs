@@ -40,6 +40,7 @@ pub const KINDS: &[Kind] = &[
     Kind { name: "one-way", begin: one_way },
     Kind { name: "bridge", begin: bridge },
     Kind { name: "lossy", begin: lossy },
+    Kind { name: "slow-link", begin: slow_link },
     Kind { name: "slow-disk", begin: slow_disk },
     Kind { name: "full-disk", begin: full_disk },
     Kind { name: "forget", begin: forget },
@@ -260,6 +261,23 @@ fn lossy(rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<(String, 
     let pairs = nodes.iter().cartesian_product(&all).filter(|(a, b)| a != b);
     let rules = pairs.flat_map(|(a, b)| [lose(*a, *b, percent), lose(*b, *a, percent)]).collect();
     Some((format!("{percent} % of all packets"), impede(rig, rules)))
+}
+
+/// What peers say to a node, and it to them over their connections, takes long.
+fn slow_link(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let count = rng.random_range(1..=rig.nodes.len());
+    let slow = (0..rig.nodes.len()).filter(|at| rig.nodes[*at].proxy.is_some());
+    let slow = slow.choose_multiple(rng, count);
+    let by = Duration::from_millis(rng.random_range(5..700));
+    let set = |rig: &Rig, slow: &[usize], by| {
+        let proxies = slow.iter().filter_map(|at| rig.nodes[*at].proxy.as_ref());
+        proxies.for_each(|proxy| proxy.slow(by));
+    };
+    set(rig, &slow, by);
+    let what = format!("{by:?} to {}", ids(rig, &slow));
+    let none = slow.is_empty();
+    let end = move |rig: &mut Rig| set(rig, &slow, Duration::ZERO);
+    (!none).then(|| (what, Box::new(end) as End))
 }
 
 // The host.

@@ -149,6 +149,7 @@ impl Run {
             binary: plan.binary.clone(),
             flags: flags.clone(),
             faketime: has("clock"),
+            proxies: has("slow-link") && rng.random(),
         };
         let mut rig = Rig::prepare(&plan.dir, options, recorder.clone(), disk)?;
         let host = rig.net.host("operator")?;
