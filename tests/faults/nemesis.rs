@@ -53,9 +53,13 @@ pub const KINDS: &[Kind] = &[
     Kind { name: "kill-agent", begin: kill_agent },
 ];
 
+/// What no system can stand: only by name, to see that the checker finds what it breaks.
+pub const UNFAIR: &[Kind] = &[Kind { name: "lie", begin: lie }];
+
 pub fn by_name(name: &str) -> Result<&'static Kind, String> {
-    let known = KINDS.iter().map(|kind| kind.name).join(", ");
-    let found = KINDS.iter().find(|kind| kind.name == name);
+    let all = || KINDS.iter().chain(UNFAIR);
+    let known = all().map(|kind| kind.name).join(", ");
+    let found = all().find(|kind| kind.name == name);
     found.ok_or_else(|| format!("no nemesis {name:?}; there are {known}"))
 }
 
@@ -173,6 +177,18 @@ fn forget(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)>
 
 fn torn(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
     power_cut(rig, rng, false)
+}
+
+/// Disks answer syncs and do nothing, and then all power is cut at once.
+fn lie(rig: &mut Rig, _: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    rig.nodes.iter().for_each(|node| node.disk.lie());
+    let end = |rig: &mut Rig| {
+        let count = rig.nodes.len();
+        (0..count).for_each(|at| rig.kill(at, None));
+        (0..count).for_each(|at| rig.nodes[at].disk.cut(Cut::ForgetsAll));
+        (0..count).for_each(|at| rig.start(at));
+    };
+    Some(("every disk".into(), Box::new(end)))
 }
 
 // The network.
