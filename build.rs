@@ -20,6 +20,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .btree_map(".")
         .bytes(".portwarden.peer.v1")
+        // Recorded histories of tests are JSON; what is left out of a message has its default.
+        .type_attribute(".portwarden.v1", "#[derive(serde::Serialize, serde::Deserialize)]")
+        .message_attribute(".portwarden.v1", "#[serde(default)]")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -56,7 +56,11 @@ impl Method for Allocate {
 }
 
 impl Allocate {
-    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::AllocateResponse> {
+    pub(super) fn answer(
+        revision: u64,
+        outcome: Outcome,
+        view: &State,
+    ) -> Option<v1::AllocateResponse> {
         let Outcome::Allocated { allocations, repeated } = outcome else { return None };
         Some(v1::AllocateResponse {
             allocations: allocations.iter().map(|a| convert::allocation(a, view)).collect(),
@@ -186,14 +190,17 @@ impl Read for Get {
     }
 
     fn answer(_: &Api, view: &State, name: &InstanceName) -> Result<v1::GetResponse, Status> {
-        let found = view.allocation(name);
-        let Some(found) = found else {
-            let departed = view.departure(name).cloned();
-            return Err(errors::refusal(Refusal::NoAllocation { name: name.clone(), departed }));
-        };
-        let allocation = Some(convert::allocation(found, view));
-        Ok(v1::GetResponse { allocation, revision: view.revision.0 })
+        get(view, name)
     }
+}
+
+pub(super) fn get(view: &State, name: &InstanceName) -> Result<v1::GetResponse, Status> {
+    let Some(found) = view.allocation(name) else {
+        let departed = view.departure(name).cloned();
+        return Err(errors::refusal(Refusal::NoAllocation { name: name.clone(), departed }));
+    };
+    let allocation = Some(convert::allocation(found, view));
+    Ok(v1::GetResponse { allocation, revision: view.revision.0 })
 }
 
 pub(super) struct Explain;
@@ -273,6 +280,14 @@ pub(super) struct ListQuery {
 }
 
 impl ListQuery {
+    /// All pages at once, in order of name.
+    pub(super) fn all(&self, view: &State) -> Vec<v1::Allocation> {
+        let on = |held: &core::Allocation| self.worker.as_ref().is_none_or(|w| *w == held.worker);
+        let held = view.allocations_named(&self.prefix, None);
+        let wanted = held.filter(|held| on(held) && self.matches(held));
+        wanted.map(|held| convert::allocation(held, view)).collect()
+    }
+
     fn matches(&self, allocation: &core::Allocation) -> bool {
         let phase_fits =
             self.phase == v1::Phase::Unspecified || self.phase == convert::phase(allocation.phase);

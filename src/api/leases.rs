@@ -86,13 +86,17 @@ impl Read for Get {
     }
 
     fn answer(_: &Api, view: &State, id: &LeaseId) -> Result<v1::GetLeaseResponse, Status> {
-        let lease = view.lease(*id).ok_or_else(|| errors::refusal(Refusal::NoLease(*id)))?;
-        Ok(v1::GetLeaseResponse {
-            lease: Some(convert::lease_message(lease)),
-            allocations: lease.allocations.keys().map(ToString::to_string).collect(),
-            revision: view.revision.0,
-        })
+        get(view, *id)
     }
+}
+
+pub(super) fn get(view: &State, id: LeaseId) -> Result<v1::GetLeaseResponse, Status> {
+    let lease = view.lease(id).ok_or_else(|| errors::refusal(Refusal::NoLease(id)))?;
+    Ok(v1::GetLeaseResponse {
+        lease: Some(convert::lease_message(lease)),
+        allocations: lease.allocations.keys().map(ToString::to_string).collect(),
+        revision: view.revision.0,
+    })
 }
 
 pub(super) struct List;

@@ -18,6 +18,8 @@ mod errors;
 #[cfg(test)]
 pub(crate) mod fake;
 mod leases;
+#[doc(hidden)]
+pub mod meaning;
 mod observe;
 mod pages;
 mod server;

@@ -97,7 +97,7 @@ impl Filter {
 }
 
 /// `view` knows the workers' addresses.
-fn shown(event: &Event, revision: Revision, view: &State) -> v1::WatchEvent {
+pub(super) fn shown(event: &Event, revision: Revision, view: &State) -> v1::WatchEvent {
     let shown = |kind: &str| v1::WatchEvent {
         r#type: kind.into(),
         revision: revision.0,

@@ -157,10 +157,14 @@ impl Read for Get {
     }
 
     fn answer(_: &Api, view: &State, name: &WorkerName) -> Result<v1::WorkerResponse, Status> {
-        let found = view.worker(name);
-        let found = found.ok_or_else(|| errors::refusal(Refusal::NoWorker(name.clone())))?;
-        Ok(v1::WorkerResponse { worker: Some(convert::worker(found)), revision: view.revision.0 })
+        get(view, name)
     }
+}
+
+pub(super) fn get(view: &State, name: &WorkerName) -> Result<v1::WorkerResponse, Status> {
+    let found = view.worker(name);
+    let found = found.ok_or_else(|| errors::refusal(Refusal::NoWorker(name.clone())))?;
+    Ok(v1::WorkerResponse { worker: Some(convert::worker(found)), revision: view.revision.0 })
 }
 
 pub(super) struct List;

@@ -346,7 +346,7 @@ pub(super) fn read(file: &str) -> Result<String, CliError> {
     }
 }
 
-fn parse_claims(text: &str) -> Result<Vec<v1::Claim>, String> {
+pub(super) fn parse_claims(text: &str) -> Result<Vec<v1::Claim>, String> {
     let claims: Vec<ClaimInFile> = list_or_key::<ClaimsFile, _>(text, "claims", |f| f.claims)?;
     if claims.is_empty() || claims.len() > limits::CLAIMS_MAX {
         return Err(format!("claims: {} must be 1 to {}", claims.len(), limits::CLAIMS_MAX));

@@ -21,6 +21,8 @@ mod completion;
 mod confirm;
 pub mod demo;
 pub mod dev;
+#[doc(hidden)]
+pub mod edge;
 mod embedded;
 mod error;
 mod explain;

@@ -415,6 +415,11 @@ fn read_config(path: &Path) -> anyhow::Result<Args> {
     toml::from_str(&text).map_err(|e| usage(format!("--config: {}: {e}", path.display())))
 }
 
+/// Is it a `--config FILE`? For the fuzzers.
+pub(super) fn parses(text: &str) -> bool {
+    toml::from_str::<Args>(text).is_ok()
+}
+
 /// Most nodes that may begin a cluster: more voters only cost latency.
 const INITIAL_NODES_MAX: usize = 7;
 

@@ -155,3 +155,9 @@ pub fn read_entry(entry: proto::Entry) -> Result<Entry, Malformed> {
     let id = read_log_id(entry.id)?.ok_or("the id of an entry is missing")?;
     decode_entry(id, &entry.payload).map_err(|error| error.to_string())
 }
+
+/// Reads an entry as a peer sent it, and writes it again: for the fuzzers.
+#[doc(hidden)]
+pub fn reread_entry(entry: proto::Entry) -> Result<proto::Entry, Malformed> {
+    read_entry(entry).map(|entry| wire_entry(&entry))
+}

@@ -28,6 +28,8 @@ mod types;
 
 pub use backup::{Backup, RestoreError, restore, salvage, write_backup};
 pub use config::{RaftOptions, raft_config};
+#[doc(hidden)]
+pub use convert::reread_entry;
 pub use identity::{ClusterCell, ClusterMismatch, LocalIdentity};
 pub use machine::{ApplyObserver, CommandAt, SnapshotBuilder, StateMachine, Table, TableView};
 pub use network::{Dial, ForwardError, JoinError, PeerClient, PeerNetwork};

@@ -52,6 +52,8 @@ struct Tree {
     syncs: u64,
     /// Answers syncs and does nothing: the proof that the tests notice.
     lies: bool,
+    /// How long a sync takes.
+    slow: Duration,
 }
 
 enum Inode {
@@ -120,7 +122,13 @@ impl Disk {
     pub fn mount(at: &Path) -> io::Result<Disk> {
         std::fs::create_dir_all(at)?;
         let root = Inode::Dir { names: BTreeMap::new(), synced: BTreeMap::new() };
-        let tree = Tree { inodes: [(ROOT, root)].into(), next: ROOT + 1, syncs: 0, lies: false };
+        let tree = Tree {
+            inodes: [(ROOT, root)].into(),
+            next: ROOT + 1,
+            syncs: 0,
+            lies: false,
+            slow: Duration::ZERO,
+        };
         let tree = Arc::new(Mutex::new(tree));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("forgetting".into())];
@@ -139,6 +147,12 @@ impl Disk {
     /// From now on syncs are answered and not done.
     pub fn lie(&self) {
         self.tree().lies = true;
+    }
+
+    /// From now on every sync takes so long, and whatever else is asked for waits for it.
+    #[allow(dead_code)] // used by the fault runs
+    pub fn slow(&self, by: Duration) {
+        self.tree().slow = by;
     }
 
     fn tree(&self) -> MutexGuard<'_, Tree> {
@@ -232,6 +246,7 @@ impl Tree {
 
     fn sync(&mut self, id: INodeNo) -> Answer<()> {
         self.syncs += 1;
+        std::thread::sleep(self.slow);
         if self.lies {
             return Ok(());
         }

@@ -1,0 +1,74 @@
+//! Watchers: each follows the changes from node to node, and records what it is told.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use portwarden::proto::{reason, v1};
+use tokio::time::{sleep, timeout};
+use tonic_types::StatusExt as _;
+use v1::allocator_client::AllocatorClient;
+
+use crate::caller::Caller;
+use crate::history::{Record, Recorder};
+
+/// Progress comes every few seconds; a stream that is silent for longer is left.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
+
+pub struct Watcher {
+    pub recorder: Arc<Recorder>,
+    pub number: u32,
+    /// Empty: everything.
+    pub worker: String,
+    /// All up to here was told.
+    pub told: Arc<AtomicU64>,
+}
+
+impl Watcher {
+    /// Never ends: who wants no more drops it.
+    pub async fn follow(self, mut caller: Caller) {
+        let mut from = 1;
+        loop {
+            if let Err(oldest) = self.one_stream(&caller, from).await
+                && let Some(oldest) = oldest
+            {
+                // What came between is not kept there. Another node may still have it.
+                caller.go_elsewhere();
+                if let Err(Some(other)) = self.one_stream(&caller, from).await {
+                    from = oldest.min(other);
+                    self.told.fetch_max(from - 1, Ordering::AcqRel);
+                }
+            }
+            from = from.max(self.told.load(Ordering::Acquire) + 1);
+            caller.go_elsewhere();
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// The error has the oldest revision that could be had, where that is why.
+    async fn one_stream(&self, caller: &Caller, from: u64) -> Result<(), Option<u64>> {
+        let mut client = AllocatorClient::new(caller.channel()).max_decoding_message_size(16 << 20);
+        let worker = self.worker.clone();
+        let request = v1::WatchRequest { from_revision: from, worker, ..Default::default() };
+        let opened = timeout(SILENCE_MAX, client.watch(request)).await.map_err(|_| None)?;
+        let mut stream = opened.map_err(|status| oldest(&status))?.into_inner();
+        let (watcher, endpoint) = (self.number, caller.endpoint().to_string());
+        let worker = self.worker.clone();
+        self.recorder.put(|at| Record::WatchBegins { at, watcher, endpoint, from, worker });
+        loop {
+            let message = timeout(SILENCE_MAX, stream.message()).await.map_err(|_| None)?;
+            let message = message.map_err(|status| oldest(&status))?;
+            let Some(message) = message else { return Ok(()) };
+            let (told, partial) = (message.revision, message.partial);
+            self.recorder.put(|at| Record::Watched { at, watcher, message });
+            if !partial {
+                self.told.fetch_max(told, Ordering::AcqRel);
+            }
+        }
+    }
+}
+
+fn oldest(status: &tonic::Status) -> Option<u64> {
+    let info = status.get_details_error_info().filter(|info| info.reason == reason::COMPACTED)?;
+    info.metadata.get("oldest_revision")?.parse().ok()
+}
