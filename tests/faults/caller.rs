@@ -207,6 +207,7 @@ impl LibraryCaller {
             timeout: Duration::from_secs(8),
             attempt_timeout: Duration::from_millis(1500),
             seed: Some(seed),
+            ..Default::default()
         };
         let client = Client::connect(endpoints.to_vec(), options).expect("endpoints");
         LibraryCaller { recorder, process, client }
