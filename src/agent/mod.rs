@@ -254,15 +254,14 @@ impl Agent {
 /// Says what goes wrong at once, then once in a while, and when it is over.
 #[derive(Default)]
 struct Trouble {
-    said: Option<(Instant, String)>,
+    said: Option<Instant>,
 }
 
 impl Trouble {
     fn say(&mut self, what: &str) {
-        let again = |(at, said): &(Instant, String)| said != what && at.elapsed() > SAY_AGAIN;
-        if self.said.as_ref().is_none_or(|said| again(said) || said.0.elapsed() > SAY_AGAIN) {
+        if self.said.is_none_or(|said| said.elapsed() > SAY_AGAIN) {
             warn!("{what}; still trying");
-            self.said = Some((Instant::now(), what.to_string()));
+            self.said = Some(Instant::now());
         }
     }
 

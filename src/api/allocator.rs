@@ -1,5 +1,7 @@
 //! `portwarden.v1.Allocator`: ports and GPUs of instances.
 
+use std::sync::Arc;
+
 use tonic::{Request, Response, Status, Streaming};
 
 use super::dispatch::{
@@ -17,7 +19,7 @@ use crate::proto::v1;
 pub(super) struct Allocate;
 
 pub(super) struct Claims {
-    claims: Vec<Claim>,
+    claims: Vec<Arc<Claim>>,
     dry_run: bool,
 }
 
@@ -206,16 +208,20 @@ pub(super) struct Explain;
 impl Read for Explain {
     type Request = v1::ExplainRequest;
     type Response = v1::ExplainResponse;
-    type Query = Vec<Claim>;
+    type Query = Vec<Arc<Claim>>;
     const PATH: &'static str = "/portwarden.v1.Allocator/Explain";
 
-    fn query(request: &v1::ExplainRequest) -> Result<(Freshness, Vec<Claim>), Status> {
+    fn query(request: &v1::ExplainRequest) -> Result<(Freshness, Vec<Arc<Claim>>), Status> {
         let claims = convert::claims(&request.claims)?;
         allocate_command(&claims).validate().map_err(errors::invalid)?;
         Ok((Freshness::parse(request.read.as_ref())?, claims))
     }
 
-    fn answer(_: &Api, view: &State, claims: &Vec<Claim>) -> Result<v1::ExplainResponse, Status> {
+    fn answer(
+        _: &Api,
+        view: &State,
+        claims: &Vec<Arc<Claim>>,
+    ) -> Result<v1::ExplainResponse, Status> {
         // Each claim is weighed on a copy on which those before it took their places.
         let mut copy = view.clone();
         let mut explained = Vec::with_capacity(claims.len());
@@ -249,7 +255,7 @@ fn explanation(claim: &Claim, explanation: core::Explanation) -> v1::ClaimExplan
 }
 
 /// What an allocate would be answered: done on a copy, which is cheap.
-fn tried(copy: &mut State, claims: &[Claim]) -> Result<Vec<v1::Allocation>, Refusal> {
+fn tried(copy: &mut State, claims: &[Arc<Claim>]) -> Result<Vec<v1::Allocation>, Refusal> {
     let (applied, _) = core::apply(copy, &Origin::default(), &allocate_command(claims));
     let Outcome::Allocated { allocations, .. } = applied.outcome? else {
         return Ok(Vec::new());
@@ -258,7 +264,7 @@ fn tried(copy: &mut State, claims: &[Claim]) -> Result<Vec<v1::Allocation>, Refu
 }
 
 /// The deadline is the leader's to fill in.
-fn allocate_command(claims: &[Claim]) -> Command {
+fn allocate_command(claims: &[Arc<Claim>]) -> Command {
     Command::Allocate { claims: claims.to_vec(), confirm_within: Millis(limits::SPAN_MAX_MS) }
 }
 

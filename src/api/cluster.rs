@@ -137,8 +137,12 @@ impl v1::cluster_server::Cluster for Api {
     ) -> Result<Response<v1::ListMembersResponse>, Status> {
         let node = &self.inner.node;
         let path = "/portwarden.v1.Cluster/ListMembers";
+        let endpoints_only = request.get_ref().endpoints_only;
         self.observed(path, request.metadata(), |deadline| async move {
-            Ok(members(node.status(deadline).await))
+            Ok(match endpoints_only {
+                true => members(node.membership()),
+                false => members(node.status(deadline).await),
+            })
         })
         .await
     }

@@ -4,6 +4,7 @@
 //! path in the message, the value and the limit. Outward nothing can fail.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use tonic::Status;
 
@@ -52,13 +53,15 @@ pub fn selector(text: &str) -> Result<Selector, Status> {
     Selector::parse(text).map_err(errors::invalid)
 }
 
-pub fn claims(claims: &[v1::Claim]) -> Result<Vec<Claim>, Status> {
+pub fn claims(claims: &[v1::Claim]) -> Result<Vec<Arc<Claim>>, Status> {
     if claims.len() > limits::CLAIMS_MAX {
         let limit = format!("1 to {} claims", limits::CLAIMS_MAX);
         return Err(errors::invalid(Invalid::new("claims", claims.len(), limit)));
     }
     let parsed = claims.iter().enumerate().map(|(i, claim)| {
-        parse_claim(claim).map_err(|e| errors::invalid(e.within(format!("claims[{i}]"))))
+        parse_claim(claim)
+            .map(Arc::new)
+            .map_err(|e| errors::invalid(e.within(format!("claims[{i}]"))))
     });
     parsed.collect()
 }

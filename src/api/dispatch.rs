@@ -65,6 +65,8 @@ pub trait Backend: Send + Sync + 'static {
         deadline: Deadline,
     ) -> Result<Result<Vec<u8>, Status>, ForwardError>;
     async fn status(&self, deadline: Deadline) -> StatusReport;
+    /// The same, without asking anybody.
+    fn membership(&self) -> StatusReport;
     /// What changes in the node's own copy.
     fn hub(&self) -> &Hub;
     /// The confirm deadline of claims that do not say their own.
@@ -122,6 +124,9 @@ impl Backend for Node {
     }
     async fn status(&self, deadline: Deadline) -> StatusReport {
         Node::status(self, deadline).await
+    }
+    fn membership(&self) -> StatusReport {
+        Node::membership(self)
     }
     fn hub(&self) -> &Hub {
         Node::hub(self)

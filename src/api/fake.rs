@@ -12,7 +12,7 @@ use crate::core::{Applied, Command, LeaseId, Millis, Origin, Revision, State, ap
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
-use crate::node::{CallError, Deadline, ForwardError, NodeId, StatusReport};
+use crate::node::{CallError, Deadline, ForwardError, MemberReport, NodeId, StatusReport};
 use crate::proto::v1;
 
 pub(crate) fn claim(name: &str) -> v1::Claim {
@@ -50,7 +50,7 @@ pub(crate) fn table() -> State {
     };
     assert!(apply(&mut state, &Origin::default(), &register).0.outcome.is_ok());
     let claims = convert::claims(&[claim("a")]).unwrap();
-    let allocate = Command::Allocate { claims, confirm_within: Millis(600_000) };
+    let allocate = Command::allocate(claims, Millis(600_000));
     assert!(apply(&mut state, &Origin::default(), &allocate).0.outcome.is_ok());
     state
 }
@@ -66,6 +66,7 @@ pub(crate) struct Fake {
     /// Answers of `forward`; while there are any, node 2 leads.
     pub forwards: Mutex<VecDeque<Forwarded>>,
     pub proposed: Mutex<usize>,
+    pub members: Mutex<Vec<MemberReport>>,
     pub hub: Hub,
 }
 
@@ -98,6 +99,10 @@ impl Backend for Fake {
     }
     async fn forward(&self, _: NodeId, _: &str, _: Vec<u8>, _: Deadline) -> Forwarded {
         self.forwards.lock().unwrap().pop_front().expect("route saw one")
+    }
+    fn membership(&self) -> StatusReport {
+        let members = self.members.lock().unwrap().clone();
+        StatusReport { members, ..StatusReport::default() }
     }
     async fn status(&self, _: Deadline) -> StatusReport {
         StatusReport::default()

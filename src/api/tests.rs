@@ -1,5 +1,6 @@
 //! Conversions at their limits, the status of every refusal, and the rules of the dispatcher.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
@@ -25,8 +26,8 @@ fn violation(status: &Status) -> (String, String) {
     (bad.field_violations[0].field.clone(), bad.field_violations[0].description.clone())
 }
 
-fn allocating(claims: Vec<core::Claim>) -> Command {
-    Command::Allocate { claims, confirm_within: Millis(600_000) }
+fn allocating(claims: Vec<Arc<core::Claim>>) -> Command {
+    Command::allocate(claims, Millis(600_000))
 }
 
 fn checked(claims: Vec<v1::Claim>) -> Result<(), Status> {
@@ -176,7 +177,10 @@ fn a_worker_is_checked_before_it_is_proposed() {
     };
     assert!(patch(&["address", "ranges"]).unwrap().labels.is_none());
     assert_eq!(violation(&patch(&[]).unwrap_err()).0, "fields");
-    assert_eq!(violation(&patch(&["address", "identity"]).unwrap_err()).0, "fields[1]");
+    assert_eq!(violation(&patch(&["address", "name"]).unwrap_err()).0, "fields[1]");
+    let (field, text) = violation(&patch(&["identity"]).unwrap_err());
+    assert_eq!(field, "spec.identity");
+    assert!(text.contains("an agent stays an agent"), "{text}");
     assert!(convert::settable_phase(v1::WorkerPhase::Lost.into()).is_err());
     assert!(convert::settable_phase(99).is_err());
 }

@@ -113,7 +113,7 @@ pub(super) fn shown(event: &Event, revision: Revision, view: &State) -> v1::Watc
         Event::Changed(allocation) => {
             let kind = match allocation.last_change.as_ref().map(|last| &last.kind) {
                 Some(ChangeKind::Attached) => "attached",
-                Some(ChangeKind::Lingered) => "lingering",
+                Some(ChangeKind::Lingered { .. }) => "lingering",
                 Some(ChangeKind::Swapped { .. }) => "swapped",
                 Some(ChangeKind::Confirmed) | None => "confirmed",
             };

@@ -44,7 +44,7 @@ pub struct Args {
     /// It lives as long as this cgroup has a process: a path below the root of the file system
     #[arg(long, value_name = "PATH")]
     cgroup: Option<String>,
-    /// It lives as long as the container of this id: 12 to 64 hexadecimal digits
+    /// It lives as long as the container of this id: 12 to 64 hexadecimal digits in lower case
     #[arg(long, value_name = "ID")]
     container: Option<String>,
     /// The boot of the worker on which the handle counts; default: this machine's

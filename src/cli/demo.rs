@@ -44,6 +44,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 Examples:
   portwarden demo
   portwarden demo --replicas 20 --schedulers 8 -o json
+  portwarden demo --lifecycle
 
 Exits with 1 if any port collides.")]
 pub struct Args {
@@ -53,6 +54,9 @@ pub struct Args {
     /// Schedulers that place them at the same time, 1 to 64
     #[arg(long, default_value_t = 4)]
     schedulers: u32,
+    /// The second act: instances that are killed, fail to start, collide and lose their supervisors
+    #[arg(long, conflicts_with_all = ["replicas", "schedulers"])]
+    lifecycle: bool,
 }
 
 /// One instance as its scheduler got it.
@@ -74,6 +78,9 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     }
     // Elections and broken connections are the point of the demo, not news.
     log_to_stderr("off")?;
+    if args.lifecycle {
+        return super::lifecycle::run(globals).await;
+    }
     let naive = naive(args.replicas, args.schedulers).await;
 
     let dir = tempfile::tempdir()?;

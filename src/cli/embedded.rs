@@ -24,6 +24,15 @@ const LEADER_MAX: Duration = Duration::from_secs(30);
 
 /// Starts nodes 1, 2, … in `dir`, one for each entry of `ports`, and returns their servers.
 pub(super) async fn start(dir: &Path, ports: &[NodePorts]) -> anyhow::Result<Vec<Server>> {
+    start_with(dir, ports, &Lifecycle::default()).await
+}
+
+/// The same, with deadlines of the caller's.
+pub(super) async fn start_with(
+    dir: &Path,
+    ports: &[NodePorts],
+    lifecycle: &Lifecycle,
+) -> anyhow::Result<Vec<Server>> {
     let loopback = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let mut bound = Vec::new();
     for node in ports {
@@ -48,7 +57,7 @@ pub(super) async fn start(dir: &Path, ports: &[NodePorts]) -> anyhow::Result<Vec
             advertise,
             snapshot_every: SNAPSHOT_EVERY,
             upkeep: Upkeep::default(),
-            lifecycle: Lifecycle::default(),
+            lifecycle: lifecycle.clone(),
             backups: None,
         };
         servers.push(Server::start(config, listeners).await?);

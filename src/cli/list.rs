@@ -5,12 +5,14 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 
 use super::{Globals, output, parse};
+use crate::agent::host::wall_clock_ms;
 use crate::core::WorkerName;
 use crate::proto::v1;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   portwarden list --worker w1 --phase BOUND
+  portwarden list --phase LINGERING    since when they linger, and why
   portwarden list --selector model=qwen -o json
   portwarden list --stale --min-revision 120    any node's copy, once it has reached revision 120")]
 pub struct Args {
@@ -58,7 +60,9 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         ..Default::default()
     };
     let listing = globals.client()?.list(request).await?;
-    let allocations: Vec<_> = listing.items.into_iter().map(output::Allocation::from).collect();
-    output::print(globals.output, &allocations, || output::allocations_table(&allocations))?;
+    let found = listing.items;
+    let allocations: Vec<_> = found.iter().cloned().map(output::Allocation::from).collect();
+    let table = || output::allocations_list(&found, wall_clock_ms());
+    output::print(globals.output, &allocations, table)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -28,12 +28,14 @@ mod error;
 mod explain;
 mod get;
 mod lease;
+mod lifecycle;
 mod list;
 mod member;
 mod output;
 mod parse;
 mod recover;
 mod release;
+mod replica;
 mod report_conflict;
 mod run;
 pub mod serve;
@@ -168,6 +170,9 @@ pub enum Command {
     Demo(demo::Args),
     /// Measure the throughput and latency of a cluster
     Bench(bench::Args),
+    /// Listen, for `demo --lifecycle`
+    #[command(hide = true)]
+    Replica(replica::Args),
     /// Print the completion script of a shell
     Completion(completion::Args),
 }
@@ -235,6 +240,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Dev(args) => dev::run(args, globals).await,
         Command::Demo(args) => demo::run(args, globals).await,
         Command::Bench(args) => bench::run(args, globals).await,
+        Command::Replica(args) => replica::run(args).await,
         Command::Completion(args) => completion::run(args),
     };
     result.unwrap_or_else(|error| report(&error))

@@ -111,21 +111,54 @@ impl From<v1::Allocation> for Allocation {
     }
 }
 
+const ALLOCATION_HEADER: [&str; 8] =
+    ["NAME", "WORKER", "ADDRESS", "PORTS", "GPUS", "PHASE", "TOKEN", "VERSION"];
+
+fn allocation_row(a: &Allocation) -> Vec<String> {
+    vec![
+        a.name.clone(),
+        a.worker.clone(),
+        a.address.clone(),
+        none_as_dash(ports_text(&a.ports)),
+        none_as_dash(gpus_text(&a.gpus)),
+        a.phase.to_string(),
+        a.token.to_string(),
+        a.version.to_string(),
+    ]
+}
+
 pub fn allocations_table<'a>(allocations: impl IntoIterator<Item = &'a Allocation>) -> String {
-    let header = ["NAME", "WORKER", "ADDRESS", "PORTS", "GPUS", "PHASE", "TOKEN", "VERSION"];
-    let rows = allocations.into_iter().map(|a| {
-        vec![
-            a.name.clone(),
-            a.worker.clone(),
-            a.address.clone(),
-            none_as_dash(ports_text(&a.ports)),
-            none_as_dash(gpus_text(&a.gpus)),
-            a.phase.to_string(),
-            a.token.to_string(),
-            a.version.to_string(),
-        ]
+    table(&ALLOCATION_HEADER, allocations.into_iter().map(allocation_row))
+}
+
+/// Many allocations, with how long ago each was changed last and why it lingers. `now_ms`: Unix time.
+pub fn allocations_list(allocations: &[v1::Allocation], now_ms: u64) -> String {
+    let mut header = ALLOCATION_HEADER.to_vec();
+    header.push("CHANGED");
+    let lingers = allocations.iter().any(|a| !a.reason.is_empty());
+    if lingers {
+        header.push("REASON");
+    }
+    let rows = allocations.iter().map(|a| {
+        let mut row = allocation_row(&Allocation::from(a.clone()));
+        row.push(age(now_ms.saturating_sub(a.changed_at_ms)));
+        if lingers {
+            row.push(none_as_dash(a.reason.clone()));
+        }
+        row
     });
     table(&header, rows)
+}
+
+/// In the largest unit of which there are two.
+fn age(ms: u64) -> String {
+    let seconds = ms / 1000;
+    match seconds {
+        0..120 => format!("{seconds}s"),
+        120..7_200 => format!("{}m", seconds / 60),
+        7_200..172_800 => format!("{}h", seconds / 3_600),
+        _ => format!("{}d", seconds / 86_400),
+    }
 }
 
 /// What is held, in one line.
@@ -138,10 +171,7 @@ pub fn allocation_line(a: &Allocation) -> String {
 /// One allocation with what its table line has no room for. `now_ms`: Unix time.
 pub fn allocation_text(allocation: v1::Allocation, now_ms: u64) -> String {
     let mut lines = Vec::new();
-    let age = |since_ms: u64| {
-        let seconds = now_ms.saturating_sub(since_ms) / 1000;
-        humantime::format_duration(Duration::from_secs(seconds)).to_string()
-    };
+    let age = |since_ms: u64| age(now_ms.saturating_sub(since_ms));
     let v1::Allocation { granted_at_ms, changed_at_ms, reason, lease, swaps, uid, .. } =
         &allocation;
     if *granted_at_ms > 0 {

@@ -267,6 +267,25 @@ fn a_table_has_no_borders_and_no_trailing_blanks() {
     assert_eq!(text, "NAME       N\na          1\nlong-name  22");
 }
 
+#[test]
+fn a_list_says_how_long_ago_and_why_it_lingers() {
+    let allocation = |name: &str, changed_at_ms, reason: &str| v1::Allocation {
+        name: name.into(),
+        changed_at_ms,
+        reason: reason.into(),
+        ..Default::default()
+    };
+    let bound = allocation("a", 1_000, "");
+    let text = output::allocations_list(std::slice::from_ref(&bound), 120_000);
+    assert!(text.lines().next().unwrap().ends_with("VERSION  CHANGED"), "{text}");
+    assert!(text.ends_with("119s"), "{text}");
+    let lingers = allocation("b", 0, "lease 7 expired");
+    let text = output::allocations_list(&[bound, lingers], 2 * 86_400_000);
+    let lines: Vec<_> = text.lines().collect();
+    assert!(lines[1].contains("47h      -"), "{text}");
+    assert!(lines[2].ends_with("2d       lease 7 expired"), "{text}");
+}
+
 /// A node in memory, served over TCP until the test ends.
 async fn node() -> (std::sync::Arc<crate::api::fake::Fake>, String) {
     use crate::api::{Readiness, serve, tcp_incoming};

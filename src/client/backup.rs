@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Streaming;
 
+use super::call::by;
 use super::error::{Verdict, judge};
 use super::{Client, ClientError};
 use crate::proto::v1;
@@ -47,7 +48,8 @@ impl Client {
         loop {
             let mut out = fresh()?;
             let copied = async {
-                let opened = self.open(PATH, tour.at, tokio_stream::once(v1::SnapshotRequest {}));
+                let opened =
+                    self.open(PATH, tour.door(), tokio_stream::once(v1::SnapshotRequest {}));
                 let mut pieces = opened.await.map_err(Broken::Verdict)?;
                 copy(self, &mut pieces, &mut out, &mut |copied| {
                     came = Instant::now();
@@ -65,7 +67,7 @@ impl Client {
                     return Err(ClientError::Refused(refused).into());
                 }
                 Err(Broken::Verdict(Verdict::NotDone { why, .. } | Verdict::Doubtful { why })) => {
-                    self.by(tour.at, why)
+                    by(tour.door(), why)
                 }
             };
             if came.elapsed() >= self.timeout {

@@ -1,8 +1,7 @@
 //! One call over as many attempts as it takes.
 
 use std::marker::PhantomData;
-use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use futures::Stream;
@@ -14,7 +13,9 @@ use tonic::{Code, Request, Streaming};
 use tonic_prost::ProstCodec;
 
 use super::Client;
+use super::endpoints::Door;
 use super::error::{ClientError, Verdict, judge};
+use crate::proto::v1::{ListMembersRequest, ListMembersResponse};
 
 /// The pause after the first round over all endpoints; twice as long after each further one.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -126,7 +127,7 @@ impl Client {
             if let Some(id) = &request_id {
                 message.metadata_mut().insert("x-request-id", id.clone());
             }
-            let asked_pause = match self.attempt(method.path, tour.at, message, left).await {
+            let asked_pause = match self.attempt(method.path, tour.door(), message, left).await {
                 Ok(response) => {
                     tour.answered();
                     return Ok(response);
@@ -136,11 +137,11 @@ impl Client {
                     return Err(after_doubt(method.effect, doubt, refused));
                 }
                 Err(Verdict::NotDone { why, pause }) => {
-                    last = self.by(tour.at, why);
+                    last = by(tour.door(), why);
                     pause
                 }
                 Err(Verdict::Doubtful { why }) => {
-                    last = self.by(tour.at, why);
+                    last = by(tour.door(), why);
                     match method.effect {
                         Effect::Read => {}
                         Effect::Once => return Err(ClientError::OutcomeUnknown { why: last }),
@@ -164,7 +165,7 @@ impl Client {
     async fn attempt<Req, Res>(
         &self,
         path: &'static str,
-        at: usize,
+        door: &Door,
         mut request: Request<Req>,
         left: Duration,
     ) -> Result<Res, Verdict>
@@ -174,7 +175,7 @@ impl Client {
     {
         let given = left.min(self.shared.attempt_timeout);
         request.set_timeout(given);
-        let channel = self.shared.endpoints[at].1.clone();
+        let channel = door.channel.clone();
         let mut grpc =
             tonic::client::Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
         let path = PathAndQuery::from_static(path);
@@ -190,22 +191,21 @@ impl Client {
 
     /// Begins at the endpoint that last answered.
     pub(super) fn tour(&self) -> Tour {
-        let at = self.shared.preferred.load(Ordering::Relaxed) % self.shared.endpoints.len();
-        Tour { client: self.clone(), at, attempts: 0 }
+        Tour { client: self.clone(), doors: self.shared.endpoints.doors(), at: 0, attempts: 0 }
     }
 
     /// Opens a stream at an endpoint: `requests` go there, what comes back are its answers.
     pub(super) async fn open<Req, Res>(
         &self,
         path: &'static str,
-        at: usize,
+        door: &Door,
         requests: impl Stream<Item = Req> + Send + 'static,
     ) -> Result<Streaming<Res>, Verdict>
     where
         Req: prost::Message + 'static,
         Res: prost::Message + Default + 'static,
     {
-        let channel = self.shared.endpoints[at].1.clone();
+        let channel = door.channel.clone();
         let mut grpc =
             tonic::client::Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
         let path = PathAndQuery::from_static(path);
@@ -220,10 +220,6 @@ impl Client {
         })
     }
 
-    pub(super) fn by(&self, at: usize, why: String) -> String {
-        format!("{}: {why}", self.shared.endpoints[at].0)
-    }
-
     /// Half to one and a half times the pause, so that clients do not come back all at once.
     fn jitter(&self, pause: Duration) -> Duration {
         let mut rng = self.shared.rng.lock().unwrap_or_else(PoisonError::into_inner);
@@ -234,28 +230,46 @@ impl Client {
 /// The way through the endpoints: each in turn, and a growing, jittered pause after each round.
 pub(super) struct Tour {
     client: Client,
+    doors: Vec<Arc<Door>>,
     /// Index of the endpoint whose turn it is.
-    pub at: usize,
+    at: usize,
     /// Since the last answer.
     attempts: usize,
 }
 
 impl Tour {
-    /// The endpoint serves: stay there.
+    /// The endpoint whose turn it is.
+    pub fn door(&self) -> &Arc<Door> {
+        &self.doors[self.at]
+    }
+
+    /// How many endpoints there are.
+    pub fn len(&self) -> usize {
+        self.doors.len()
+    }
+
+    /// The endpoint serves: stay there. Now and then it is asked for the others.
     pub fn answered(&mut self) {
-        self.client.shared.preferred.store(self.at, Ordering::Relaxed);
+        self.client.shared.endpoints.prefer(self.door());
         self.attempts = 0;
+        if self.client.shared.endpoints.is_due() {
+            tokio::spawn(learn(self.client.clone(), self.door().clone()));
+        }
     }
 
     /// The endpoint does not serve: to the next one, after the pause that is returned.
     pub fn move_on(&mut self, asked_pause: Option<Duration>) -> Duration {
-        let endpoints = self.client.shared.endpoints.len();
+        let endpoints = self.doors.len();
         self.attempts += 1;
         // Overload is the cluster's, not the node's: another node would not help.
         if asked_pause.is_none() {
             self.at = (self.at + 1) % endpoints;
         }
         let round_over = self.attempts.is_multiple_of(endpoints);
+        if round_over {
+            // Somebody may have learnt of others meanwhile.
+            (self.doors, self.at) = (self.client.shared.endpoints.doors(), 0);
+        }
         if asked_pause.is_none() && !round_over {
             return Duration::ZERO;
         }
@@ -263,6 +277,28 @@ impl Tour {
         let grown = PAUSE_MIN.saturating_mul(1 << rounds.saturating_sub(1)).min(PAUSE_MAX);
         self.client.jitter(grown.max(asked_pause.unwrap_or_default()))
     }
+}
+
+/// Which endpoint it was, for messages.
+pub(super) fn by(door: &Door, why: String) -> String {
+    format!("{}: {why}", door.name)
+}
+
+/// Asks an endpoint for the members. Where that fails, the next time will do.
+async fn learn(client: Client, door: Arc<Door>) {
+    let request = Request::new(ListMembersRequest { endpoints_only: true });
+    let limit = client.shared.attempt_timeout;
+    let answer = client.attempt(methods::MEMBERS.path, &door, request, limit).await;
+    let answer: ListMembersResponse = match answer {
+        Ok(answer) => answer,
+        Err(verdict) => {
+            tracing::debug!(?verdict, "the members are not known anew");
+            return;
+        }
+    };
+    let members = answer.members.into_iter().map(|member| member.endpoint);
+    let members: Vec<_> = members.filter(|endpoint| !endpoint.is_empty()).collect();
+    client.shared.endpoints.learn(&members);
 }
 
 /// A refusal, when an earlier attempt of the same call is in doubt.

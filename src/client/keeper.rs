@@ -25,7 +25,8 @@ use tokio::time::{Instant, sleep};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
 
-use super::call::Tour;
+use super::call::{Tour, by};
+use super::endpoints::Door;
 use super::error::{Verdict, judge};
 use super::{Client, ClientError};
 use crate::proto::v1;
@@ -82,7 +83,7 @@ impl Keeper {
     pub fn start_with(client: Client, clock: Clock) -> Self {
         let (orders, taken) = mpsc::unbounded_channel();
         let tour = client.tour();
-        let line = Line::down(&client, tour.at, Duration::ZERO);
+        let line = Line::down(&client, tour.door(), Duration::ZERO);
         let stall = client.shared.attempt_timeout;
         let book = Book { clock: clock.clone(), leases: BTreeMap::new(), queue: BTreeSet::new() };
         tokio::spawn(Work { client: client.clone(), tour, line, stall, book }.run(taken));
@@ -307,12 +308,12 @@ enum News {
 }
 
 impl Line {
-    fn down(client: &Client, at: usize, pause: Duration) -> Self {
-        let client = client.clone();
+    fn down(client: &Client, door: &Arc<Door>, pause: Duration) -> Self {
+        let (client, door) = (client.clone(), door.clone());
         Line::Down(Box::pin(async move {
             sleep(pause).await;
             let (requests, taken) = mpsc::unbounded_channel();
-            let answers = client.open(PATH, at, UnboundedReceiverStream::new(taken)).await?;
+            let answers = client.open(PATH, &door, UnboundedReceiverStream::new(taken)).await?;
             Ok(Box::new(Up { requests, answers, under_way: VecDeque::new() }))
         }))
     }
@@ -408,9 +409,9 @@ impl Work {
             Verdict::Doubtful { why } => (why, None),
             Verdict::Refused(refused) => (refused.status.message().to_string(), None),
         };
-        tracing::debug!(why = self.client.by(self.tour.at, why), "no way to keep leases alive");
+        tracing::debug!(why = by(self.tour.door(), why), "no way to keep leases alive");
         let pause = self.tour.move_on(asked_pause);
-        let next = Line::down(&self.client, self.tour.at, pause);
+        let next = Line::down(&self.client, self.tour.door(), pause);
         if let Line::Up(up) = std::mem::replace(&mut self.line, next) {
             self.book.line_is_down(up.under_way.into_iter().map(|(id, ..)| id));
         }

@@ -23,6 +23,7 @@
 mod backup;
 mod call;
 mod conflicts;
+mod endpoints;
 mod error;
 mod keeper;
 mod leases;
@@ -30,7 +31,6 @@ mod leases;
 mod tests;
 mod watch;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -43,6 +43,7 @@ use crate::proto::{reason, v1};
 pub use backup::{BackupError, Copied};
 use call::methods;
 pub use conflicts::{NoPortLeft, StartError, Try};
+use endpoints::Endpoints;
 pub use error::{ClientError, Refused};
 pub use keeper::{Clock, Holding, Keeper, Standing};
 pub use watch::{Heard, Watch};
@@ -61,6 +62,8 @@ pub struct Options {
     pub timeout: Duration,
     /// For one attempt.
     pub attempt_timeout: Duration,
+    /// How often the members are asked for, at most, so that new ones are found.
+    pub learn_every: Duration,
     /// Of the random numbers behind uids, request ids and jitter; `None`: from the system.
     pub seed: Option<u64>,
 }
@@ -70,6 +73,7 @@ impl Default for Options {
         Options {
             timeout: Duration::from_secs(10),
             attempt_timeout: Duration::from_secs(3),
+            learn_every: Duration::from_secs(10),
             seed: None,
         }
     }
@@ -83,9 +87,7 @@ pub struct Client {
 }
 
 struct Shared {
-    endpoints: Vec<(String, Channel)>,
-    /// Index of the endpoint that last answered.
-    preferred: AtomicUsize,
+    endpoints: Endpoints,
     attempt_timeout: Duration,
     rng: Mutex<StdRng>,
 }
@@ -100,30 +102,44 @@ pub struct Listing<T> {
 
 impl Client {
     /// The endpoint that last answered.
-    pub fn last_endpoint(&self) -> &str {
-        &self.shared.endpoints[self.shared.preferred.load(Ordering::Relaxed)].0
+    pub fn last_endpoint(&self) -> String {
+        self.shared.endpoints.preferred()
     }
 
-    /// Endpoints are `host:port` or `http://host:port`. Connections are made when first used.
+    /// All endpoints that it knows by now.
+    pub fn endpoints(&self) -> Vec<String> {
+        self.shared.endpoints.doors().iter().map(|door| door.name.clone()).collect()
+    }
+
+    /// Endpoints are `host:port` or `http://host:port`. Connections are made when first used. A client
+    /// that lives on learns the other members of the cluster, and forgets those that were removed.
     pub fn connect(endpoints: Vec<String>, options: Options) -> Result<Self, ClientError> {
         let mut channels = Vec::with_capacity(endpoints.len());
         for endpoint in endpoints {
             let channel = Self::endpoint(&endpoint)?.connect_lazy();
             channels.push((endpoint, channel));
         }
-        Self::over(channels, options)
+        Self::new(channels, options, Some(|name| Ok(Self::endpoint(name)?.connect_lazy())))
     }
 
-    /// As [`Client::connect`], over channels made elsewhere (in simulation, with its own sockets).
+    /// As [`Client::connect`], over channels made elsewhere (in simulation, with its own sockets), and
+    /// no others.
     pub fn over(endpoints: Vec<(String, Channel)>, options: Options) -> Result<Self, ClientError> {
+        Self::new(endpoints, options, None)
+    }
+
+    fn new(
+        endpoints: Vec<(String, Channel)>,
+        options: Options,
+        connect: Option<endpoints::Connect>,
+    ) -> Result<Self, ClientError> {
         if endpoints.is_empty() {
             let why = "at least one endpoint is needed".into();
             return Err(ClientError::Endpoint { endpoint: String::new(), why });
         }
         let rng = options.seed.map_or_else(StdRng::from_os_rng, StdRng::seed_from_u64);
         let shared = Shared {
-            endpoints,
-            preferred: AtomicUsize::new(0),
+            endpoints: Endpoints::new(endpoints, connect, options.learn_every),
             attempt_timeout: options.attempt_timeout,
             rng: Mutex::new(rng),
         };
@@ -384,7 +400,7 @@ impl Client {
     }
 
     pub async fn members(&self) -> Result<Vec<v1::Member>, ClientError> {
-        let response = self.call(methods::MEMBERS, v1::ListMembersRequest {}).await?;
+        let response = self.call(methods::MEMBERS, v1::ListMembersRequest::default()).await?;
         Ok(response.members)
     }
 

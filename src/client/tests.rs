@@ -10,7 +10,7 @@ use tonic::Code;
 use super::{Client, ClientError, Keeper, Options, Standing, StartError, Try};
 use crate::api::fake::{Fake, claim, fake};
 use crate::api::{Api, Readiness, serve, tcp_incoming};
-use crate::node::CallError;
+use crate::node::{CallError, MemberReport};
 use crate::proto::v1;
 
 /// A node that serves, and its address. It ends with the test's runtime.
@@ -48,13 +48,17 @@ async fn silent() -> String {
     address
 }
 
-fn client(endpoints: &[&String]) -> Client {
-    let options = Options {
+fn options() -> Options {
+    Options {
         timeout: Duration::from_secs(2),
         attempt_timeout: Duration::from_millis(200),
+        learn_every: Duration::from_secs(10),
         seed: Some(1),
-    };
-    Client::connect(endpoints.iter().map(ToString::to_string).collect(), options).unwrap()
+    }
+}
+
+fn client(endpoints: &[&String]) -> Client {
+    Client::connect(endpoints.iter().map(ToString::to_string).collect(), options()).unwrap()
 }
 
 #[tokio::test]
@@ -88,8 +92,26 @@ async fn a_dead_endpoint_is_passed_over_and_then_left_alone() {
     let (_, address) = node().await;
     let client = client(&[&nobody().await, &address]);
     client.get("a", None).await.unwrap();
-    assert_eq!(client.shared.preferred.load(std::sync::atomic::Ordering::Relaxed), 1);
+    assert_eq!(client.last_endpoint(), address);
     client.get("a", None).await.unwrap();
+}
+
+/// A client that was given one node learns of another, and goes on there when the first is gone.
+#[tokio::test]
+async fn members_that_were_added_are_found() {
+    let (_, stays) = node().await;
+    let (fake, goes) = node().await;
+    let member = |endpoint: &str| MemberReport { endpoint: endpoint.into(), ..Default::default() };
+    *fake.members.lock().unwrap() = vec![member(&goes), member(&stays)];
+    let options = Options { learn_every: Duration::ZERO, ..options() };
+    let client = Client::connect(vec![goes.clone()], options).unwrap();
+    client.get("a", None).await.unwrap();
+    while client.endpoints().len() < 2 {
+        tokio::task::yield_now().await;
+    }
+    fake.failures.lock().unwrap().extend(vec![CallError::NotReady("removed".into()); 9]);
+    client.get("a", None).await.unwrap();
+    assert_eq!(client.last_endpoint(), stays);
 }
 
 #[tokio::test]

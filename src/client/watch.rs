@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Streaming;
 
-use super::call::Tour;
+use super::call::{Tour, by};
 use super::error::{Verdict, judge};
 use super::{Client, ClientError, Refused};
 use crate::proto::{reason, v1};
@@ -43,7 +43,7 @@ pub struct Watch {
     /// Events of a revision of which more is to come.
     partial: Vec<v1::WatchEvent>,
     /// Endpoints that no longer keep what is wanted.
-    compacted: BTreeSet<usize>,
+    compacted: BTreeSet<String>,
 }
 
 impl Client {
@@ -69,7 +69,7 @@ impl Watch {
 
     /// The endpoint that tells.
     pub fn endpoint(&self) -> &str {
-        &self.client.shared.endpoints[self.tour.at].0
+        &self.tour.door().name
     }
 
     /// The next that is heard. [`ClientError::Unavailable`] where no node took the watch for the
@@ -93,7 +93,7 @@ impl Watch {
                 Verdict::Doubtful { why } => (why, None),
                 Verdict::Refused(refused) => (self.refused(refused, deadline)?, None),
             };
-            let why = self.client.by(self.tour.at, why);
+            let why = by(self.tour.door(), why);
             tracing::debug!(why, seen = self.seen, "the watch goes on elsewhere");
             let pause = self.tour.move_on(pause);
             let left = deadline.saturating_duration_since(Instant::now());
@@ -116,8 +116,8 @@ impl Watch {
         let error = ClientError::Refused(refused);
         match error.reason() {
             Some(reason::COMPACTED) => {
-                self.compacted.insert(self.tour.at);
-                let all = self.compacted.len() == self.client.shared.endpoints.len();
+                self.compacted.insert(self.tour.door().name.clone());
+                let all = self.compacted.len() == self.tour.len();
                 if all || Instant::now() >= deadline { Err(error) } else { Ok(why) }
             }
             Some(reason::SLOW_WATCHER) => Ok(why),
@@ -133,7 +133,7 @@ impl Watch {
                 let from_revision = self.seen.map_or(0, |seen| seen + 1);
                 let request = v1::WatchRequest { from_revision, ..self.request.clone() };
                 let requests = tokio_stream::once(request);
-                let stream = self.client.open(PATH, self.tour.at, requests).await?;
+                let stream = self.client.open(PATH, self.tour.door(), requests).await?;
                 self.stream.insert(stream)
             }
         };

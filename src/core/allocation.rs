@@ -106,9 +106,12 @@ pub enum Handle {
     Process { pid: u32, start_ticks: u64 },
     /// Path below the root of the cgroup file system.
     Cgroup(String),
-    /// Its id: 12 to 64 hexadecimal digits.
+    /// Its id: 12 to 64 hexadecimal digits, in lower case as in the paths that it is looked for in.
     Container(String),
 }
+
+/// How much of a long cgroup path people are shown.
+const CGROUP_SHOWN_CHARS: usize = 50;
 
 impl fmt::Display for Liveness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -116,7 +119,11 @@ impl fmt::Display for Liveness {
             Handle::Process { pid, start_ticks } => {
                 write!(f, "process {pid} (started at tick {start_ticks})")
             }
-            Handle::Cgroup(path) => write!(f, "cgroup {path}"),
+            // The end of a path tells more than its beginning. A reason must not grow too long.
+            Handle::Cgroup(path) => match path.char_indices().nth_back(CGROUP_SHOWN_CHARS - 1) {
+                Some((at, _)) if at > 0 => write!(f, "cgroup …{}", &path[at..]),
+                _ => write!(f, "cgroup {path}"),
+            },
             Handle::Container(id) => write!(f, "container {id}"),
         }
     }
@@ -149,11 +156,12 @@ impl Handle {
             }
             Handle::Container(id) => {
                 let span = CONTAINER_ID_MIN_BYTES..=CONTAINER_ID_MAX_BYTES;
-                match span.contains(&id.len()) && id.chars().all(|c| c.is_ascii_hexdigit()) {
+                let is_digit = |c: char| matches!(c, '0'..='9' | 'a'..='f');
+                match span.contains(&id.len()) && id.chars().all(is_digit) {
                     true => Ok(()),
                     false => {
                         let (low, high) = span.into_inner();
-                        let limit = format!("{low} to {high} hexadecimal digits");
+                        let limit = format!("{low} to {high} hexadecimal digits in lower case");
                         Err(Invalid::new("liveness.container", id, limit))
                     }
                 }
@@ -233,7 +241,10 @@ pub struct LastChange {
 pub enum ChangeKind {
     Confirmed,
     Attached,
-    Lingered,
+    /// Its deadline passed, or its lease ended: then its deadline may be yet to come.
+    Lingered {
+        cause: Cause,
+    },
     /// The port that was reported.
     Swapped {
         port: u16,

@@ -211,7 +211,7 @@ impl Change<'_> {
     // Allocations.
 
     /// All claims or none, in request order: each sees what the ones before it took.
-    fn allocate(&mut self, claims: &[Claim], within: Millis) -> Result<Outcome, Refusal> {
+    fn allocate(&mut self, claims: &[Arc<Claim>], within: Millis) -> Result<Outcome, Refusal> {
         if let Some(repeated) = self.granted_before(claims)? {
             return Ok(Outcome::Allocated { allocations: repeated, repeated: true });
         }
@@ -237,7 +237,10 @@ impl Change<'_> {
 
     /// The allocations of an earlier, equal request. A name that is held by another uid, for
     /// another request or by another grant than its fellows is a rival's.
-    fn granted_before(&self, claims: &[Claim]) -> Result<Option<Vec<Arc<Allocation>>>, Refusal> {
+    fn granted_before(
+        &self,
+        claims: &[Arc<Claim>],
+    ) -> Result<Option<Vec<Arc<Allocation>>>, Refusal> {
         let mut found: Vec<Arc<Allocation>> = Vec::new();
         for claim in claims {
             let Some(held) = self.state.allocation(&claim.name) else { continue };
@@ -258,11 +261,11 @@ impl Change<'_> {
         }
     }
 
-    fn grant(&mut self, claim: &Claim, within: Millis) -> Result<Arc<Allocation>, Refusal> {
+    fn grant(&mut self, claim: &Arc<Claim>, within: Millis) -> Result<Arc<Allocation>, Refusal> {
         self.check_lease(claim.lease)?;
         let Grant { worker, ports, gpus } = place(self.state, claim)?;
         let allocation = self.state.put_allocation(Allocation {
-            claim: Arc::new(claim.clone()),
+            claim: claim.clone(),
             worker: worker.name.clone(),
             ports,
             gpus,
@@ -420,7 +423,10 @@ impl Change<'_> {
             phase: Phase::Lingering,
             reason: Some(reason),
             lease: None,
-            last_change: Some(LastChange { from: held.version, kind: ChangeKind::Lingered }),
+            last_change: Some(LastChange {
+                from: held.version,
+                kind: ChangeKind::Lingered { cause },
+            }),
             ..Allocation::clone(held)
         })))
     }
@@ -752,8 +758,11 @@ fn check_version(held: &Allocation, given: Revision) -> Result<Revision, Refusal
     if given == Revision(0) {
         return Ok(held.version);
     }
-    let fell_silent = held.phase == Phase::Lingering && repeats(held, given, &ChangeKind::Lingered);
-    if given == held.version || fell_silent {
+    let before_silence = match &held.last_change {
+        Some(LastChange { from, kind: ChangeKind::Lingered { .. } }) => Some(*from),
+        _ => None,
+    };
+    if given == held.version || Some(given) == before_silence {
         return Ok(given);
     }
     Err(Refusal::WrongVersion { name: held.name().clone(), given, held: held.version })

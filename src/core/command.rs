@@ -47,7 +47,7 @@ pub enum Command {
     },
     /// All claims or none; several are a gang.
     Allocate {
-        claims: Vec<Claim>,
+        claims: Vec<Arc<Claim>>,
         /// For claims that do not say themselves.
         confirm_within: Millis,
     },
@@ -164,6 +164,13 @@ pub enum Authority {
 }
 
 impl Command {
+    pub fn allocate(
+        claims: impl IntoIterator<Item = impl Into<Arc<Claim>>>,
+        confirm_within: Millis,
+    ) -> Command {
+        Command::Allocate { claims: claims.into_iter().map(Into::into).collect(), confirm_within }
+    }
+
     /// Checks every bound that the types do not hold by themselves. Run before a command is
     /// proposed; `apply` runs it again, so that no log can break the table.
     pub fn validate(&self) -> Result<(), Invalid> {

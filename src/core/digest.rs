@@ -240,7 +240,10 @@ impl Sink {
             match kind {
                 ChangeKind::Confirmed => sink.text("confirmed"),
                 ChangeKind::Attached => sink.text("attached"),
-                ChangeKind::Lingered => sink.text("lingered"),
+                ChangeKind::Lingered { cause } => {
+                    sink.text("lingered");
+                    sink.text(cause.name());
+                }
                 ChangeKind::Swapped { port } => {
                     sink.text("swapped");
                     sink.number(u64::from(*port));

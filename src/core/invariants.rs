@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use imbl::OrdSet;
 
-use super::allocation::{Allocation, Departure, LastChange, Lease, Phase, ReleaseReason};
+use super::allocation::{
+    Allocation, ChangeKind, Departure, LastChange, Lease, Phase, ReleaseReason,
+};
 use super::claim::{GpuChoice, GpuRequest, GpuShare, Ports};
 use super::limits::{DEPARTURES_MAX, LEASE_ALLOCATIONS_MAX, SWAPS_MAX};
 use super::name::{InstanceName, LeaseId, Millis, Revision, WorkerName};
@@ -143,6 +145,11 @@ fn check_allocation(state: &State, name: &InstanceName, held: &Allocation) -> Re
     }
     let follows = match &held.last_change {
         None => held.version == granted,
+        Some(LastChange { kind: ChangeKind::Lingered { .. }, .. })
+            if held.phase != Phase::Lingering =>
+        {
+            false
+        }
         Some(LastChange { from, .. }) => granted <= *from && *from < held.version,
     };
     if !follows {

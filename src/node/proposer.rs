@@ -191,7 +191,7 @@ impl Entry {
         fail_point!("propose");
         // As where this task dies: whoever waits for an answer gets none.
         fail_point!("propose-before-append", |_| ());
-        let result = raft.client_write(Batch { at: wall_clock(), commands }).await;
+        let result = raft.client_write(Batch::new(wall_clock(), commands)).await;
         fail_point!("propose-after-append", |_| ());
         metrics::histogram!("portwarden_proposal_seconds").record(started.elapsed().as_secs_f64());
         match result {

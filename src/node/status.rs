@@ -32,7 +32,7 @@ pub struct StatusReport {
     pub feature_level: u32,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MemberReport {
     pub id: NodeId,
     /// `voter` or `learner`.
@@ -117,6 +117,23 @@ impl Node {
             allocations: table.state.allocation_count() as u64,
             feature_level: table.state.feature_level,
         }
+    }
+
+    /// What the membership says of the members, and nothing of how they are.
+    pub fn membership(&self) -> StatusReport {
+        let membership = self.inner.metrics().membership_config;
+        let voters: Vec<NodeId> = membership.membership().voter_ids().collect();
+        let members = membership.nodes().map(|(id, member)| MemberReport {
+            id: *id,
+            role: if voters.contains(id) { "voter" } else { "learner" },
+            state: "",
+            endpoint: member.client.clone(),
+            peer_endpoint: member.peer.clone(),
+            applied: 0,
+            lag: 0,
+            version: String::new(),
+        });
+        StatusReport { members: members.collect(), ..StatusReport::default() }
     }
 
     fn membership_problems(&self, members: &[MemberReport]) -> Vec<String> {

@@ -207,7 +207,7 @@ mod tests {
             bound: true,
             labels: Labels::new(),
         };
-        done(state, Command::Allocate { claims: vec![claim], confirm_within: Millis(600_000) });
+        done(state, Command::allocate([claim], Millis(600_000)));
     }
 
     #[test]

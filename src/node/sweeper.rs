@@ -8,16 +8,19 @@
 //!
 //! | what is seen | of what | proves it after |
 //! |---|---|---|
-//! | the worker has booted since | what was confirmed before | one sample |
+//! | the worker has booted since | what was confirmed before with a handle of another boot | one sample |
+//! | the same, and its ports are closed | what was confirmed before without a handle | [`GONE_SAMPLES`] |
 //! | the liveness handle is gone | what has one | [`GONE_SAMPLES`] |
 //! | its ports are closed | a start that was never confirmed, once its deadline is past | [`GONE_SAMPLES`] |
-//! | its ports are closed | what was confirmed without a handle | all of `zombie_after` |
+//! | its ports are closed | a start whose lease ended before its deadline | all of its deadline |
+//! | its ports are closed | what was confirmed without a handle of this boot | all of `zombie_after` |
 //! | no process on its GPUs | the same, without ports | all of `zombie_after` |
 //! | a free port is listened on | a stranger: it is quarantined | one sample |
 //! | a free port is in use otherwise | the same | [`STRANGER_SAMPLES`] |
 //! | a quarantined port is free | the quarantine is over, unless an operator set it | [`FREE_SAMPLES`] |
 //!
-//! A handle that is alive while its port is closed is drift, and never a reclaim. The cost of a
+//! A boot is known when its agent names it: what was confirmed shortly before may have been started
+//! after it. A handle that is alive while its port is closed is drift, and never a reclaim. The cost of a
 //! sample is that of its worker; what is proposed for one is bounded by [`COMMANDS_MAX`].
 
 use std::collections::BTreeMap;
@@ -32,8 +35,9 @@ use tracing::{info, warn};
 use super::outcome::CallError;
 use super::{Deadline, Lifecycle, Node};
 use crate::core::{
-    Actor, Allocation, Applied, Command, Event, Ground, Identity, InstanceName, Leader, Phase,
-    Port, Revision, Source, State, Token, Worker, WorkerName, WorkerPhase,
+    Actor, Allocation, Applied, Cause, ChangeKind, Command, Event, Ground, HeldGpu, Identity,
+    InstanceName, Leader, Liveness, Phase, Port, Revision, Source, State, Token, Worker,
+    WorkerName, WorkerPhase,
 };
 use crate::raft::ApplyObserver;
 
@@ -169,23 +173,25 @@ fn verdict(
     if held.phase == Phase::Reserved || held.version > sample.revision {
         return None;
     }
-    if let Some(liveness) = &held.liveness {
-        if liveness.boot_id != sample.identity.boot_id {
-            return Some((Proof::Samples(1), "its worker has booted since".into()));
-        }
+    let of_this_boot = |liveness: &&Liveness| liveness.boot_id == sample.identity.boot_id;
+    if let Some(liveness) = held.liveness.as_ref().filter(of_this_boot) {
         let (token, alive) = sample.handles.get(held.name())?;
         let gone = *token == held.token && !alive;
         return gone.then(|| (Proof::Samples(GONE_SAMPLES), format!("{liveness} is gone")));
     }
-    if held.confirmed && held.version < worker.booted {
-        return Some((Proof::Samples(1), "its worker has booted since".into()));
-    }
     let closed = !held.ports.iter().any(|port| sample.in_use.contains_key(&port.number));
-    let idle = held.gpus.iter().all(|gpu| sample.gpus.get(&gpu.index) == Some(&0));
+    let processes = |gpu: &HeldGpu| sample.gpus.get(&gpu.index).copied();
+    let idle = held.gpus.iter().all(|gpu| processes(gpu) == Some(0));
+    let busy = held.gpus.iter().any(|gpu| processes(gpu) > Some(0));
+    if held.confirmed && held.version < worker.booted {
+        let samples = if held.liveness.is_some() { 1 } else { GONE_SAMPLES };
+        let gone = held.liveness.is_some() || (closed && !busy);
+        return gone.then(|| (Proof::Samples(samples), "its worker has booted since".into()));
+    }
     match (held.ports.is_empty(), held.confirmed) {
         (false, false) if closed => {
             let reason = "its start was not confirmed, and its ports are closed";
-            Some((Proof::Samples(GONE_SAMPLES), reason.into()))
+            Some((failed_start(held), reason.into()))
         }
         (false, true) if closed => {
             let reason =
@@ -197,6 +203,14 @@ fn verdict(
             Some((Proof::For(zombie_after), format!("no process was on its GPUs for {after}")))
         }
         _ => None,
+    }
+}
+
+/// When a start is gone whose ports are closed: not before its deadline.
+fn failed_start(held: &Allocation) -> Proof {
+    match held.last_change.as_ref().map(|last| &last.kind) {
+        Some(ChangeKind::Lingered { cause: Cause::Unconfirmed }) => Proof::Samples(GONE_SAMPLES),
+        _ => Proof::For(Duration::from_millis(held.confirm_within.0)),
     }
 }
 
@@ -492,9 +506,8 @@ impl ApplyObserver for Sweeper {
 mod tests {
     use super::*;
     use crate::core::{
-        Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, Handle, Labels, LeaseId, Liveness, Millis,
-        Origin, Outcome, Placement, PortRequest, Ports, RangeSpec, ReleaseReason, Uid, WorkerSpec,
-        apply,
+        Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, Handle, Labels, LeaseId, Millis, Origin,
+        Outcome, Placement, PortRequest, Ports, RangeSpec, ReleaseReason, Uid, WorkerSpec, apply,
     };
 
     const LEADER: Leader = Leader { term: 3, node: 1 };
@@ -595,8 +608,7 @@ mod tests {
                 bound: false,
                 labels: Labels::new(),
             };
-            let allocate =
-                Command::Allocate { claims: vec![claim], confirm_within: Millis(600_000) };
+            let allocate = Command::allocate([claim], Millis(600_000));
             match self.ok(allocate) {
                 Outcome::Allocated { mut allocations, .. } => allocations.remove(0),
                 other => panic!("{other:?}"),
@@ -624,6 +636,14 @@ mod tests {
                 under: LEADER,
             });
             assert_eq!(self.held(name).phase, Phase::Lingering);
+        }
+
+        /// Its agent names another boot.
+        fn reboot(&mut self, boot: &str) {
+            let patch =
+                crate::core::WorkerPatch { identity: Some(identity(boot)), ..Default::default() };
+            self.ok(Command::UpdateWorker { name: "w".parse().unwrap(), patch });
+            self.sample.identity = identity(boot);
         }
 
         fn held(&self, name: &str) -> &Arc<Allocation> {
@@ -736,12 +756,61 @@ mod tests {
         s.confirm(&held, process("b"));
         s.port_of("b", true);
         s.port_of("starting", false);
-        let patch =
-            crate::core::WorkerPatch { identity: Some(identity("b2")), ..Default::default() };
-        s.ok(Command::UpdateWorker { name: "w".parse().unwrap(), patch });
-        s.sample.identity = identity("b2");
+        s.reboot("b2");
         s.looks(1).await;
-        assert_eq!((s.is_held("a"), s.is_held("b"), s.is_held("starting")), (false, false, true));
+        assert_eq!((s.is_held("a"), s.is_held("b")), (false, true), "a handle names its boot");
+        s.looks(2).await;
+        assert_eq!((s.is_held("b"), s.is_held("starting")), (false, true));
+    }
+
+    /// A boot is known only when its agent names it.
+    #[tokio::test(start_paused = true)]
+    async fn what_was_started_and_confirmed_before_its_boot_was_known_lives() {
+        let mut s = Scene::new();
+        s.port_of("with-handle", false);
+        let held = s.held("with-handle").clone();
+        s.confirm(&held, process("b2"));
+        let number = s.port_of("listens", true);
+        s.reboot("b2");
+        s.sample.handles.insert(held.name().clone(), (held.token, true));
+        s.open(number, true);
+        s.looks(100).await;
+        assert!(s.is_held("with-handle") && s.is_held("listens"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_handle_of_a_boot_that_nobody_knows_says_nothing() {
+        let mut s = Scene::new();
+        let number = s.port_of("a", true);
+        let held = s.held("a").clone();
+        s.confirm(&held, process("no boot of this worker"));
+        s.open(number, true);
+        s.looks(100).await;
+        assert!(s.is_held("a"), "it listens");
+        s.sample.in_use.clear();
+        s.looks(60).await;
+        assert!(s.is_held("a"));
+        s.looks(1).await;
+        assert!(s.why_gone("a").contains("closed for 1m"), "{}", s.why_gone("a"));
+    }
+
+    /// Its scheduler died while it was loading its model: it may still confirm.
+    #[tokio::test(start_paused = true)]
+    async fn a_start_whose_lease_ended_is_not_judged_before_its_deadline() {
+        let mut s = Scene::new();
+        s.port_of("a", false);
+        let held = s.held("a").clone();
+        let Outcome::Lease(lease) = s.ok(Command::GrantLease { ttl: Millis(1_000) }) else {
+            panic!("no lease");
+        };
+        let (name, lease) = (held.name().clone(), Some(lease.id));
+        s.ok(Command::Attach { name, token: held.token, version: Revision(0), lease });
+        s.ok(Command::ExpireLease { id: lease.unwrap(), under: LEADER });
+        assert_eq!(s.held("a").phase, Phase::Lingering);
+        s.looks(600).await;
+        assert!(s.is_held("a"), "its deadline is 10 minutes");
+        s.looks(1).await;
+        assert!(!s.is_held("a"));
     }
 
     #[tokio::test(start_paused = true)]
@@ -764,7 +833,7 @@ mod tests {
             confirm_within: None,
             labels: Labels::new(),
         };
-        s.ok(Command::Allocate { claims: vec![claim], confirm_within: Millis(600_000) });
+        s.ok(Command::allocate([claim], Millis(600_000)));
         let identity = Some(s.sample.identity.clone());
         let patch = crate::core::WorkerPatch { identity, ..Default::default() };
         s.ok(Command::UpdateWorker { name: "w2".parse().unwrap(), patch });

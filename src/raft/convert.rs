@@ -1,15 +1,16 @@
 //! Between openraft's types, the store's records and the messages of the peer protocol.
 
+use bytes::Bytes;
 use openraft::EntryPayload as Payload;
 use openraft::entry::RaftEntry as _;
 
 use super::types::{
-    Batch, Entry, LeaderId, LogId, Member, Membership, SnapshotMeta, StoredMembership, Vote,
+    Entry, LeaderId, LogId, Member, Membership, SnapshotMeta, StoredMembership, Vote,
 };
 use crate::proto::peer as proto;
 use crate::store::LogRecord;
 use crate::store::codec::{
-    self, Ballot, CodecError, MemberRecord, MembershipRecord, PayloadRef, Position, SnapshotHead,
+    self, Ballot, CodecError, MemberRecord, MembershipRecord, Position, SnapshotHead,
 };
 
 // The store.
@@ -64,29 +65,39 @@ fn membership(record: MembershipRecord) -> Result<Membership, CodecError> {
     Membership::new(configs, nodes).map_err(|error| malformed(error.to_string()))
 }
 
-pub fn encode_entry(entry: &Entry) -> Vec<u8> {
-    codec::encode_payload(&match &entry.payload {
-        Payload::Blank => PayloadRef::Blank,
-        Payload::Normal(Batch { at, commands }) => PayloadRef::Batch { at: *at, commands },
-        Payload::Membership(membership) => PayloadRef::Membership(membership_record(membership)),
-    })
+fn encode_entry(entry: &Entry) -> Bytes {
+    match &entry.payload {
+        Payload::Blank => codec::encode_payload(&codec::Payload::Blank),
+        Payload::Normal(batch) => batch.payload().clone(),
+        Payload::Membership(membership) => {
+            codec::encode_payload(&codec::Payload::Membership(membership_record(membership)))
+        }
+    }
 }
 
-pub fn decode_entry(at: LogId, bytes: &[u8]) -> Result<Entry, CodecError> {
+fn decode_entry(at: LogId, bytes: &Bytes) -> Result<Entry, CodecError> {
     let payload = match codec::decode_payload(bytes)? {
         codec::Payload::Blank => Payload::Blank,
-        codec::Payload::Batch { at, commands } => Payload::Normal(Batch { at, commands }),
+        codec::Payload::Batch(batch) => Payload::Normal(batch),
         codec::Payload::Membership(record) => Payload::Membership(membership(record)?),
     };
     Ok(Entry::new(at, payload))
 }
 
 pub fn record(entry: &Entry) -> LogRecord {
-    LogRecord { at: position(&entry.log_id), payload: encode_entry(entry).into() }
+    let record = LogRecord::new(position(&entry.log_id), encode_entry(entry));
+    match &entry.payload {
+        Payload::Normal(batch) => record.with_batch(batch.clone()),
+        _ => record,
+    }
 }
 
 pub fn entry(record: &LogRecord) -> Result<Entry, CodecError> {
-    decode_entry(log_id(&record.at), &record.payload)
+    let at = log_id(&record.at);
+    match record.batch() {
+        Some(batch) => Ok(Entry::new(at, Payload::Normal(batch.clone()))),
+        None => decode_entry(at, &record.payload),
+    }
 }
 
 pub fn head(meta: &SnapshotMeta) -> SnapshotHead {
@@ -118,7 +129,7 @@ pub fn wire_vote(vote: &Vote) -> proto::Vote {
 }
 
 pub fn wire_entry(entry: &Entry) -> proto::Entry {
-    proto::Entry { id: Some(wire_log_id(&entry.log_id)), payload: encode_entry(entry).into() }
+    proto::Entry { id: Some(wire_log_id(&entry.log_id)), payload: encode_entry(entry) }
 }
 
 /// What a message lacks or says wrongly.

@@ -134,11 +134,9 @@ impl StateMachine {
             }
             self.table.membership = StoredMembership::new(Some(at), membership);
         }
-        let EntryPayload::Normal(Batch { at: proposed_at, commands }) = payload else {
-            return BatchReply::default();
-        };
+        let EntryPayload::Normal(batch) = payload else { return BatchReply::default() };
         let leader = Leader { term: at.leader_id.term, node: at.leader_id.node_id };
-        let origin = Origin { leader, at: *proposed_at };
+        let origin = Origin { leader, at: batch.at() };
         let apply = |(command, number): (&Command, u32)| {
             #[cfg(feature = "planted-bugs")]
             let command = &planted_bug(command);
@@ -149,7 +147,7 @@ impl StateMachine {
             }
             applied
         };
-        BatchReply(commands.iter().zip(0..).map(apply).collect())
+        BatchReply(batch.commands().iter().zip(0..).map(apply).collect())
     }
 
     fn publish(&self) {

@@ -1,8 +1,7 @@
 //! What openraft is configured with.
 
-use std::fmt;
-
-use crate::core::{Applied, Command, Millis};
+use crate::core::Applied;
+pub use crate::store::codec::Batch;
 
 /// A member's id; never used again after its removal.
 pub type NodeId = u64;
@@ -19,20 +18,6 @@ pub struct Member {
     /// Of the data directory that this id stands for; empty while the member is pending, until its
     /// first contact. Never changes once it is there.
     pub incarnation: String,
-}
-
-/// The commands of one log entry, applied in order.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Batch {
-    /// When the leader proposed it, by its wall clock. For people: nothing is decided by it.
-    pub at: Millis,
-    pub commands: Vec<Command>,
-}
-
-impl fmt::Display for Batch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} commands", self.commands.len())
-    }
 }
 
 /// One answer for each command of the batch, in its order; empty for other entries.

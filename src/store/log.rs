@@ -31,9 +31,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use metrics::histogram;
 
-use super::codec::{self, Ballot, Position};
+use super::codec::{self, Ballot, Batch, Position};
 use super::coverage::{Coverage, PurgeLimit};
 use super::dir::Lock;
 use super::disk::{Changes, Disk, Key, Sled};
@@ -50,8 +51,9 @@ const ROUND_BYTES: usize = 8 << 20;
 const ROUND_OPS: usize = 1024;
 /// Keys that a purge removes between two rounds.
 const PURGE_SLICE_KEYS: usize = 1024;
-/// Entries kept in memory after they are on the disk, in bytes.
-const TAIL_BYTES: usize = 32 << 20;
+/// Entries kept in memory after they are on the disk, in bytes of their payloads; decoded, they
+/// take a few times as much.
+const TAIL_BYTES: usize = 16 << 20;
 /// sled's page cache, in bytes: recent entries are in memory here already.
 const SLED_CACHE_BYTES: u64 = 32 << 20;
 
@@ -59,11 +61,36 @@ const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 1 + 2 + 4 + 4 + 8 + 8;
 
 /// An entry as the log keeps it: where it lies, and its bytes as [`codec`] wrote them.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct LogRecord {
     pub at: Position,
-    pub payload: Arc<[u8]>,
+    pub payload: Bytes,
+    /// The same as `payload`, for whoever reads it while it is in memory.
+    batch: Option<Batch>,
 }
+
+impl LogRecord {
+    pub fn new(at: Position, payload: impl Into<Bytes>) -> LogRecord {
+        LogRecord { at, payload: payload.into(), batch: None }
+    }
+
+    pub fn with_batch(self, batch: Batch) -> LogRecord {
+        LogRecord { batch: Some(batch), ..self }
+    }
+
+    /// The commands in it, if they need not be decoded.
+    pub fn batch(&self) -> Option<&Batch> {
+        self.batch.as_ref()
+    }
+}
+
+impl PartialEq for LogRecord {
+    fn eq(&self, other: &LogRecord) -> bool {
+        (self.at, &self.payload) == (other.at, &other.payload)
+    }
+}
+
+impl Eq for LogRecord {}
 
 /// Called from the writer thread once what it stands for is on the disk. Must not block.
 pub type Done = Box<dyn FnOnce() + Send>;
@@ -846,7 +873,7 @@ fn checksum(at: Position, payload: &[u8]) -> u32 {
 
 /// Keys and values of an entry. There are at most 65 535 chunks: [`ENTRY_MAX_BYTES`] sees to it.
 fn chunks(record: &LogRecord) -> Vec<(Key, Vec<u8>)> {
-    let LogRecord { at, payload } = record;
+    let LogRecord { at, payload, .. } = record;
     let (first, rest) = payload.split_at(payload.len().min(CHUNK_BYTES - HEADER_BYTES));
     let count = 1 + rest.len().div_ceil(CHUNK_BYTES);
     let mut value = Vec::with_capacity(HEADER_BYTES + first.len());
@@ -906,7 +933,7 @@ impl Assembly {
         if self.payload.len() != self.length || checksum(self.at, &self.payload) != self.checksum {
             return Err(StoreError::damaged(path, format!("entry {index}: wrong checksum")));
         }
-        Ok(Some(LogRecord { at: self.at, payload: self.payload.as_slice().into() }))
+        Ok(Some(LogRecord::new(self.at, self.payload.clone())))
     }
 }
 
@@ -1032,7 +1059,7 @@ fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<In
     let mut appended_bytes = 0;
     let entries = disk.range((Bound::Included(key(begins, 0)), Bound::Unbounded));
     for record in assemble(path, begins, entries) {
-        let LogRecord { at, payload } = record?;
+        let LogRecord { at, payload, .. } = record?;
         appended_bytes += payload.len() as u64;
         if let Some(before) = last
             && (at.term, at.node) < (before.term, before.node)
@@ -1055,7 +1082,7 @@ mod tests {
     #[test]
     fn fixture_of_a_chunk() {
         let at = Position { term: 3, node: 2, index: 258 };
-        let record = LogRecord { at, payload: b"payload"[..].into() };
+        let record = LogRecord::new(at, &b"payload"[..]);
         let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
         let all = chunks(&record);
         let [(key, value)] = all.as_slice() else { panic!("one chunk: {all:?}") };
@@ -1073,7 +1100,7 @@ mod tests {
     fn no_chunk_is_larger_than_sled_should_get() {
         for bytes in [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, ENTRY_MAX_BYTES] {
             let at = Position { term: 1, node: 1, index: 0 };
-            let all = chunks(&LogRecord { at, payload: vec![1; bytes].into() });
+            let all = chunks(&LogRecord::new(at, vec![1; bytes]));
             assert!(all.iter().all(|(_, value)| value.len() <= CHUNK_BYTES));
             let sum: usize = all.iter().map(|(_, value)| value.len()).sum();
             assert_eq!(sum, bytes + HEADER_BYTES);

@@ -87,7 +87,7 @@ fn a_backup_becomes_a_new_cluster_that_grants_nothing_unverified() {
     let uid = held["uid"].as_str().expect("a uid");
     let again = ["allocate", "a", "--worker", "v", "--ports", "2", "--uid", uid, "-o", "json"];
     let again = new.cli(&again).ok();
-    assert_eq!(ports(&[again.clone()]), ports(std::slice::from_ref(&held)));
+    assert_eq!(ports(std::slice::from_ref(&again)), ports(std::slice::from_ref(&held)));
     assert!(again["token"].as_u64() > held["token"].as_u64());
 
     // The operator has looked: something is on the late one's port.

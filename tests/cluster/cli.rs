@@ -520,3 +520,17 @@ fn exit_codes_tell_what_a_script_can_do() {
     cluster.cli(&["status", "--timeout", "5s"]).ok();
     assert_eq!(cluster.cli(&["status", "--check", "--timeout", "5s"]).code(), 1);
 }
+
+/// The second act: what goes wrong is dealt with, and nothing is left.
+#[test]
+fn the_lifecycle_demo_leaves_nothing() {
+    let output = Command::new(BINARY)
+        .args(["demo", "--lifecycle", "-o", "json"])
+        .output()
+        .expect("the demo runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(report["leaked"], 0);
+    assert_eq!(report["acts"].as_array().expect("acts").len(), 7);
+}

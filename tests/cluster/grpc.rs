@@ -161,7 +161,8 @@ fn every_node_takes_every_call() {
             let status = door.cluster.status(v1::StatusRequest {}).await.unwrap().into_inner();
             assert_eq!(status.node, cluster.nodes[at].id);
             assert_eq!(status.members.len(), 3);
-            let members = door.cluster.list_members(v1::ListMembersRequest {}).await.unwrap();
+            let members =
+                door.cluster.list_members(v1::ListMembersRequest::default()).await.unwrap();
             assert_eq!(members.into_inner().members.len(), 3);
         }
     });
@@ -309,6 +310,51 @@ fn sorted(status: &tonic::Status) -> Vec<(String, String)> {
     let mut facts: Vec<_> = info.into_iter().flat_map(|info| info.metadata).collect();
     facts.sort();
     facts
+}
+
+/// What is left of a lease's time, as its keepalive is answered; 0 once it is gone.
+async fn keep_alive(door: &mut Door, id: u64) -> u64 {
+    let once = tokio_stream::iter([v1::KeepAliveRequest { id }]);
+    let mut answers = door.leases.keep_alive(once).await.unwrap().into_inner();
+    answers.message().await.unwrap().expect("an answer").ttl_ms
+}
+
+#[test]
+fn a_lease_lives_while_it_is_kept_alive_and_takes_what_is_on_it_along() {
+    const TTL_MS: u64 = 10_000;
+    let cluster = Cluster::start(3);
+    cluster.worker("w", 40_063);
+    block_on(async {
+        let mut doors = Door::all(&cluster);
+        let granted = doors[0].leases.grant(v1::GrantRequest { ttl_ms: TTL_MS }).await.unwrap();
+        let lease = granted.into_inner().lease.unwrap().id;
+        doors[0].allocate(v1::Claim { lease, bound: true, ..claim("a", "w", 1) }).await.unwrap();
+        // For longer than its time, at one node after the other.
+        for i in 0..6 {
+            tokio::time::sleep(Duration::from_millis(TTL_MS / 4)).await;
+            assert_eq!(keep_alive(&mut doors[i % 3], lease).await, TTL_MS);
+        }
+        for door in &mut doors {
+            let get = v1::GetLeaseRequest { id: lease, read: None };
+            let shown = door.leases.get(get).await.unwrap().into_inner();
+            assert_eq!(
+                (shown.lease.unwrap().ttl_ms, shown.allocations),
+                (TTL_MS, vec!["a".into()])
+            );
+        }
+        // Nobody keeps it any more.
+        let get = || v1::GetRequest { name: "a".into(), read: None };
+        while doors[0].allocator.get(get()).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        for door in &mut doors {
+            let status = refused(Code::NotFound, door.allocator.get(get()).await);
+            assert!(status.message().contains(&format!("lease {lease} expired")), "{status:?}");
+            assert_eq!(keep_alive(door, lease).await, 0);
+            let revoked = door.leases.revoke(v1::RevokeRequest { id: lease }).await.unwrap();
+            assert!(!revoked.into_inner().revoked);
+        }
+    });
 }
 
 #[test]

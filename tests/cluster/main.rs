@@ -1,9 +1,11 @@
 //! Real processes, real sockets, real disk: what a user of the binary sees.
 
+mod agent;
 mod agreement;
 mod attacks;
 mod backup;
 mod bootstrap;
+mod churn;
 mod cli;
 mod compaction;
 mod damage;
@@ -14,14 +16,19 @@ mod forgetting;
 mod grpc;
 mod hostile;
 mod identity;
+mod leases;
 mod lifecycle;
 mod load;
 mod members;
 mod monitoring;
+mod namespaces;
 mod outcomes;
 mod pause;
 mod refusals;
+mod run;
 mod space;
+mod spawned;
 mod support;
 mod survival;
+mod watch;
 mod wire;

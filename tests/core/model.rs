@@ -2,6 +2,7 @@
 //! What is left half done on an error is thrown away with its copy.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::make::LEADER;
 use super::*;
@@ -131,7 +132,7 @@ impl Model {
                     return claims.iter().try_fold("granted", |_, claim| self.place(claim));
                 };
                 let mut held = claims.iter().map(|c| Some((c, self.held.get(&c.name)?)));
-                let same = |(c, h): (&Claim, &Held)| h.claim == *c && h.token == first.token;
+                let same = |(c, h): (&Arc<Claim>, &Held)| h.claim == **c && h.token == first.token;
                 if held.all(|pair| pair.is_some_and(same)) {
                     Ok("repeated")
                 } else {
@@ -246,8 +247,9 @@ impl Model {
         if self.host(&held.worker)?.spec.identity.is_none() {
             return self.drop(name, cause, "released true");
         }
+        let cause = if cause == "lease_ended" { Cause::LeaseEnded } else { Cause::Unconfirmed };
         let from = Revision(held.version);
-        let last = Some(LastChange { from, kind: ChangeKind::Lingered });
+        let last = Some(LastChange { from, kind: ChangeKind::Lingered { cause } });
         let (version, phase, lease) = (self.revision, Phase::Lingering, None);
         self.held.insert(name.clone(), Held { version, phase, lease, last, ..held });
         Ok("lingers")
@@ -515,8 +517,9 @@ impl Model {
 
 impl Held {
     fn known_as(&self, version: u64) -> Result<Revision, &'static str> {
-        let silent =
-            |last: &LastChange| last.kind == ChangeKind::Lingered && last.from.0 == version;
+        let silent = |last: &LastChange| {
+            matches!(last.kind, ChangeKind::Lingered { .. }) && last.from.0 == version
+        };
         match version {
             0 => Ok(Revision(self.version)),
             _ if version == self.version => Ok(Revision(version)),

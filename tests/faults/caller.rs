@@ -214,6 +214,7 @@ impl LibraryCaller {
             timeout: Duration::from_secs(8),
             attempt_timeout: Duration::from_millis(1500),
             seed: Some(seed),
+            ..Default::default()
         };
         let client = Client::over(endpoints, options).expect("endpoints");
         LibraryCaller { recorder, process, client }

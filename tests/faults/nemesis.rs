@@ -40,6 +40,7 @@ pub const KINDS: &[Kind] = &[
     Kind { name: "one-way", begin: one_way },
     Kind { name: "bridge", begin: bridge },
     Kind { name: "lossy", begin: lossy },
+    Kind { name: "slow-link", begin: slow_link },
     Kind { name: "slow-disk", begin: slow_disk },
     Kind { name: "full-disk", begin: full_disk },
     Kind { name: "forget", begin: forget },
@@ -52,9 +53,13 @@ pub const KINDS: &[Kind] = &[
     Kind { name: "kill-agent", begin: kill_agent },
 ];
 
+/// What no system can stand: only by name, to see that the checker finds what it breaks.
+pub const UNFAIR: &[Kind] = &[Kind { name: "lie", begin: lie }];
+
 pub fn by_name(name: &str) -> Result<&'static Kind, String> {
-    let known = KINDS.iter().map(|kind| kind.name).join(", ");
-    let found = KINDS.iter().find(|kind| kind.name == name);
+    let all = || KINDS.iter().chain(UNFAIR);
+    let known = all().map(|kind| kind.name).join(", ");
+    let found = all().find(|kind| kind.name == name);
     found.ok_or_else(|| format!("no nemesis {name:?}; there are {known}"))
 }
 
@@ -174,6 +179,18 @@ fn torn(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
     power_cut(rig, rng, false)
 }
 
+/// Disks answer syncs and do nothing, and then all power is cut at once.
+fn lie(rig: &mut Rig, _: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    rig.nodes.iter().for_each(|node| node.disk.lie());
+    let end = |rig: &mut Rig| {
+        let count = rig.nodes.len();
+        (0..count).for_each(|at| rig.kill(at, None));
+        (0..count).for_each(|at| rig.nodes[at].disk.cut(Cut::ForgetsAll));
+        (0..count).for_each(|at| rig.start(at));
+    };
+    Some(("every disk".into(), Box::new(end)))
+}
+
 // The network.
 
 fn impede(rig: &mut Rig, rules: Vec<String>) -> End {
@@ -260,6 +277,23 @@ fn lossy(rig: &mut Rig, rng: &mut StdRng, clients: &Clients) -> Option<(String, 
     let pairs = nodes.iter().cartesian_product(&all).filter(|(a, b)| a != b);
     let rules = pairs.flat_map(|(a, b)| [lose(*a, *b, percent), lose(*b, *a, percent)]).collect();
     Some((format!("{percent} % of all packets"), impede(rig, rules)))
+}
+
+/// What peers say to a node, and it to them over their connections, takes long.
+fn slow_link(rig: &mut Rig, rng: &mut StdRng, _: &Clients) -> Option<(String, End)> {
+    let count = rng.random_range(1..=rig.nodes.len());
+    let slow = (0..rig.nodes.len()).filter(|at| rig.nodes[*at].proxy.is_some());
+    let slow = slow.choose_multiple(rng, count);
+    let by = Duration::from_millis(rng.random_range(5..700));
+    let set = |rig: &Rig, slow: &[usize], by| {
+        let proxies = slow.iter().filter_map(|at| rig.nodes[*at].proxy.as_ref());
+        proxies.for_each(|proxy| proxy.slow(by));
+    };
+    set(rig, &slow, by);
+    let what = format!("{by:?} to {}", ids(rig, &slow));
+    let none = slow.is_empty();
+    let end = move |rig: &mut Rig| set(rig, &slow, Duration::ZERO);
+    (!none).then(|| (what, Box::new(end) as End))
 }
 
 // The host.

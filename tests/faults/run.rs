@@ -22,7 +22,7 @@ use crate::rig::disk::Disk;
 use crate::rig::net::Host;
 use crate::rig::{Life, Options, Rig};
 use crate::watcher::Watcher;
-use crate::workload::{self, Actor, REAL_WORKLOADS, WORKLOADS};
+use crate::workload::{self, Actor, REAL_WORKLOADS, WORKLOADS, Workload};
 
 /// How long it may take until all is well after the last fault: an election or two, a replay, and
 /// on two busy cores some patience.
@@ -139,18 +139,18 @@ impl Run {
         let small = has("full-disk");
         let kinds: Vec<u32> = (0..plan.nodes).map(|_| rng.random_range(0..3)).collect();
         let disk = |id: u64, at: &Path| match kinds[id as usize - 1] {
+            _ if has("lie") => Disk::forgetting(at),
             0 | 1 if forgets => Disk::forgetting(at),
             1 | 2 if small => Disk::small(at),
             _ => Disk::plain(at),
         };
-        let snapshots = ["50", "400", "20000"][rng.random_range(0..3)];
-        let flags =
-            ["--quarantine", QUARANTINE, "--snapshot-every", snapshots, "--low-space", "12MiB"];
+        let flags = flags(&plan, &mut rng);
         let options = Options {
             nodes: plan.nodes,
             binary: plan.binary.clone(),
-            flags: flags.iter().map(ToString::to_string).collect(),
+            flags: flags.clone(),
             faketime: has("clock"),
+            proxies: has("slow-link") && rng.random(),
         };
         let mut rig = Rig::prepare(&plan.dir, options, recorder.clone(), disk)?;
         let host = rig.net.host("operator")?;
@@ -233,15 +233,16 @@ impl Run {
     }
 
     fn clients(&self, stopped: &watch::Receiver<bool>) -> Vec<Hand> {
+        let workloads = if self.plan.real { REAL_WORKLOADS } else { WORKLOADS };
         let start = |(at, host): (usize, &Host)| {
-            let workloads = if self.plan.real { REAL_WORKLOADS } else { WORKLOADS };
             let workload = &workloads[at % workloads.len()];
             let (recorder, endpoints) = (self.recorder.clone(), self.rig.endpoints());
-            let rng = StdRng::seed_from_u64(self.plan.seed ^ (at as u64 + 1) << 32);
             let me = at as u32 + 1;
-            self.recorder.fault(format!("process {me} is a client: {}", workload.name));
+            let seed = self.plan.seed ^ (u64::from(me) << 32);
+            self.recorder
+                .fault(format!("processes {me}, 10{me:02}, … are clients: {}", workload.name));
             Hand::start(host.clone(), stopped.clone(), move || {
-                workload.run(Actor::new(recorder, me, by_tcp(&endpoints), rng), 1)
+                one_after_another(workload, recorder, endpoints, me, seed)
             })
         };
         self.clients.iter().enumerate().map(start).collect()
@@ -432,6 +433,33 @@ impl Run {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
+}
+
+/// A client that crashes now and then, in the middle of whatever it is at; another one takes its place.
+async fn one_after_another(
+    workload: &Workload,
+    recorder: Arc<Recorder>,
+    endpoints: Vec<String>,
+    me: u32,
+    seed: u64,
+) {
+    for life in 0.. {
+        let mut rng = StdRng::seed_from_u64(seed ^ u64::from(life));
+        let lives = Duration::from_millis(rng.random_range(2_000..20_000));
+        let actor = Actor::new(recorder.clone(), me + 1000 * life, by_tcp(&endpoints), rng);
+        let _ = tokio::time::timeout(lives, workload.run(actor, 1)).await; // a crash
+    }
+}
+
+/// What every node is told beside its addresses.
+fn flags(plan: &Plan, rng: &mut StdRng) -> Vec<String> {
+    let snapshots = ["50", "400", "20000"][rng.random_range(0..3)];
+    let mut flags =
+        vec!["--quarantine", QUARANTINE, "--snapshot-every", snapshots, "--low-space", "12MiB"];
+    if plan.real {
+        flags.extend(["--zombie-after", "4s", "--worker-lost-after", "4s"]);
+    }
+    flags.into_iter().map(String::from).collect()
 }
 
 async fn join(hands: Vec<Hand>) {

@@ -153,7 +153,7 @@ async fn write(nodes: &[Node], commands: &[Command]) -> usize {
         let place = leader(nodes).await;
         let node = &nodes[place];
         let mut metrics = node.raft.metrics();
-        let batch = Batch { at: samples::ORIGIN.at, commands: commands.to_vec() };
+        let batch = Batch::new(samples::ORIGIN.at, commands.to_vec());
         match node.raft.client_write(batch).await {
             Ok(written) => {
                 // Who got an answer sees it.

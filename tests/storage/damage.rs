@@ -22,7 +22,7 @@ fn number_from(variable: &str) -> Option<u64> {
 
 fn record(term: u64, index: u64, bytes: usize) -> LogRecord {
     let payload: Vec<u8> = (0..bytes).map(|i| (i as u64 * term + index) as u8).collect();
-    LogRecord { at: Position { term, node: 1, index }, payload: payload.into() }
+    LogRecord::new(Position { term, node: 1, index }, payload)
 }
 
 /// What a log says.

@@ -17,7 +17,7 @@ const VOTES: u64 = 20;
 
 fn record(index: u64) -> LogRecord {
     let at = Position { term: 1, node: 1, index };
-    LogRecord { at, payload: vec![7; 300].into() }
+    LogRecord::new(at, vec![7; 300])
 }
 
 fn strace(dir: &Path, child: &str, options: &[&str]) -> (Output, String) {
@@ -107,7 +107,12 @@ fn child_writes_until_it_is_killed() {
             log.purge(log.read(first + 1..first + 2, usize::MAX).unwrap()[0].at);
         }
         let first = log.bounds().1.map_or(0, |last| last.index + 1);
-        let record = |index| LogRecord { at: Position { term, node: 1, index }, ..record(index) };
+        let record = |index| {
+            let mut record = record(index);
+            record.at.term = term;
+            record.at.node = 1;
+            record
+        };
         let records: Vec<_> = (first..first + 4).map(record).collect();
         let (done, saved) = mpsc::channel();
         log.append(records, Box::new(move || done.send(()).unwrap())).unwrap();

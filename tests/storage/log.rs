@@ -12,7 +12,7 @@ fn at(term: u64, index: u64) -> Position {
 
 fn record(term: u64, index: u64, bytes: usize) -> LogRecord {
     let payload: Vec<u8> = (0..bytes).map(|i| (i as u64 + index) as u8).collect();
-    LogRecord { at: at(term, index), payload: payload.into() }
+    LogRecord::new(at(term, index), payload)
 }
 
 fn append(log: &LogStore, records: Vec<LogRecord>) {

@@ -19,8 +19,8 @@ const MEMBERSHIP: &[u8] = b"\x01\x01\x01\x01\x01\x01c\x01p\x01q\x01i";
 #[test]
 fn the_incarnation_rides_in_the_membership() {
     let entry = [b"E\x01\x02", MEMBERSHIP].concat();
-    assert_eq!(codec::encode_payload(&PayloadRef::Membership(membership())), entry);
-    assert_eq!(codec::decode_payload(&entry), Ok(Payload::Membership(membership())));
+    assert_eq!(codec::encode_payload(&Payload::Membership(membership())), entry);
+    assert_eq!(codec::decode_payload(&entry.clone().into()), Ok(Payload::Membership(membership())));
 
     let head = SnapshotHead { membership: membership(), ..SnapshotHead::default() };
     let bytes = [b"H\x01\x00\x00", MEMBERSHIP].concat();

@@ -82,7 +82,7 @@ fn on(name: &str) -> Placement {
 }
 
 fn allocate(claim: Claim) -> Command {
-    Command::Allocate { claims: vec![claim], confirm_within: Millis(600_000) }
+    Command::allocate([claim], Millis(600_000))
 }
 
 fn confirm(name: &str, token: u64, handle: Option<Handle>, lease: Option<u64>) -> Command {

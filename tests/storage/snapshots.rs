@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use portwarden::core::{self, Cause, Departure, Phase, ReleaseReason, State, WorkerPhase, digest};
 use portwarden::store::codec::{MemberRecord, MembershipRecord, Position, SnapshotHead};
@@ -156,7 +155,7 @@ fn an_installed_one_replaces_all_others() {
 /// Appends entries and waits until they are on the disk.
 fn append(dir: &DataDir, range: std::ops::Range<u64>) {
     let (done, saved) = std::sync::mpsc::channel();
-    let record = |index| LogRecord { at: at(index), payload: Arc::from(&b"x"[..]) };
+    let record = |index| LogRecord::new(at(index), &b"x"[..]);
     let done = Box::new(move || done.send(()).unwrap());
     dir.log().unwrap().append(range.map(record).collect(), done).unwrap();
     saved.recv().unwrap();

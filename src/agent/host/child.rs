@@ -6,9 +6,9 @@
 //!   the supervisor, and so that what it leaves behind can be found and ended.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
@@ -64,6 +64,10 @@ fn spawn(program: &Program) -> io::Result<Process> {
     let mut command = Command::new(&program.path);
     command.args(&program.args).envs(program.env.iter().map(|(key, value)| (key, value)));
     command.process_group(0);
+    if io::stdin().is_terminal() {
+        // Its group is not the terminal's: reading from it would stop it.
+        command.stdin(Stdio::null());
+    }
     let supervisor = getpid();
     let tie = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;

@@ -127,7 +127,11 @@ impl Host for Linux {
     fn look(&self, wanted: &Wanted) -> io::Result<Seen> {
         let sockets = self.sockets(&wanted.ports)?;
         let named: Vec<&v1::Process> = wanted.handles.iter().filter_map(process_of).collect();
-        let mut processes = processes::processes(&named).map_err(io::Error::other)?;
+        // Without a handle nothing is asked of them.
+        let mut processes = match wanted.handles.is_empty() {
+            true => Processes::default(),
+            false => processes::processes(&named).map_err(io::Error::other)?,
+        };
         if named.len() < wanted.handles.len() {
             let owners = sockets.iter().flat_map(|(_, pids)| pids.iter().copied()).collect();
             processes::read_cgroups(&mut processes, &owners);
@@ -186,4 +190,70 @@ pub fn process_handle(process: v1::Process) -> Result<v1::Liveness, String> {
     }
     let boot_id = boot_id().map_err(|error| format!("the boot has no id: {error}"))?;
     Ok(v1::Liveness { boot_id, handle: Some(Handle::Process(process)) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A driver as there is none here: two GPUs, or one that has failed.
+    struct Fake {
+        fails: bool,
+    }
+
+    impl Gpus for Fake {
+        fn inventory(&self) -> Result<Vec<v1::GpuSpec>, String> {
+            let gpu = |index| v1::GpuSpec { index, memory_bytes: 8 << 30, ..Default::default() };
+            if self.fails {
+                Err("it has fallen off the bus".into())
+            } else {
+                Ok(vec![gpu(0), gpu(1)])
+            }
+        }
+
+        fn in_use(&self) -> Result<Vec<GpuSeen>, String> {
+            let seen = |index| GpuSeen { index, uuid: String::new(), processes: index };
+            if self.fails {
+                Err("it has fallen off the bus".into())
+            } else {
+                Ok(vec![seen(0), seen(1)])
+            }
+        }
+    }
+
+    #[test]
+    fn the_gpus_of_a_driver_are_seen_and_one_that_fails_shows_none() {
+        let host = Linux::new(Box::new(Fake { fails: false }));
+        assert_eq!(host.gpus().unwrap().len(), 2);
+        let processes: Vec<_> =
+            host.look(&Wanted::default()).unwrap().gpus.iter().map(|gpu| gpu.processes).collect();
+        assert_eq!(processes, [0, 1]);
+        let failed = Linux::new(Box::new(Fake { fails: true }));
+        assert!(failed.gpus().is_err());
+        assert!(failed.look(&Wanted::default()).unwrap().gpus.is_empty());
+    }
+
+    #[test]
+    fn a_look_tells_who_has_a_wanted_port_and_which_handles_live() {
+        let host = Linux::new(Box::new(gpus::NoGpus));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let pid = std::process::id();
+        let me = v1::Process { pid, start_ticks: start_ticks(pid).unwrap() };
+        let gone = v1::Process { start_ticks: me.start_ticks - 1, ..me };
+        let handles = [me, gone].map(Handle::Process).to_vec();
+        let seen = host.look(&Wanted { ports: vec![port..=port], handles }).unwrap();
+        assert_eq!(seen.sockets.len(), 1);
+        assert!(seen.sockets[0].1.contains(&pid));
+        assert!(seen.processes.belongs(pid, &Handle::Process(me)));
+        let told = processes::blind_spot().is_none();
+        assert_eq!(seen.alive, [Some(true), told.then_some(false)]);
+        drop(listener);
+        assert!(
+            host.look(&Wanted { ports: vec![port..=port], handles: vec![] })
+                .unwrap()
+                .sockets
+                .is_empty()
+        );
+    }
 }

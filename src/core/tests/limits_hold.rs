@@ -182,10 +182,7 @@ fn limits_of_quarantines_and_reasons() {
 #[test]
 fn limits_of_spans() {
     let (low, high) = (SPAN_MIN_MS as usize, SPAN_MAX_MS as usize);
-    let within = |claim: Claim, ms: u64| Command::Allocate {
-        claims: vec![claim],
-        confirm_within: Millis(ms),
-    };
+    let within = |claim: Claim, ms: u64| Command::allocate([claim], Millis(ms));
     let asked = || claim("a", "w").count(1);
     holds("ttl", high, |n| grant_lease(n as u64));
     holds("confirm_within", high, |n| within(asked(), n as u64));
@@ -219,6 +216,7 @@ fn limits_of_liveness_handles() {
     for nonsense in [
         container(&"a".repeat(CONTAINER_ID_MIN_BYTES - 1)),
         container("not-hexadecimal"),
+        container(&"A".repeat(CONTAINER_ID_MIN_BYTES)),
         with_handle("", pid(1)),
         with_handle("b", pid(0)),
         with_handle("b", Handle::Cgroup(String::new())),
@@ -229,6 +227,19 @@ fn limits_of_liveness_handles() {
         assert!(error.field.starts_with("liveness."), "{error}");
     }
     assert!(with_handle("b", Handle::Cgroup("a..b/c".into())).validate().is_ok());
+}
+
+/// Why something is reclaimed is said with its handle.
+#[test]
+fn a_handle_of_any_length_is_shown_within_a_reason() {
+    for path in ["c".repeat(CGROUP_MAX_BYTES), "ä".repeat(CGROUP_MAX_BYTES / 2), "c".into()] {
+        let liveness = Liveness { boot_id: "b".into(), handle: Handle::Cgroup(path.clone()) };
+        assert_eq!(liveness.validate(), Ok(()));
+        let shown = format!("{liveness} is gone");
+        assert!(shown.len() <= REASON_MAX_BYTES, "{} bytes", shown.len());
+        let end = path.chars().last().unwrap();
+        assert!(shown.ends_with(&format!("{end} is gone")), "{shown}");
+    }
 }
 
 #[test]

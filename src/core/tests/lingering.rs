@@ -25,6 +25,20 @@ fn a_start_that_misses_its_deadline_lingers_where_an_agent_watches() {
     assert_eq!((held.lease, t.on(lease)), (None, vec![]));
 }
 
+/// A start whose lease ended may have time left to confirm: it is not judged as one without.
+#[test]
+fn what_lingers_says_whether_its_deadline_or_its_lease_has_passed() {
+    let mut t = Table::with_agent(40003);
+    let lease = t.lease();
+    t.grant(claim("a", "w").count(1).on(lease));
+    t.lingering(claim("b", "w").count(1));
+    t.ok(expire(lease));
+    for (name, cause) in [("a", Cause::LeaseEnded), ("b", Cause::Unconfirmed)] {
+        let kind = t.get(name).last_change.as_ref().map(|last| &last.kind);
+        assert_eq!(kind, Some(&ChangeKind::Lingered { cause }), "{name}");
+    }
+}
+
 #[test]
 fn a_start_that_misses_its_deadline_is_freed_where_no_agent_watches() {
     let mut t = Table::with_ports(40003);

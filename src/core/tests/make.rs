@@ -186,7 +186,7 @@ impl Ask for Claim {
 }
 
 pub fn allocate(claims: &[Claim]) -> Command {
-    Command::Allocate { claims: claims.to_vec(), confirm_within: WITHIN }
+    Command::allocate(claims.to_vec(), WITHIN)
 }
 
 pub fn confirm(name: &str, token: Token, version: u64) -> Command {

@@ -122,13 +122,18 @@ fn a_damaged_allocation_is_refused_and_never_panics() {
 #[test]
 fn damage_beyond_one_allocation_is_refused_too() {
     type Spoil = fn(&mut Parts);
-    let spoilt: [(&str, Spoil); 26] = [
+    let spoilt: [(&str, Spoil); 27] = [
         ("no feature level", |p| p.feature_level = 0),
         ("a feature level of another build", |p| p.feature_level = FEATURE_LEVEL + 1),
         ("a revision that leaves no room", |p| p.revision = Revision(u64::MAX)),
         ("a revision that lies behind", |p| p.revision = Revision(5)),
         ("a handle of nothing", |p| p.allocation("d").liveness = process("", 7)),
         ("lingering without a reason", |p| p.allocation("l").reason = None),
+        ("silent and not lingering", |p| {
+            let (d, cause) = (p.allocation("d"), Cause::LeaseEnded);
+            let (from, kind) = (Revision(d.token.0), ChangeKind::Lingered { cause });
+            d.last_change = Some(LastChange { from, kind });
+        }),
         ("lingering where no agent is", |p| {
             let w = p.worker("w");
             (w.spec.identity, w.revisions[2]) = (None, Revision(0));

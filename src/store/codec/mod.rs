@@ -12,6 +12,9 @@ mod v1;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
 
 use crate::core::{Command, Millis, Restore, State};
 
@@ -73,20 +76,65 @@ pub struct MembershipRecord {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
     Blank,
-    /// When the leader proposed it, by its wall clock.
-    Batch {
-        at: Millis,
-        commands: Vec<Command>,
-    },
+    Batch(Batch),
     Membership(MembershipRecord),
 }
 
-/// The same, where the commands are somebody else's.
-#[derive(Debug, Clone)]
-pub enum PayloadRef<'a> {
-    Blank,
-    Batch { at: Millis, commands: &'a [Command] },
-    Membership(MembershipRecord),
+/// The commands of one log entry, applied in order, and the bytes of the entry's payload. Clones
+/// share both: a node encodes or decodes an entry once.
+#[derive(Clone)]
+pub struct Batch(Arc<BatchParts>);
+
+struct BatchParts {
+    at: Millis,
+    commands: Vec<Command>,
+    payload: Bytes,
+}
+
+impl Batch {
+    /// `at`: when the leader proposed it, by its wall clock. For people: nothing is decided by it.
+    pub fn new(at: Millis, commands: Vec<Command>) -> Batch {
+        let mirror = v1::Payload::Batch {
+            at: at.0,
+            commands: commands.iter().map(v1::Command::from).collect(),
+        };
+        let payload = encode(Kind::Entry, mirror).into();
+        Batch(Arc::new(BatchParts { at, commands, payload }))
+    }
+
+    pub fn at(&self) -> Millis {
+        self.0.at
+    }
+
+    pub fn commands(&self) -> &[Command] {
+        &self.0.commands
+    }
+
+    /// As [`encode_payload`] writes it.
+    pub fn payload(&self) -> &Bytes {
+        &self.0.payload
+    }
+}
+
+impl PartialEq for Batch {
+    fn eq(&self, other: &Batch) -> bool {
+        (self.at(), self.commands()) == (other.at(), other.commands())
+    }
+}
+
+impl Eq for Batch {}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (at, commands) = (self.at(), self.commands());
+        f.debug_struct("Batch").field("at", &at).field("commands", &commands).finish()
+    }
+}
+
+impl fmt::Display for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} commands", self.commands().len())
+    }
 }
 
 /// What a snapshot is of.
@@ -174,13 +222,31 @@ fn decode<'a, T: bincode::BorrowDecode<'a, ()>>(
     }
 }
 
-pub fn encode_payload(payload: &PayloadRef<'_>) -> Vec<u8> {
-    encode(Kind::Entry, v1::Payload::from(payload))
+pub fn encode_payload(payload: &Payload) -> Bytes {
+    match payload {
+        Payload::Blank => encode(Kind::Entry, v1::Payload::Blank).into(),
+        Payload::Batch(batch) => batch.payload().clone(),
+        Payload::Membership(membership) => {
+            encode(Kind::Entry, v1::Payload::Membership(membership.into())).into()
+        }
+    }
 }
 
-pub fn decode_payload(bytes: &[u8]) -> Result<Payload, CodecError> {
+pub fn decode_payload(bytes: &Bytes) -> Result<Payload, CodecError> {
     let mirror: v1::Payload<'_> = decode(Kind::Entry, bytes)?;
-    mirror.restore().map_err(|why| Kind::Entry.malformed(why))
+    let malformed = |why| Kind::Entry.malformed(why);
+    Ok(match mirror {
+        v1::Payload::Blank => Payload::Blank,
+        v1::Payload::Batch { at, commands } => {
+            let commands = v1::restore_commands(commands).map_err(malformed)?;
+            Payload::Batch(Batch(Arc::new(BatchParts {
+                at: Millis(at),
+                commands,
+                payload: bytes.clone(),
+            })))
+        }
+        v1::Payload::Membership(membership) => Payload::Membership(membership.restore()),
+    })
 }
 
 pub fn encode_ballot(ballot: &Ballot) -> Vec<u8> {

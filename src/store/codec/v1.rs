@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bincode::{BorrowDecode, Decode, Encode};
 
-use super::{MemberRecord, MembershipRecord, PayloadRef};
+use super::{MemberRecord, MembershipRecord};
 use crate::core::{self as table, Invalid, LeaseId, Millis, Port, Quarantine, Revision, Token};
 
 /// Why something that was read is not what it should be.
@@ -122,7 +122,7 @@ impl<'a> From<&'a MembershipRecord> for Membership<'a> {
 }
 
 impl Membership<'_> {
-    fn restore(self) -> MembershipRecord {
+    pub fn restore(self) -> MembershipRecord {
         let Membership { configs, nodes } = self;
         MembershipRecord {
             configs: configs.into_iter().map(BTreeSet::from_iter).collect(),
@@ -153,29 +153,8 @@ pub enum Payload<'a> {
     Membership(Membership<'a>),
 }
 
-impl<'a> From<&'a PayloadRef<'a>> for Payload<'a> {
-    fn from(payload: &'a PayloadRef<'a>) -> Self {
-        match payload {
-            PayloadRef::Blank => Payload::Blank,
-            PayloadRef::Batch { at, commands } => {
-                Payload::Batch { at: at.0, commands: commands.iter().map(Command::from).collect() }
-            }
-            PayloadRef::Membership(membership) => Payload::Membership(membership.into()),
-        }
-    }
-}
-
-impl Payload<'_> {
-    pub fn restore(self) -> Checked<super::Payload> {
-        Ok(match self {
-            Payload::Blank => super::Payload::Blank,
-            Payload::Batch { at, commands } => super::Payload::Batch {
-                at: Millis(at),
-                commands: each(commands, Command::restore)?,
-            },
-            Payload::Membership(membership) => super::Payload::Membership(membership.restore()),
-        })
-    }
+pub fn restore_commands(commands: Vec<Command<'_>>) -> Checked<Vec<table::Command>> {
+    each(commands, Command::restore)
 }
 
 // Commands.
@@ -359,7 +338,7 @@ impl<'a> From<&'a table::Command> for Command<'a> {
                 Command::RemoveWorker { name: name.as_str(), force: force.as_deref() }
             }
             table::Command::Allocate { claims, confirm_within } => Command::Allocate {
-                claims: claims.iter().map(Claim::from).collect(),
+                claims: claims.iter().map(|claim| Claim::from(&**claim)).collect(),
                 confirm_within: confirm_within.0,
             },
             table::Command::Confirm { name, token, version, liveness, lease: id } => {
@@ -452,7 +431,7 @@ impl Command<'_> {
                 force: force.map(String::from),
             },
             Command::Allocate { claims, confirm_within } => table::Command::Allocate {
-                claims: each(claims, Claim::restore)?,
+                claims: each(claims, |claim| claim.restore().map(Arc::new))?,
                 confirm_within: Millis(confirm_within),
             },
             Command::Confirm { name, guard: Guard { token, version }, liveness, lease } => {
@@ -1101,7 +1080,7 @@ struct LastChange {
 enum ChangeKind {
     Confirmed,
     Attached,
-    Lingered,
+    Lingered(Cause),
     Swapped(u16),
 }
 
@@ -1128,6 +1107,28 @@ enum Cause {
     Unconfirmed,
     LeaseEnded,
     Gone,
+}
+
+impl From<table::Cause> for Cause {
+    fn from(cause: table::Cause) -> Self {
+        match cause {
+            table::Cause::Conflict => Cause::Conflict,
+            table::Cause::Unconfirmed => Cause::Unconfirmed,
+            table::Cause::LeaseEnded => Cause::LeaseEnded,
+            table::Cause::Gone => Cause::Gone,
+        }
+    }
+}
+
+impl From<Cause> for table::Cause {
+    fn from(cause: Cause) -> Self {
+        match cause {
+            Cause::Conflict => table::Cause::Conflict,
+            Cause::Unconfirmed => table::Cause::Unconfirmed,
+            Cause::LeaseEnded => table::Cause::LeaseEnded,
+            Cause::Gone => table::Cause::Gone,
+        }
+    }
 }
 
 /// All records of a state, in their order.
@@ -1333,7 +1334,7 @@ impl<'a> From<&'a table::Allocation> for Allocation<'a> {
                 kind: match kind {
                     table::ChangeKind::Confirmed => ChangeKind::Confirmed,
                     table::ChangeKind::Attached => ChangeKind::Attached,
-                    table::ChangeKind::Lingered => ChangeKind::Lingered,
+                    table::ChangeKind::Lingered { cause } => ChangeKind::Lingered((*cause).into()),
                     table::ChangeKind::Swapped { port } => ChangeKind::Swapped(*port),
                 },
             }),
@@ -1392,7 +1393,9 @@ impl Allocation<'_> {
                 kind: match kind {
                     ChangeKind::Confirmed => table::ChangeKind::Confirmed,
                     ChangeKind::Attached => table::ChangeKind::Attached,
-                    ChangeKind::Lingered => table::ChangeKind::Lingered,
+                    ChangeKind::Lingered(cause) => {
+                        table::ChangeKind::Lingered { cause: cause.into() }
+                    }
                     ChangeKind::Swapped(port) => table::ChangeKind::Swapped { port },
                 },
             }),
@@ -1413,15 +1416,9 @@ impl<'a> From<(&'a table::InstanceName, &'a table::Departure)> for Departure<'a>
             why: match why {
                 table::ReleaseReason::ByHolder => ReleaseReason::ByHolder,
                 table::ReleaseReason::Forced { reason } => ReleaseReason::Forced(reason),
-                table::ReleaseReason::Reclaimed { cause, reason } => ReleaseReason::Reclaimed {
-                    cause: match cause {
-                        table::Cause::Conflict => Cause::Conflict,
-                        table::Cause::Unconfirmed => Cause::Unconfirmed,
-                        table::Cause::LeaseEnded => Cause::LeaseEnded,
-                        table::Cause::Gone => Cause::Gone,
-                    },
-                    reason,
-                },
+                table::ReleaseReason::Reclaimed { cause, reason } => {
+                    ReleaseReason::Reclaimed { cause: (*cause).into(), reason }
+                }
             },
         }
     }
@@ -1440,15 +1437,9 @@ impl Departure<'_> {
                 ReleaseReason::Forced(reason) => {
                     table::ReleaseReason::Forced { reason: reason.into() }
                 }
-                ReleaseReason::Reclaimed { cause, reason } => table::ReleaseReason::Reclaimed {
-                    cause: match cause {
-                        Cause::Conflict => table::Cause::Conflict,
-                        Cause::Unconfirmed => table::Cause::Unconfirmed,
-                        Cause::LeaseEnded => table::Cause::LeaseEnded,
-                        Cause::Gone => table::Cause::Gone,
-                    },
-                    reason: reason.into(),
-                },
+                ReleaseReason::Reclaimed { cause, reason } => {
+                    table::ReleaseReason::Reclaimed { cause: cause.into(), reason: reason.into() }
+                }
             },
         };
         into.departure(table::InstanceName::parse(name)?, departure)?;

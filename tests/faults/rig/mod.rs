@@ -2,6 +2,7 @@
 
 pub mod disk;
 pub mod net;
+pub mod proxy;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use disk::Disk;
 use net::{Host, Net};
+use proxy::Proxy;
 
 use crate::forgetting::Cut;
 use crate::history::{Record, Recorder};
@@ -38,16 +40,28 @@ pub struct Node {
     pub leaving: bool,
     /// It did not begin the cluster, but joined it later.
     joined: bool,
+    /// Before its peer port.
+    pub proxy: Option<Proxy>,
     child: Option<Child>,
 }
+
+const PEER_PORT: u16 = 7701;
+/// Of the proxy before it.
+const PROXY_PORT: u16 = 7711;
 
 impl Node {
     pub fn client(&self) -> String {
         format!("{}:7601", self.host.address)
     }
 
+    fn listens_for_peers(&self) -> String {
+        format!("{}:{PEER_PORT}", self.host.address)
+    }
+
+    /// Where peers reach it.
     fn peer(&self) -> String {
-        format!("{}:7701", self.host.address)
+        let port = if self.proxy.is_some() { PROXY_PORT } else { PEER_PORT };
+        format!("{}:{port}", self.host.address)
     }
 
     pub fn http(&self) -> String {
@@ -74,6 +88,8 @@ pub struct Options {
     pub binary: PathBuf,
     pub flags: Vec<String>,
     pub faketime: bool,
+    /// Links between nodes can be slow.
+    pub proxies: bool,
 }
 
 impl Rig {
@@ -89,8 +105,10 @@ impl Rig {
         for id in 1..=options.nodes {
             let host = net.host(&format!("node{id}"))?;
             let disk = disk(id, &dir.join(format!("node-{id}")))?;
+            let proxy = options.proxies.then(|| Proxy::start(&host, PROXY_PORT, PEER_PORT));
             nodes.push(Node {
                 id,
+                proxy,
                 host,
                 disk,
                 life: Life::Dead,
@@ -133,7 +151,8 @@ impl Rig {
         command
             .args(["serve", "--insecure", "--id", &node.id.to_string(), "--data-dir"])
             .arg(node.disk.data())
-            .args(["--listen", &node.client(), "--listen-peer", &node.peer()])
+            .args(["--listen", &node.client(), "--listen-peer", &node.listens_for_peers()])
+            .args(["--advertise-peer", &node.peer()])
             .args(["--listen-http", &node.http()])
             .args(entry)
             .args(&self.flags)

@@ -1,0 +1,210 @@
+//! What one command costs: in the table, in the codec, in the log. `cargo bench`; none of it is a gate.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use portwarden::core::{
+    Applied, Authority, Claim, Command, GpuSpec, Labels, Millis, Origin, Outcome, Placement,
+    Policy, Port, PortRequest, Ports, RangeSpec, Selector, State, Uid, WorkerSpec, apply, digest,
+};
+use portwarden::store::codec::{Batch, decode_payload};
+use portwarden::store::{LogRecord, LogStore};
+
+const SPAN: Millis = Millis(600_000);
+
+fn port(number: u64) -> Port {
+    Port::new("port", number).expect("a port")
+}
+
+fn done(state: &mut State, command: &Command) -> Applied {
+    let (applied, _) = apply(state, &Origin::default(), command);
+    assert!(applied.outcome.is_ok(), "{applied:?}");
+    applied
+}
+
+/// So many workers with 100 ports each.
+fn table(workers: u32) -> State {
+    let mut state = State::default();
+    for i in 0..workers {
+        let spec = WorkerSpec {
+            address: "10.0.0.1".into(),
+            labels: [(
+                "zone".parse().expect("a key"),
+                format!("z{}", i % 10).parse().expect("a value"),
+            )]
+            .into_iter()
+            .collect(),
+            ranges: vec![RangeSpec {
+                name: "service".parse().expect("a name"),
+                first: port(40_000),
+                last: port(40_099),
+            }],
+            reserved: Default::default(),
+            gpus: vec![GpuSpec {
+                index: 0,
+                uuid: String::new(),
+                model: "RTX4090".into(),
+                memory_bytes: 24 << 30,
+            }],
+            identity: None,
+        };
+        done(&mut state, &Command::RegisterWorker { name: worker(i), spec });
+    }
+    state
+}
+
+fn worker(i: u32) -> portwarden::core::WorkerName {
+    format!("worker-{i:06}").parse().expect("a name")
+}
+
+fn claim(name: &str, placement: Placement) -> Claim {
+    Claim {
+        name: name.parse().expect("a name"),
+        uid: Uid::parse("uid-1").expect("a uid"),
+        placement,
+        ports: vec![PortRequest { name: None, range: None, ports: Ports::Count(1) }],
+        gpus: None,
+        lease: None,
+        confirm_within: None,
+        bound: true,
+        labels: Labels::new(),
+    }
+}
+
+fn allocate(claims: Vec<Claim>) -> Command {
+    Command::allocate(claims, SPAN)
+}
+
+/// Grants and gives back, so that the table stays as large as it is.
+fn pair(state: &mut State, name: &str, placement: Placement) {
+    let applied = done(state, &allocate(vec![claim(name, placement)]));
+    let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!("granted") };
+    let authority = Authority::Holder(allocations[0].token);
+    done(state, &Command::Release { name: name.parse().expect("a name"), authority });
+}
+
+/// Half of the ports of every worker are held.
+fn filled(workers: u32) -> State {
+    let mut state = table(workers);
+    for i in 0..workers {
+        for j in 0..50 {
+            let claim = claim(&format!("held-{i:06}-{j:02}"), Placement::Worker(worker(i)));
+            done(&mut state, &allocate(vec![claim]));
+        }
+    }
+    state
+}
+
+fn of_apply(c: &mut Criterion) {
+    let mut group = c.benchmark_group("apply");
+    group.throughput(Throughput::Elements(2)).measurement_time(Duration::from_secs(3));
+    for workers in [10, 1_000, 10_000] {
+        let mut state = filled(workers);
+        let mut next = 0;
+        group.bench_function(format!("allocate+release, one worker of {workers}"), |b| {
+            b.iter(|| {
+                next += 1;
+                pair(&mut state, &format!("i{next}"), Placement::Worker(worker(0)));
+            });
+        });
+        group.bench_function(format!("allocate+release, spread over {workers}"), |b| {
+            b.iter(|| {
+                next += 1;
+                let at = next as u32 % workers;
+                pair(&mut state, &format!("i{next}"), Placement::Worker(worker(at)));
+            });
+        });
+        let selector = Selector::parse("zone=z3").expect("a selector");
+        let select = Placement::Select { selector, policy: Policy::Binpack };
+        group.bench_function(format!("allocate+release, by label of {workers}"), |b| {
+            b.iter(|| {
+                next += 1;
+                pair(&mut state, &format!("i{next}"), select.clone());
+            });
+        });
+        // As the view is published: what was shared is copied before it is changed.
+        group.bench_function(format!("the same after each publication, {workers}"), |b| {
+            b.iter(|| {
+                next += 1;
+                let view = state.clone();
+                pair(&mut state, &format!("i{next}"), Placement::Worker(worker(0)));
+                black_box(view);
+            });
+        });
+    }
+    group.finish();
+    let mut group = c.benchmark_group("gang");
+    group.throughput(Throughput::Elements(64));
+    let mut state = filled(1_000);
+    let mut round = 0;
+    group.bench_function("64 claims, allocated and released", |b| {
+        b.iter(|| {
+            round += 1;
+            let name = |i: u32| format!("g{round}-{i}");
+            let claims = (0..64).map(|i| claim(&name(i), Placement::Worker(worker(i % 32))));
+            let applied = done(&mut state, &allocate(claims.collect()));
+            let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!() };
+            for held in allocations {
+                let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
+                done(&mut state, &Command::Release { name, authority });
+            }
+        });
+    });
+    group.finish();
+}
+
+fn of_digest(c: &mut Criterion) {
+    let state = filled(1_000);
+    c.bench_function("digest of 50 000 allocations", |b| b.iter(|| digest(black_box(&state))));
+}
+
+fn of_codec(c: &mut Criterion) {
+    let commands: Vec<_> = (0..256)
+        .map(|i| allocate(vec![claim(&format!("instance-{i}"), Placement::Worker(worker(i)))]))
+        .collect();
+    let mut group = c.benchmark_group("codec");
+    group.throughput(Throughput::Elements(256));
+    let encode = || Batch::new(Millis(1), commands.clone());
+    group.bench_function("encode 256 commands", |b| b.iter(|| black_box(encode())));
+    let bytes = encode().payload().clone();
+    group.bench_function("decode 256 commands", |b| {
+        b.iter(|| black_box(decode_payload(&bytes)).expect("it was encoded"));
+    });
+    group.finish();
+}
+
+fn of_log(c: &mut Criterion) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = LogStore::open(&dir.path().join("log")).expect("a log");
+    let mut index = 0;
+    let mut group = c.benchmark_group("log");
+    group.measurement_time(Duration::from_secs(3));
+    for (name, entries, bytes) in
+        [("one small entry", 1, 200), ("one entry of 32 KiB", 1, 32 << 10)]
+    {
+        group.bench_function(format!("append and flush {name}"), |b| {
+            b.iter_batched(
+                || {
+                    let records = (0..entries).map(|_| {
+                        index += 1;
+                        let at = portwarden::store::codec::Position { term: 1, node: 1, index };
+                        LogRecord::new(at, vec![7; bytes])
+                    });
+                    records.collect::<Vec<_>>()
+                },
+                |records| {
+                    let (done, waited) = std::sync::mpsc::channel();
+                    let told = Box::new(move || done.send(()).expect("it waits"));
+                    log.append(records, told).expect("appended");
+                    waited.recv().expect("flushed");
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, of_apply, of_digest, of_codec, of_log);
+criterion_main!(benches);
