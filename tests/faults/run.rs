@@ -31,8 +31,8 @@ const AVAILABLE_WITHIN: Duration = Duration::from_secs(60);
 const CONFIRM_WITHIN_MS: u64 = 600_000;
 /// Short, so that some end by themselves within a run.
 const QUARANTINE: &str = "3s";
-/// By when agents must have shown that everything is gone: three samples, the longest lease and
-/// `--zombie-after` many times over.
+/// By when agents must have shown that everything is gone: the longest lease, the longest
+/// `--confirm-within` and `--zombie-after` more than twice over.
 const EVIDENCE_WITHIN: Duration = Duration::from_secs(45);
 /// Of calls that ask whether all is well.
 const PROBE: Duration = Duration::from_secs(2);

@@ -67,8 +67,8 @@ pub const WORKLOADS: &[Workload] = &[
 
 /// The same for runs with real workers.
 pub const REAL_WORKLOADS: &[Workload] = &[
-    Workload { name: "sights", round: |a| Box::pin(sights(a)), pause: Duration::from_millis(60) },
-    Workload { name: "paper", round: |a| Box::pin(paper(a)), pause: Duration::from_millis(500) },
+    Workload { name: "sights", round: |a| Box::pin(sights(a)), pause: Duration::from_millis(25) },
+    Workload { name: "paper", round: |a| Box::pin(paper(a)), pause: Duration::from_secs(6) },
     Workload {
         name: "real-operators",
         round: |a| Box::pin(real_operators(a)),
@@ -422,6 +422,9 @@ async fn sights(a: &mut Actor) {
     a.call(Request::List(v1::ListRequest { page_size: 10_000, ..Default::default() })).await;
 }
 
+/// Until then, what was never confirmed is not judged by an agent: ports would soon be used up.
+const PAPER_CONFIRM_WITHIN_MS: u64 = 5_000;
+
 /// Holds a port of a real worker on a lease, and uses it for nothing: an agent must find that out.
 async fn paper(a: &mut Actor) {
     let Some(lease) = grant_lease(a).await else { return };
@@ -431,6 +434,7 @@ async fn paper(a: &mut Actor) {
         placement: Some(v1::claim::Placement::Worker(worker)),
         lease,
         bound: a.rng.random(),
+        confirm_within_ms: PAPER_CONFIRM_WITHIN_MS,
         ..on_hot(a.own_name(), a.uid())
     };
     let Some(held) = a.allocate(vec![claim]).await.pop() else { return };
