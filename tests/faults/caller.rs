@@ -22,6 +22,7 @@ use crate::history::{Record, Recorder};
 
 /// How a call ended for who made it.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "almost all are Ok")]
 pub enum Ended {
     Ok(Response),
     Refused(Status),

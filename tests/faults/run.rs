@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use crate::caller::{Caller, by_tcp};
 use crate::checker::{self, Report, Rule, Violation};
 use crate::history::{Header, History, Record, Recorder};
-use crate::nemesis::{self, Kind};
+use crate::nemesis::{self, End, Kind};
 use crate::real::{self, Site};
 use crate::rig::disk::Disk;
 use crate::rig::net::Host;
@@ -31,9 +31,10 @@ const AVAILABLE_WITHIN: Duration = Duration::from_secs(60);
 const CONFIRM_WITHIN_MS: u64 = 600_000;
 /// Short, so that some end by themselves within a run.
 const QUARANTINE: &str = "3s";
-/// By when agents must have shown that everything is gone: the longest lease, the longest
-/// `--confirm-within` and `--zombie-after` more than twice over.
-const EVIDENCE_WITHIN: Duration = Duration::from_secs(45);
+/// By when agents must have shown that everything is gone: on its own that takes the longest lease,
+/// the longest `--confirm-within` and some samples, half a minute. Where the machine starves, agents
+/// are silent now and then, and what they saw before counts no more.
+const EVIDENCE_WITHIN: Duration = Duration::from_secs(180);
 /// Of calls that ask whether all is well.
 const PROBE: Duration = Duration::from_secs(2);
 
@@ -281,7 +282,7 @@ impl Run {
         let addresses = self.clients.iter().map(|host| host.address).collect();
         let began = Instant::now();
         let mut next = plan.into_iter().peekable();
-        let mut ends: Vec<(Duration, Box<dyn FnOnce(&mut Rig) + Send>)> = Vec::new();
+        let mut ends: Vec<(Duration, End)> = Vec::new();
         while began.elapsed() < over {
             tokio::time::sleep(Duration::from_millis(20)).await;
             let now = began.elapsed();
@@ -289,11 +290,9 @@ impl Run {
             if let Some(site) = &mut self.rig.site {
                 site.look_after();
             }
-            let (due, later) = ends.into_iter().partition(|(at, _)| *at <= now);
+            let (due, later): (Vec<_>, _) = ends.into_iter().partition(|(at, _)| *at <= now);
             ends = later;
-            due.into_iter().for_each(|(_, end): (_, Box<dyn FnOnce(&mut Rig) + Send>)| {
-                end(&mut self.rig);
-            });
+            due.into_iter().for_each(|(_, end)| end(&mut self.rig));
             if let Some(planned) = next.next_if(|planned| planned.at <= now) {
                 let kind = nemesis::by_name(planned.kind).expect("planned from the list");
                 let mut rng = StdRng::seed_from_u64(planned.seed);
