@@ -1,5 +1,9 @@
 use std::process::ExitCode;
 
+/// A third of a node's time under load went into glibc's allocator: docs/performance.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = portwarden::cli::parse();
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

@@ -1,0 +1,174 @@
+//! portwarden, etcd and PostgreSQL side by side: `scripts/bench`.
+//!
+//! Three nodes of each replicated system and one of PostgreSQL run as processes of this machine, on one
+//! disk, with their syncs on. Rounds are interleaved: each workload runs for a few seconds on one
+//! system after the other, and what is compared are medians over the rounds of one run. The callers
+//! are the same closed loop for all, in this process.
+
+mod etcd;
+mod failover;
+mod ours;
+mod postgres;
+mod processes;
+mod report;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use portwarden::cli::bench::load::{self, Caller, Report};
+
+use etcd::Etcd;
+use ours::Ours;
+use postgres::Postgres;
+use report::{Summary, Whole};
+
+/// portwarden beside etcd and PostgreSQL, in interleaved rounds of one run
+#[derive(Debug, Parser)]
+struct Args {
+    /// Rounds of 3 s; without it 5 rounds of 10 s
+    #[arg(long)]
+    quick: bool,
+    /// Of stdout
+    #[arg(short, long, default_value = "table", value_parser = ["table", "json"])]
+    output: String,
+    /// The binary that is measured
+    #[arg(long, default_value = "target/release/portwarden")]
+    binary: PathBuf,
+    /// Where data and logs go; all of it on one disk
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Where the plots go
+    #[arg(long)]
+    plots: Option<PathBuf>,
+    /// Runs only the workloads with this in their names
+    #[arg(long)]
+    only: Option<String>,
+    /// As cargo passes it
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// One line of the comparison.
+struct Workload {
+    system: &'static str,
+    name: &'static str,
+    clients: u32,
+    /// What its numbers are of.
+    what: &'static str,
+}
+
+const WORKLOADS: &[Workload] = &[
+    of("portwarden", "allocate", 1, "unary allocate, then release, 1000 workers"),
+    of("etcd", "put", 1, "put of 64 bytes, a key for each client"),
+    of("portwarden", "allocate", 16, ""),
+    of("etcd", "put", 16, ""),
+    of("portwarden", "allocate", 64, ""),
+    of("etcd", "put", 64, ""),
+    of("portwarden", "allocate", 256, ""),
+    of("etcd", "put", 256, ""),
+    of("portwarden", "hot", 64, "unary allocate, then release, one worker"),
+    of("etcd", "hot", 64, "next free port of one worker: read, then compare and swap"),
+    of(
+        "postgres",
+        "hot",
+        64,
+        "next free port of one worker: FOR UPDATE SKIP LOCKED; one server, no replica",
+    ),
+    of("postgres", "spread", 64, "the same over 20 workers"),
+    of("portwarden", "session", 256, "commands on sessions, 256 under way: 4 clients with 64 each"),
+    of("portwarden", "session", 2048, "8 clients with 256 each"),
+    of(
+        "portwarden",
+        "gang8",
+        64,
+        "gangs of 8 claims of 8 ports each, on sessions: 8 clients with 8 each",
+    ),
+    of(
+        "portwarden",
+        "gang64",
+        64,
+        "gangs of 64 claims of 8 ports each, on sessions: 8 clients with 8 each",
+    ),
+    of("portwarden", "get", 256, "linearizable read of an allocation"),
+    of("etcd", "get", 256, "linearizable range of one key"),
+    of("portwarden", "get-stale", 256, "read of a node's own copy"),
+    of("etcd", "get-stale", 256, "serializable range of one key"),
+];
+
+const fn of(
+    system: &'static str,
+    name: &'static str,
+    clients: u32,
+    what: &'static str,
+) -> Workload {
+    Workload { system, name, clients, what }
+}
+
+fn main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    match runtime.map_err(anyhow::Error::from).and_then(|r| r.block_on(run(Args::parse()))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: Args) -> anyhow::Result<()> {
+    let (rounds, seconds) = if args.quick { (3, 3) } else { (5, 10) };
+    let temporary = tempfile::Builder::new().prefix("portwarden-bench-").tempdir_in("/var/tmp")?;
+    let dir = args.dir.clone().unwrap_or_else(|| temporary.path().to_path_buf());
+    let mut whole = Whole::begin(&dir, rounds, seconds)?;
+    let ours = Ours::start(&args.binary, &dir).await?;
+    let etcd = Etcd::start(&dir).await?;
+    let postgres = Postgres::start(&dir).await?;
+
+    let wanted = |w: &&Workload| {
+        let name = format!("{}/{}@{}", w.system, w.name, w.clients);
+        args.only.as_ref().is_none_or(|only| name.contains(only))
+    };
+    let workloads: Vec<&Workload> = WORKLOADS.iter().filter(wanted).collect();
+    let mut measured: Vec<Vec<Report>> = workloads.iter().map(|_| Vec::new()).collect();
+    for round in 0..rounds {
+        for (workload, reports) in workloads.iter().zip(&mut measured) {
+            let Workload { system, name, clients, .. } = workload;
+            let (callers, label): (Vec<Box<dyn Caller>>, _) = match *system {
+                "portwarden" => ours.callers(name, *clients).await?,
+                "etcd" => etcd.callers(name, *clients).await?,
+                _ => postgres.callers(name, *clients).await?,
+            };
+            let over = tokio::time::sleep(Duration::from_secs(seconds));
+            let report = load::drive(*name, callers, Duration::from_secs(1), over).await?;
+            ours.clean_up(label).await?;
+            eprintln!(
+                "round {}/{rounds} {system:>10} {name:<9} {clients:>4} clients {:>9.0}/s p50 {:.2} ms p99 {:.2} ms{}",
+                round + 1,
+                report.operations_per_second,
+                report.latency["all"].p50_ms,
+                report.latency["all"].p99_ms,
+                report.example_error.as_ref().map(|e| format!(", error: {e}")).unwrap_or_default(),
+            );
+            reports.push(report);
+        }
+    }
+    for (workload, reports) in workloads.iter().zip(measured) {
+        let Workload { system, name, clients, what } = workload;
+        whole.rows.push(Summary::of(system, name, *clients, what, &reports));
+    }
+    if args.only.is_none() {
+        let times = if args.quick { 5 } else { 15 };
+        whole.failover_ms = failover::of_both(ours, etcd, times, &mut whole.leader_move).await?;
+    }
+    whole.finish();
+    if let Some(plots) = &args.plots {
+        whole.plot(plots)?;
+    }
+    match args.output.as_str() {
+        "json" => println!("{}", serde_json::to_string_pretty(&whole)?),
+        _ => println!("{}", whole.text()),
+    }
+    Ok(())
+}
