@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::net::TcpListener;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tonic::Code;
+use tonic::transport::Channel;
 
 use super::{Client, ClientError, Keeper, Options, Standing, StartError, Try};
 use crate::api::fake::{Fake, claim, fake};
@@ -282,6 +284,27 @@ async fn a_start_for_which_no_port_is_left_says_which_were_tried() {
     };
     assert!(error.reclaimed, "{error}");
     assert!(error.to_string().ends_with("tried 40010 (held)"), "{error}");
+}
+
+fn get_a(channel: &Channel) -> impl Future<Output = Result<(), tonic::Status>> + use<> {
+    let mut client = v1::allocator_client::AllocatorClient::new(channel.clone());
+    async move { client.get(v1::GetRequest { name: "a".into(), read: None }).await.map(drop) }
+}
+
+/// A node is held up, and most of its callers give up: the others' calls go on. (h2 closes a connection
+/// after 20 resets of what it has not looked at yet.)
+#[tokio::test]
+async fn calls_that_are_given_up_in_masses_break_no_other() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let channel = Client::endpoint(&address).unwrap().connect_lazy();
+    let patient = tokio::spawn(get_a(&channel));
+    let given_up = (0..60).map(|_| timeout(Duration::from_millis(200), get_a(&channel)));
+    assert!(join_all(given_up).await.iter().all(Result::is_err));
+    let readiness = Readiness::new().await;
+    readiness.set(true).await;
+    tokio::spawn(serve(fake().1, readiness, tcp_incoming(listener, 100), std::future::pending()));
+    patient.await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -52,7 +52,8 @@ use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
     self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, PeerHooks,
-    PeerNetwork, Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service, raft_config,
+    PeerNetwork, Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service,
+    peer_transport, raft_config,
 };
 use crate::store::{DataDir, LogStore, StoreError};
 pub use agreement::DISAGREES_EXIT;
@@ -300,8 +301,7 @@ impl Node {
             let stopped = async move {
                 let _ = stop.wait_for(|stop| *stop).await;
             };
-            let served = tonic::transport::Server::builder()
-                .http2_keepalive_interval(Some(Duration::from_secs(5)))
+            let served = peer_transport()
                 .add_service(service)
                 .serve_with_incoming_shutdown(incoming, stopped)
                 .await;
