@@ -51,8 +51,8 @@ pub use watch::{Heard, Watch};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Below this it is not worth asking once more whether a learner has caught up.
-const PROMOTE_TRY_MIN: Duration = Duration::from_millis(500);
+/// Below this it is not worth asking once more whether a member has caught up.
+const CATCH_UP_TRY_MIN: Duration = Duration::from_millis(500);
 /// How often a listing is begun again because its revision was no longer kept.
 const LIST_RESTARTS_MAX: usize = 8;
 
@@ -420,15 +420,26 @@ impl Client {
         let deadline = Instant::now() + self.timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let client = self.with_timeout(left.max(PROMOTE_TRY_MIN));
-            match client.call(methods::MEMBER_PROMOTE, v1::MemberRequest { id }).await {
+            match change(self.with_timeout(left.max(CATCH_UP_TRY_MIN))).await {
                 Err(error)
                     if error.reason() == Some(reason::LAGGING)
-                        && Instant::now() + PROMOTE_TRY_MIN < deadline => {}
+                        && Instant::now() + CATCH_UP_TRY_MIN < deadline => {}
                 answer => return Ok(answer?.members),
             }
         }
     }
+        self.while_lagging(async |client| {
+            client.call(methods::MEMBER_PROMOTE, v1::MemberRequest { id }).await
+        })
+        .await
+    }
+
+    /// A change for which the leader waits until somebody has caught up, in each attempt; asked again
+    /// within the timeout.
+    async fn while_lagging(
+        &self,
+        change: impl AsyncFn(Client) -> Result<v1::ListMembersResponse, ClientError>,
+    ) -> Result<Vec<v1::Member>, ClientError> {
 
     /// For good. `force`: even if too few of those that are left are live.
     pub async fn member_remove(
@@ -436,8 +447,10 @@ impl Client {
         id: u64,
         force: bool,
     ) -> Result<Vec<v1::Member>, ClientError> {
-        let request = v1::RemoveMemberRequest { id, force };
-        Ok(self.call(methods::MEMBER_REMOVE, request).await?.members)
+        self.while_lagging(async |client| {
+            client.call(methods::MEMBER_REMOVE, v1::RemoveMemberRequest { id, force }).await
+        })
+        .await
     }
 
     pub async fn transfer_leader(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {

@@ -103,7 +103,7 @@ pub enum NotChanged {
     )]
     Pending(NodeId),
     #[error(
-        "member {id} is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to be promoted): try again when it has caught up; `portwarden member list` shows its lag"
+        "member {id} is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to be promoted, or to lead): try again when it has caught up; `portwarden member list` shows its lag"
     )]
     Lagging { id: NodeId, lag: u64 },
     #[error("member {0} is the last voter: promote another one first")]
@@ -116,8 +116,14 @@ pub enum NotChanged {
     Learner(NodeId),
     #[error("member {0} cannot lead: it has not answered of late")]
     Dead(NodeId),
-    #[error("member {id} cannot lead yet: it is {lag} log entries behind")]
+    #[error(
+        "member {id} cannot lead yet: it is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to lead): try again when it has caught up"
+    )]
     Behind { id: NodeId, lag: u64 },
+    #[error(
+        "member {0} leads, and no other voter is there to lead after it: bring one back first, or stop member {0} and remove it then"
+    )]
+    NoSuccessor(NodeId),
 }
 
 /// The membership as the leader sees it.
@@ -162,6 +168,12 @@ impl Roll {
                     .and_then(Option::as_ref)
                     .is_some_and(|at| at.into_inner().elapsed() < LIVE_WITHIN)
             })
+    }
+
+    /// The live voter, other than the leader, that has the most of its log; and what that lacks.
+    pub fn next(&self) -> Option<(u64, NodeId)> {
+        let others = self.voters().into_iter().filter(|id| *id != self.metrics.id);
+        others.filter(|id| self.is_live(*id)).map(|id| (self.lag(id), id)).min()
     }
 
     /// Entries of the leader's log that it does not have.
@@ -294,8 +306,7 @@ impl Node {
         }
         if id == self.id() {
             // The next leader removes this one.
-            let to =
-                self.successor().ok_or(NotChanged::NoQuorum { id, live, voters: left.len() })?;
+            let to = successor(|| self.roll(), deadline).await?;
             self.hand_over_to(to).await;
             return Err(CallError::NotLeader { leader: Some(to) }.into());
         }
@@ -340,6 +351,15 @@ impl Node {
             Ok(()) => Ok(()),
             Err(_) => Err(CallError::Unknown("it did not take over in time".into()).into()),
         }
+    }
+
+    /// `None` where it does not answer.
+    async fn state_of(&self, id: NodeId, member: &Member) -> Option<peer::ProbeResponse> {
+        if id == self.id() {
+            return Some(self.own_state());
+        }
+        let request = peer::ProbeRequest::default();
+        self.inner.network.probe(id, &member.peer, request, ASK_TIMEOUT).await.ok()
     }
 
     /// One change on top of the membership of `roll`, and of no other.
@@ -428,17 +448,8 @@ impl Node {
             if !member.incarnation.is_empty() && !member.client.is_empty() {
                 continue;
             }
-            let answer = match id == self.id() {
-                true => self.own_state(),
-                false => {
-                    let request = peer::ProbeRequest::default();
-                    let asked = self.inner.network.probe(id, &member.peer, request, ASK_TIMEOUT);
-                    match asked.await {
-                        Ok(answer) => answer,
-                        Err(_) => continue, // it has not come yet
-                    }
-                }
-            };
+            // Else it has not come yet.
+            let Some(answer) = self.state_of(id, member).await else { continue };
             let known = Member {
                 incarnation: answer.incarnation,
                 client: answer.client_endpoint,
@@ -449,6 +460,22 @@ impl Node {
             }
         }
         found
+    }
+}
+
+/// The voter to lead after the one that looks; waits until one has caught up.
+async fn successor(look: impl Fn() -> Roll, deadline: Deadline) -> Result<NodeId, NotChanged> {
+    loop {
+        let roll = look();
+        if roll.metrics.state != ServerState::Leader {
+            return Err(CallError::NotLeader { leader: None }.into());
+        }
+        match roll.next() {
+            Some((lag, id)) if lag <= PROMOTE_LAG_MAX_ENTRIES => return Ok(id),
+            _ if Instant::now() + ANSWER_MARGIN < deadline => sleep(CATCH_UP_PAUSE).await,
+            Some((lag, id)) => return Err(NotChanged::Lagging { id, lag }),
+            None => return Err(NotChanged::NoSuccessor(roll.metrics.id)),
+        }
     }
 }
 
@@ -487,5 +514,78 @@ async fn farewell(node: Node, id: NodeId, member: Member) {
             Err(why) => tracing::debug!(id, why, "a removed member was not told yet"),
         }
         sleep(FAREWELL_PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use openraft::{Membership, StoredMembership};
+
+    use super::*;
+    use crate::raft::LeaderId;
+
+    /// As leader 1 of voters 1 to 3 with 1000 log entries sees it: what each follower lacks, and whether
+    /// it answers.
+    fn roll(followers: [(u64, bool); 2]) -> Roll {
+        use openraft::async_runtime::Instant as _;
+        let mut metrics = Metrics::new_initial(1);
+        metrics.state = ServerState::Leader;
+        metrics.last_log_index = Some(999);
+        let nodes: BTreeMap<_, _> = (1..=3).map(|id| (id, Member::default())).collect();
+        let membership = Membership::new(vec![[1, 2, 3].into()], nodes).unwrap();
+        metrics.membership_config = StoredMembership::new(None, membership).into();
+        let with_id = || followers.into_iter().zip(2..);
+        let leader = LeaderId { term: 1, node_id: 1 };
+        let at = |lag| LogId::new(leader, 999 - lag);
+        metrics.replication = Some(with_id().map(|((lag, _), id)| (id, Some(at(lag)))).collect());
+        let now = openraft::type_config::alias::InstantOf::<TypeConfig>::now();
+        let heard = with_id().map(|((_, live), id)| (id, live.then(|| now.into())));
+        metrics.heartbeat = Some(heard.collect());
+        Roll { metrics }
+    }
+
+    fn soon() -> Deadline {
+        Instant::now() + Duration::from_secs(2)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_most_of_the_log_leads_next_and_the_silent_never() {
+        assert_eq!(successor(|| roll([(7, true), (3, true)]), soon()).await, Ok(3));
+        assert_eq!(successor(|| roll([(7, true), (0, false)]), soon()).await, Ok(2));
+        let none = successor(|| roll([(0, false), (0, false)]), soon()).await;
+        assert_eq!(none, Err(NotChanged::NoSuccessor(1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_is_removed_waits_for_one_that_catches_up() {
+        let lag = Cell::new(PROMOTE_LAG_MAX_ENTRIES + 10);
+        let looked = || {
+            lag.set(lag.get() - 1);
+            roll([(lag.get(), true), (900, true)])
+        };
+        let began = Instant::now();
+        assert_eq!(successor(looked, soon()).await, Ok(2));
+        assert_eq!(began.elapsed(), CATCH_UP_PAUSE * 9);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_none_catches_up_the_lag_is_named_in_time() {
+        let deadline = soon();
+        let lag = PROMOTE_LAG_MAX_ENTRIES + 1;
+        let refused = successor(|| roll([(lag, true), (900, true)]), deadline).await.unwrap_err();
+        assert_eq!(refused, NotChanged::Lagging { id: 2, lag });
+        assert!(refused.to_string().contains("member 2 is 257 log entries behind"), "{refused}");
+        assert!(Instant::now() < deadline, "there is time left to say so");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_deposed_meanwhile_sends_the_caller_on() {
+        let mut deposed = roll([(0, true), (0, true)]);
+        deposed.metrics.state = ServerState::Follower;
+        let (metrics, not_leader) = (deposed.metrics, CallError::NotLeader { leader: None });
+        let look = || Roll { metrics: metrics.clone() };
+        assert_eq!(successor(look, soon()).await, Err(not_leader.into()));
     }
 }

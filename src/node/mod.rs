@@ -664,10 +664,9 @@ impl Node {
     /// has nobody to lead after it. (openraft alpha.37 never clears a transfer: a dead target would
     /// stall the group.)
     fn successor(&self) -> Option<NodeId> {
-        let roll = self.roll();
-        let others = roll.voters().into_iter().filter(|id| *id != self.id() && roll.is_live(*id));
-        let caught_up = others.map(|id| (roll.lag(id), id)).filter(|(lag, _)| *lag <= 1);
-        caught_up.min().map(|(_, id)| id)
+        let next = self.roll().next();
+        // It takes over once it has every entry: what is on its way will be there.
+        next.filter(|(lag, _)| *lag <= members::PROMOTE_LAG_MAX_ENTRIES).map(|(_, id)| id)
     }
 
     /// Stops serving peers and ends Raft. What was acknowledged is on disk.
