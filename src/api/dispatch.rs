@@ -525,6 +525,7 @@ impl Api {
             cluster::PromoteMember,
             cluster::RemoveMember,
             cluster::TransferLeader,
+            cluster::SetFeatureLevel,
         ];
         Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
     }

@@ -247,6 +247,8 @@ fn every_refusal_has_a_code_and_details() {
             precondition,
         ),
         (Refusal::WouldLose { worker: worker.clone(), what: "x".into() }, precondition),
+        (Refusal::FeatureLevelPassed { asked: 1, held: 2 }, precondition),
+        (Refusal::FeatureLevelUnknown { asked: 2, known: 1 }, precondition),
         (
             Refusal::IdentityTaken { what: "GPU", value: "U".into(), owner: worker.clone() },
             Code::AlreadyExists,

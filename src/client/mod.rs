@@ -470,6 +470,12 @@ impl Client {
         Ok(self.call(methods::TRANSFER_LEADER, v1::MemberRequest { id }).await?.members)
     }
 
+    /// Only upward, once every member knows it; answers with the one that there is.
+    pub async fn set_feature_level(&self, level: u32) -> Result<u32, ClientError> {
+        let request = v1::SetFeatureLevelRequest { level };
+        Ok(self.call(methods::SET_FEATURE_LEVEL, request).await?.feature_level)
+    }
+
     async fn all_pages<T>(
         &self,
         page: impl AsyncFn(String) -> Result<(Vec<T>, String, u64), ClientError>,

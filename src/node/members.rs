@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use futures::future::join_all;
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::raft::Precondition;
@@ -26,6 +27,7 @@ use tracing::{info, warn};
 
 use super::outcome::{CallError, of_write};
 use super::{Deadline, Node};
+use crate::core::{Command, Refusal};
 use crate::proto::peer;
 use crate::raft::{LogId, Member, Metrics, NodeId, TypeConfig};
 
@@ -74,6 +76,10 @@ pub enum MemberChange {
     },
     Transfer {
         id: NodeId,
+    },
+    /// Not of the members themselves, but all of them must know it.
+    FeatureLevel {
+        level: u32,
     },
 }
 
@@ -124,6 +130,16 @@ pub enum NotChanged {
         "member {0} leads, and no other voter is there to lead after it: bring one back first, or stop member {0} and remove it then"
     )]
     NoSuccessor(NodeId),
+    #[error(
+        "member {0} does not say which feature levels it knows: every member must be up, or removed"
+    )]
+    LevelUntold(NodeId),
+    #[error(
+        "member {id} knows feature levels up to {known}, and not {asked}: upgrade it first, or remove it"
+    )]
+    LevelUnknown { id: NodeId, asked: u32, known: u32 },
+    #[error(transparent)]
+    Refused(Refusal),
 }
 
 /// The membership as the leader sees it.
@@ -217,6 +233,7 @@ impl Node {
             MemberChange::Promote { id } => self.promote(id, deadline).await,
             MemberChange::Remove { id, force } => self.remove(id, force, deadline).await,
             MemberChange::Transfer { id } => self.transfer(id, deadline).await,
+            MemberChange::FeatureLevel { level } => self.raise_level(level, deadline).await,
         }
     }
 
@@ -353,6 +370,26 @@ impl Node {
         }
     }
 
+    async fn raise_level(&self, level: u32, deadline: Deadline) -> Result<(), NotChanged> {
+        let held = self.table().state.feature_level;
+        // What is so already must not come into the log: members of an older build could not read it.
+        if level == held {
+            return Ok(());
+        }
+        if level < held {
+            return Err(NotChanged::Refused(Refusal::FeatureLevelPassed { asked: level, held }));
+        }
+        let Ok(_alone) = self.inner.changing.try_lock() else { return Err(NotChanged::UnderWay) };
+        let roll = self.roll();
+        let told = roll.members().into_iter().map(|(id, member)| async move {
+            let answer = self.state_of(id, member).await;
+            (id, answer.map(|answer| answer.feature_level_max.max(1)))
+        });
+        all_know(level, join_all(told).await)?;
+        let raised = self.propose(Command::SetFeatureLevel { level }, deadline).await?;
+        raised.outcome.map(drop).map_err(NotChanged::Refused)
+    }
+
     /// `None` where it does not answer.
     async fn state_of(&self, id: NodeId, member: &Member) -> Option<peer::ProbeResponse> {
         if id == self.id() {
@@ -417,7 +454,7 @@ impl Node {
         &self,
         request: peer::JoinRequest,
     ) -> Result<peer::JoinResponse, Status> {
-        let peer::JoinRequest { header, peer, client } = request;
+        let peer::JoinRequest { header, peer, client, feature_level_max } = request;
         let header = header.unwrap_or_default();
         if header.from == 0 || header.from_incarnation.is_empty() || peer.is_empty() {
             return Err(Status::invalid_argument(
@@ -432,6 +469,14 @@ impl Node {
             return Ok(peer::JoinResponse { leader_peer });
         }
         let (id, incarnation) = (header.from, header.from_incarnation);
+        let (level, known) = (self.table().state.feature_level, feature_level_max.max(1));
+        if known < level {
+            let why = format!(
+                "the cluster has feature level {level}, and node {id} knows 1 to {known}: start the \
+                 build that the other nodes run, or a newer one"
+            );
+            return Err(Status::failed_precondition(why));
+        }
         let add = MemberChange::Add { id, peer, client, incarnation };
         match self.change_members(add, deadline).await {
             Ok(()) => Ok(peer::JoinResponse::default()),
@@ -461,6 +506,17 @@ impl Node {
         }
         found
     }
+}
+
+/// Does each member know the level, by its highest one?
+fn all_know(asked: u32, members: Vec<(NodeId, Option<u32>)>) -> Result<(), NotChanged> {
+    for (id, known) in members {
+        let known = known.ok_or(NotChanged::LevelUntold(id))?;
+        if known < asked {
+            return Err(NotChanged::LevelUnknown { id, asked, known });
+        }
+    }
+    Ok(())
 }
 
 /// The voter to lead after the one that looks; waits until one has caught up.
@@ -578,6 +634,15 @@ mod tests {
         assert_eq!(refused, NotChanged::Lagging { id: 2, lag });
         assert!(refused.to_string().contains("member 2 is 257 log entries behind"), "{refused}");
         assert!(Instant::now() < deadline, "there is time left to say so");
+    }
+
+    #[test]
+    fn a_level_is_raised_only_once_every_member_knows_it() {
+        assert_eq!(all_know(2, vec![(1, Some(2)), (2, Some(3))]), Ok(()));
+        let unknown = Err(NotChanged::LevelUnknown { id: 2, asked: 2, known: 1 });
+        assert_eq!(all_know(2, vec![(1, Some(2)), (2, Some(1))]), unknown);
+        let untold = Err(NotChanged::LevelUntold(3));
+        assert_eq!(all_know(2, vec![(1, Some(2)), (3, None), (2, Some(1))]), untold);
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,7 +8,7 @@ use openraft::ServerState;
 use tokio::time::Instant;
 
 use super::{Deadline, Node};
-use crate::core::Phase;
+use crate::core::{FEATURE_LEVEL, Phase};
 use crate::proto::peer;
 use crate::raft::{Member, NodeId};
 
@@ -200,6 +200,7 @@ impl Node {
                 _ => String::new(),
             },
             version: env!("CARGO_PKG_VERSION").into(),
+            feature_level_max: FEATURE_LEVEL,
             problems: self.inner.sweeper.problems(),
             digest: self.inner.agreement.latest().map(super::agreement::wire_taken),
         }

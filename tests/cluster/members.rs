@@ -224,6 +224,19 @@ fn the_last_voter_stays() {
     cluster.cli(&["member", "remove", "1"]).refused(4, "is the last voter");
 }
 
+/// The cluster's level only rises, and only to what every member knows.
+#[test]
+fn the_feature_level_is_shown_and_rises_only_to_what_all_know() {
+    let cluster = Cluster::start(3);
+    let status = cluster.cli(&["status", "-o", "json"]).ok();
+    assert_eq!(status["feature_level"], 1);
+    let set = |level: &str| cluster.cli(&["member", "set-feature-level", level, "-o", "json"]);
+    assert_eq!(set("1").ok()["feature_level"], 1);
+    set("2").refused(4, "knows feature levels up to 1, and not 2: upgrade it first");
+    set("0").refused(2, "0");
+    assert_eq!(cluster.cli(&["status", "-o", "json"]).ok()["revision"], status["revision"]);
+}
+
 /// A learner that must be given everything as a snapshot catches up before it may vote.
 #[test]
 fn a_learner_catches_up_by_snapshot_before_it_votes() {

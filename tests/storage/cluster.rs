@@ -322,6 +322,25 @@ async fn forwarded_calls_say_whether_they_arrived() {
     assert!(matches!(broken, Err(ForwardError::Broken(_))), "{broken:?}");
 }
 
+/// What the others do from here on this build does not know: it must not go on as if it did.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_stops_where_its_cluster_rises_to_a_level_it_does_not_know() {
+    let Cluster { nodes, dirs } = cluster(1, 50_000).await;
+    write(&nodes, &[samples::register("w1", 0)]).await;
+    let raft = &nodes[0].raft;
+    let raise = |level| Batch::new(samples::ORIGIN.at, vec![Command::SetFeatureLevel { level }]);
+    raft.client_write(raise(1)).await.unwrap();
+    assert!(raft.client_write(raise(2)).await.is_err());
+    let stopped = raft.metrics().borrow_watched().running_state.clone().unwrap_err().to_string();
+    assert!(
+        stopped.contains("the cluster has feature level 2, this build knows 1 to 1"),
+        "{stopped}"
+    );
+    let table = nodes[0].view.table();
+    assert_eq!((table.state.feature_level, table.state.revision), (1, core::Revision(1)));
+    drop(dirs);
+}
+
 /// A peer is held up, and most of those who call it give up. (Each of them once reset its stream; h2
 /// closes a connection with more than 20 of those, and nobody knew what became of the other calls.)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
