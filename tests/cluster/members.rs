@@ -1,5 +1,6 @@
 //! Changes of the membership, made from the command line while clients write.
 
+use portwarden::node::members::MEMBERS_MAX;
 use serde_json::Value;
 
 use crate::load::{failed_calls, under_load};
@@ -222,6 +223,18 @@ fn every_wrong_change_is_refused() {
 fn the_last_voter_stays() {
     let cluster = Cluster::start(1);
     cluster.cli(&["member", "remove", "1"]).refused(4, "is the last voter");
+}
+
+#[test]
+fn as_many_members_as_there_may_be_are_added_and_one_more_is_not() {
+    let cluster = Cluster::start(1);
+    let add = |id: u64| {
+        let (id, peer, client) = (id.to_string(), format!("127.0.0.1:{id}"), format!("h:{id}"));
+        cluster.cli(&["member", "add", &id, "--peer", &peer, "--client", &client])
+    };
+    (2..=MEMBERS_MAX as u64).for_each(|id| drop(add(id).ok()));
+    add(MEMBERS_MAX as u64 + 1).refused(4, "there are 16 members");
+    assert_eq!(ids(&cluster).len(), MEMBERS_MAX);
 }
 
 /// The cluster's level only rises, and only to what every member knows.
