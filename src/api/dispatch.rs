@@ -539,6 +539,7 @@ impl Api {
             cluster::PromoteMember,
             cluster::RemoveMember,
             cluster::TransferLeader,
+            cluster::SetFeatureLevel,
         ];
         Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
     }

@@ -89,7 +89,7 @@ impl Filter {
             | Event::Released { allocation, .. } => of_allocation(allocation),
             Event::Worker(worker) => of_worker(&worker.name),
             Event::WorkerRemoved(name) => of_worker(name),
-            Event::LeaseGranted(_) | Event::LeaseEnded { .. } => {
+            Event::LeaseGranted(_) | Event::LeaseEnded { .. } | Event::FeatureLevel(_) => {
                 worker.is_none() && selector.terms().is_empty() && prefix.is_empty()
             }
         }
@@ -135,6 +135,9 @@ pub(super) fn shown(event: &Event, revision: Revision, view: &State) -> v1::Watc
         }
         Event::LeaseGranted(lease) => {
             v1::WatchEvent { lease: Some(convert::lease_message(lease)), ..shown("lease_granted") }
+        }
+        Event::FeatureLevel(level) => {
+            v1::WatchEvent { reason: format!("level {level}"), ..shown("feature_level") }
         }
         Event::LeaseEnded { lease, expired } => v1::WatchEvent {
             lease: Some(convert::lease_message(lease)),

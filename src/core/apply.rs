@@ -14,7 +14,7 @@ use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MA
 use super::name::{InstanceName, Invalid, LeaseId, Millis, Port, Revision, Token, WorkerName};
 use super::place::{Grant, place, take, take_ports};
 use super::ports::{Quarantine, Source, Taken};
-use super::state::{State, uuids};
+use super::state::{FEATURE_LEVEL, State, uuids};
 use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
 
 /// Applies one command. Total and deterministic: it never fails, a refusal changes nothing, and a
@@ -80,7 +80,16 @@ impl Change<'_> {
             Command::RevokeLease { id } => self.end_lease(*id, false),
             Command::ExpireLease { id, under: _ } => self.end_lease(*id, true),
             Command::Checkpoint(_) => Ok(Outcome::Noted),
+            Command::SetFeatureLevel { level } => self.set_feature_level(*level),
         }
+    }
+
+    fn set_feature_level(&mut self, asked: u32) -> Result<Outcome, Refusal> {
+        if rises(self.state.feature_level, asked, FEATURE_LEVEL)? {
+            self.state.feature_level = asked;
+            self.events.push(Event::FeatureLevel(asked));
+        }
+        Ok(Outcome::FeatureLevel(asked))
     }
 
     // Workers.
@@ -713,6 +722,15 @@ fn swap(
         at.map_or_else(|| port.clone(), |at| given[at].clone())
     };
     Ok(held.ports.iter().map(replacement).collect())
+}
+
+/// Whether `asked` is above the level that is `held`; `known` is the highest of this build.
+pub(super) fn rises(held: u32, asked: u32, known: u32) -> Result<bool, Refusal> {
+    match asked {
+        _ if asked < held => Err(Refusal::FeatureLevelPassed { asked, held }),
+        _ if asked > known => Err(Refusal::FeatureLevelUnknown { asked, known }),
+        _ => Ok(asked > held),
+    }
 }
 
 pub(super) fn check_room(

@@ -237,6 +237,7 @@ impl Book {
             }
             Event::LeaseGranted(lease) => self.start_lease(lease),
             Event::LeaseEnded { lease, .. } => self.stop(&Key::Lease(lease.id)),
+            Event::FeatureLevel(_) => {}
             Event::Worker(worker) => self.follow_worker(worker),
             Event::WorkerRemoved(name) => {
                 self.stop(&Key::Silent(name.clone()));

@@ -86,6 +86,9 @@ pub struct StateMachine {
     observer: Arc<dyn ApplyObserver>,
 }
 
+/// The first that this build does not know.
+const UNKNOWN_LEVEL: u32 = core::FEATURE_LEVEL + 1;
+
 impl StateMachine {
     /// Loads the newest good snapshot. Blocks on the disk.
     ///
@@ -117,15 +120,16 @@ impl StateMachine {
     }
 
     /// Outside of Raft: nobody is answered.
-    pub(super) fn apply_alone(&mut self, entry: &Entry) {
-        self.apply_one(entry.log_id, &entry.payload);
+    pub(super) fn apply_alone(&mut self, entry: &Entry) -> Result<(), StoreError> {
+        self.apply_one(entry.log_id, &entry.payload).map(drop)
     }
 
+    /// Fails where the cluster goes on to what this build does not know.
     fn apply_one(
         &mut self,
         at: LogId,
         payload: &EntryPayload<Batch, u64, super::Member>,
-    ) -> BatchReply {
+    ) -> Result<BatchReply, StoreError> {
         self.table.applied = Some(at);
         if let Some(membership) = payload.get_membership() {
             for (id, member) in membership.nodes() {
@@ -133,20 +137,24 @@ impl StateMachine {
             }
             self.table.membership = StoredMembership::new(Some(at), membership);
         }
-        let EntryPayload::Normal(batch) = payload else { return BatchReply::default() };
+        let EntryPayload::Normal(batch) = payload else { return Ok(BatchReply::default()) };
         let leader = Leader { term: at.leader_id.term, node: at.leader_id.node_id };
         let origin = Origin { leader, at: batch.at() };
         let apply = |(command, number): (&Command, u32)| {
             #[cfg(feature = "planted-bugs")]
             let command = &planted_bug(command);
+            if let Command::SetFeatureLevel { level: found @ UNKNOWN_LEVEL.. } = *command {
+                return Err(StoreError::FeatureLevel { found, known: core::FEATURE_LEVEL });
+            }
             let (applied, events) = core::apply(&mut self.table.state, &origin, command);
             self.observer.applied(command, &applied, &events);
             if let Command::Checkpoint(checkpoint) = command {
                 self.observer.checkpoint((at.index, number), checkpoint, &self.table.state);
             }
-            applied
+            Ok(applied)
         };
-        BatchReply(batch.commands().iter().zip(0..).map(apply).collect())
+        let all: Result<_, _> = batch.commands().iter().zip(0..).map(apply).collect();
+        all.map(BatchReply)
     }
 
     fn publish(&self) {
@@ -225,7 +233,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut answers = Vec::new();
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
-            let reply = self.apply_one(entry.log_id, &entry.payload);
+            let reply = self.apply_one(entry.log_id, &entry.payload)?;
             answers.extend(responder.map(|responder| (responder, reply)));
         }
         self.publish();
