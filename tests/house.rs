@@ -96,3 +96,25 @@ fn every_dependency_has_its_reason() {
         rows(&read("docs/dependencies.md")).into_iter().map(|row| row[0].clone()).collect();
     assert_eq!(used, listed);
 }
+
+/// A cell lists a file, and then tests in it, and so on.
+#[test]
+fn every_failure_elsewhere_has_its_tests() {
+    let listed = rows(&read("docs/field-failures.md"));
+    assert!(listed.len() >= 14, "the page lists {} of them", listed.len());
+    for row in listed {
+        let mut source = None;
+        let mut tests = 0;
+        for word in row[3].split('`').filter(|word| !word.trim_matches([',', ' ']).is_empty()) {
+            if word.ends_with(".rs") {
+                source = Some(read(word));
+                continue;
+            }
+            let source = source.as_ref().expect("a file comes first");
+            let declared = source.contains(&format!("fn {word}() {{"));
+            assert!(declared, "{}: there is no test {word}", row[0]);
+            tests += 1;
+        }
+        assert!(tests > 0, "{} has no test", row[0]);
+    }
+}

@@ -24,16 +24,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tonic::Code;
 use tracing::{debug, info, warn};
 
+use crate::blocking::spawn_blocking;
 use crate::client::{Client, ClientError};
 use crate::proto::{reason, v1};
 use drift::Differences;
 use host::{Host, Seen};
-use ranges::LocalPorts;
+pub use processes::{Process, Processes};
+pub use ranges::LocalPorts;
 pub use register::Told;
 use sample::{Plan, Stamp};
 use table::Table;

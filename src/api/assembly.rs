@@ -8,11 +8,14 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use axum::routing::get;
+use futures::Stream;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{interval, timeout};
+use tonic::transport::server::Connected;
 use tracing::{error, info};
 
 use super::connections::make_room;
@@ -57,7 +60,6 @@ impl Listeners {
 /// A running server.
 pub struct Server {
     pub node: Node,
-    pub client_addr: SocketAddr,
     api: Api,
     stop: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
@@ -68,39 +70,49 @@ impl Server {
     /// [`Server::enter_cluster`] waits for.
     pub async fn start(config: NodeConfig, listeners: Listeners) -> Result<Server, StartError> {
         let metrics = recorder();
-        let client_addr =
-            listeners.clients.local_addr().map_err(|e| StartError::Raft(e.to_string()))?;
-        let node = Node::start(config, listeners.peers).await?;
-        let api = Api::new(node.clone());
-        node.serve_calls(api.local_calls());
-
-        let (stop, stopping) = watch::channel(false);
-        let stopped = |mut stopping: watch::Receiver<bool>| async move {
-            let _ = stopping.wait_for(|stop| *stop).await;
-        };
-        let readiness = Readiness::new().await;
-        let incoming = tcp_incoming(listeners.clients, make_room());
-        let clients = serve(api.clone(), readiness.clone(), incoming, stopped(stopping.clone()));
-        let mut tasks = vec![tokio::spawn(async move {
-            if let Err(e) = clients.await {
-                error!("the client listener failed: {e}");
-            }
-        })];
-        tasks.push(tokio::spawn(tell_readiness(
-            node.clone(),
-            readiness,
-            stopped(stopping.clone()),
-        )));
-        if let Some(listener) = listeners.http {
-            let app = http(node.clone(), metrics);
-            let served = axum::serve(listener, app).with_graceful_shutdown(stopped(stopping));
-            tasks.push(tokio::spawn(async move {
+        let Listeners { clients, peers, http: http_listener } = listeners;
+        let node = Node::start(config, peers).await?;
+        let mut server = Server::of(node, tcp_incoming(clients, make_room())).await;
+        if let Some(listener) = http_listener {
+            let app = http(server.node.clone(), metrics);
+            let stopped = stopped(server.stop.subscribe());
+            let served = axum::serve(listener, app).with_graceful_shutdown(stopped);
+            server.tasks.push(tokio::spawn(async move {
                 if let Err(e) = served.await {
                     error!("the HTTP listener failed: {e}");
                 }
             }));
         }
-        Ok(Server { node, client_addr, api, stop, tasks })
+        Ok(server)
+    }
+
+    /// The same around a node that was started otherwise, and connections of clients that come from
+    /// elsewhere: in a simulation none of them is the host's.
+    pub async fn of<Io, E>(
+        node: Node,
+        clients: impl Stream<Item = Result<Io, E>> + Send + 'static,
+    ) -> Server
+    where
+        Io: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+    {
+        let api = Api::new(node.clone());
+        node.serve_calls(api.local_calls());
+        let (stop, stopping) = watch::channel(false);
+        let readiness = Readiness::new().await;
+        let served = serve(api.clone(), readiness.clone(), clients, stopped(stopping.clone()));
+        let served = tokio::spawn(async move {
+            if let Err(e) = served.await {
+                error!("the client listener failed: {e}");
+            }
+        });
+        let told = tokio::spawn(tell_readiness(node.clone(), readiness, stopped(stopping)));
+        Server { node, api, stop, tasks: vec![served, told] }
+    }
+
+    /// Where clients reach it.
+    pub fn endpoint(&self) -> &str {
+        self.node.client_endpoint()
     }
 
     /// See [`Node::enter_cluster`]; an error must end the process.
@@ -128,6 +140,10 @@ impl Server {
         self.tasks.iter().for_each(JoinHandle::abort);
         self.node.stop().await;
     }
+}
+
+async fn stopped(mut stopping: watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stop| *stop).await;
 }
 
 /// Keeps `grpc.health.v1` true until the server stops; then it says "not serving" first.

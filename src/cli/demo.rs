@@ -103,8 +103,8 @@ struct Outcome {
 
 /// Registers the worker, lets the schedulers loose and kills the leader under them.
 async fn place(args: &Args, mut servers: Vec<Server>) -> anyhow::Result<Outcome> {
-    let endpoints: Vec<_> = servers.iter().map(|s| s.client_addr.to_string()).collect();
-    let nodes = servers.iter().map(|s| (s.client_addr.to_string(), s.node.id())).collect();
+    let endpoints: Vec<_> = servers.iter().map(|s| s.endpoint().to_string()).collect();
+    let nodes = servers.iter().map(|s| (s.endpoint().to_string(), s.node.id())).collect();
     let client = |first: u32| {
         let mut endpoints = endpoints.clone();
         endpoints.rotate_left(first as usize % NODES);

@@ -70,7 +70,7 @@ pub(super) async fn run(globals: Globals) -> anyhow::Result<ExitCode> {
     let servers = embedded::start_with(dir.path(), &ports, &lifecycle()).await?;
     try_join_all(servers.iter().map(Server::enter_cluster)).await?;
     embedded::leader(&servers).await?;
-    let endpoints: Vec<_> = servers.iter().map(|s| s.client_addr.to_string()).collect();
+    let endpoints: Vec<_> = servers.iter().map(|s| s.endpoint().to_string()).collect();
     let client = Client::connect(endpoints.clone(), Options::default())?;
     let endpoints = endpoints.join(",");
     let mut stage = Stage { client, endpoints, format: globals.output, acts: Vec::new() };

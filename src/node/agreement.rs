@@ -26,10 +26,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Node;
+use crate::blocking::spawn_blocking;
 use crate::core::{Applied, Checkpoint, Command, Digest, Event, Revision, State, digest};
 use crate::proto::peer;
 use crate::raft::{ApplyObserver, CommandAt, NodeId};
-use crate::store::{exit_at_once, spawn_blocking};
+use crate::store::exit_at_once;
 
 /// Exit status of a replica that does not agree (`EX_SOFTWARE` of sysexits.h).
 pub const DISAGREES_EXIT: i32 = 70;
@@ -189,8 +190,7 @@ fn disagree(node: NodeId, own: &Taken, theirs: &Taken) -> ! {
         own.at.0, own.revision, own.digest, theirs.revision, theirs.digest
     );
     tracing::error!("{text}");
-    eprintln!("portwarden: {text}");
-    exit_at_once(DISAGREES_EXIT)
+    exit_at_once(DISAGREES_EXIT, &text)
 }
 
 impl ApplyObserver for Agreement {

@@ -439,6 +439,11 @@ impl Node {
         self.inner.config.id
     }
 
+    /// Where clients reach this node.
+    pub fn client_endpoint(&self) -> &str {
+        &self.inner.config.advertise
+    }
+
     /// Where calls that peers forward are run. Until it is set they are refused.
     pub fn serve_calls(&self, calls: Arc<dyn LocalCalls>) {
         let _ = self.inner.calls.set(calls);

@@ -88,3 +88,22 @@ pub(super) fn of_read(
         RaftError::Fatal(fatal) => CallError::NotReady(format!("the node is stopping: {fatal}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use openraft::errors::{Fatal, ForwardToLeader};
+
+    use super::*;
+
+    /// A server proposes again what it is told was not appended, and nothing else.
+    #[test]
+    fn what_may_be_in_a_log_is_unknown() {
+        let refused = ClientWriteError::ForwardToLeader(ForwardToLeader::empty());
+        let answer = of_write(RaftError::APIError(refused));
+        assert_eq!(answer, CallError::NotLeader { leader: None });
+        let discarded = ClientWriteError::LogEntryDiscarded(ForwardToLeader::empty());
+        for in_doubt in [RaftError::APIError(discarded), RaftError::Fatal(Fatal::Stopped)] {
+            assert!(matches!(of_write(in_doubt), CallError::Unknown(_)));
+        }
+    }
+}

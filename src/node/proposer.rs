@@ -283,7 +283,16 @@ impl Entry {
                 let got = response.data.0.len();
                 fail(groups, CallError::Unknown(format!("{count} commands got {got} answers")));
             }
-            Err(error) => fail(groups, of_write(error)),
+            Err(error) => {
+                let error = of_write(error);
+                // Nothing was appended: whoever asked may propose it again.
+                fail_point!(
+                    "propose-refused",
+                    matches!(error, CallError::NotLeader { .. }),
+                    |_| ()
+                );
+                fail(groups, error);
+            }
         }
     }
 }

@@ -19,10 +19,11 @@ use openraft::ServerState;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{CallError, Node};
+use crate::blocking::blocking;
 use crate::core::{Command, State};
 use crate::proto::peer;
 use crate::raft::NodeId;
-use crate::store::{Reserve, blocking};
+use crate::store::Reserve;
 
 /// How often a node looks after its own disk, and its leader after the others.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -56,6 +57,8 @@ struct Shared {
 #[derive(Default)]
 struct Known {
     own: Option<Room>,
+    /// Why `own` could not be learned the last time: said once.
+    trouble: Option<String>,
     /// What others said, and when; only on the leader.
     others: BTreeMap<NodeId, (Room, Instant)>,
 }
@@ -76,7 +79,10 @@ impl Space {
         match self.0.reserve.tend(self.0.low_bytes) {
             Ok(free_bytes) => {
                 let room = Room { free_bytes, low: free_bytes < self.0.low_bytes };
-                let before = self.known().own.replace(room);
+                let mut known = self.known();
+                known.trouble = None;
+                let before = known.own.replace(room);
+                drop(known);
                 if before.is_some_and(|before| before.low) != room.low {
                     let low_bytes = self.0.low_bytes;
                     match room.low {
@@ -85,7 +91,12 @@ impl Space {
                     }
                 }
             }
-            Err(error) => tracing::warn!(%error, "the room on the disk could not be seen to"),
+            Err(error) => {
+                let why = error.to_string();
+                if self.known().trouble.replace(why.clone()).as_ref() != Some(&why) {
+                    tracing::warn!(why, "the room on the disk could not be seen to");
+                }
+            }
         }
     }
 

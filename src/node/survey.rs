@@ -9,8 +9,8 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::Node;
+use crate::blocking::blocking;
 use crate::core::{Pool, Revision, State, WorkerName, WorkerPhase};
-use crate::store::blocking;
 
 const EVERY: Duration = Duration::from_secs(5);
 /// With more workers than this, a count is good for [`LARGE_EVERY`].

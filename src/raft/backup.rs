@@ -108,6 +108,18 @@ fn fill(
     members: &BTreeMap<NodeId, String>,
 ) -> Result<String, StoreError> {
     let data = DataDir::open(dir, id)?;
+    let cluster = futures::executor::block_on(restore_into(&data, state, members))?;
+    futures::executor::block_on(data.close());
+    Ok(cluster)
+}
+
+/// Fills a data directory that was just made: see [`restore`].
+pub async fn restore_into(
+    data: &DataDir,
+    state: &core::State,
+    members: &BTreeMap<NodeId, String>,
+) -> Result<String, StoreError> {
+    let id = data.node_id();
     let cluster = uuid::Uuid::new_v4().to_string();
     data.set_cluster_id(&cluster)?;
     let record = |(member, peer): (&NodeId, &String)| {
@@ -138,11 +150,7 @@ fn fill(
     log.purge(at);
     // The first leader's term is a later one. Returns when all of it is on the disk.
     let ballot = Ballot { term: at.term, node: id, committed: true };
-    futures::executor::block_on(log.save_vote(ballot));
-    futures::executor::block_on(async {
-        drop(log);
-        data.close().await;
-    });
+    log.save_vote(ballot).await;
     Ok(cluster)
 }
 

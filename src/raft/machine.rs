@@ -24,8 +24,9 @@ use super::convert;
 use super::types::{
     Batch, BatchReply, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
 };
+use crate::blocking::blocking;
 use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin};
-use crate::store::{SnapshotFile, SnapshotStore, StoreError, blocking};
+use crate::store::{SnapshotFile, SnapshotStore, StoreError};
 
 /// Before a snapshot for which there was no room is tried again.
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(1);

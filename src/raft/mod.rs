@@ -26,7 +26,7 @@ mod network;
 mod service;
 mod types;
 
-pub use backup::{Backup, RestoreError, restore, salvage, write_backup};
+pub use backup::{Backup, RestoreError, restore, restore_into, salvage, write_backup};
 pub use config::{RaftOptions, raft_config};
 #[doc(hidden)]
 pub use convert::reread_entry;

@@ -43,12 +43,13 @@ use super::convert::{self, Malformed, read_log_id, read_vote, wire_entry, wire_l
 use super::identity::{ClusterCell, Identities, Kind, LocalIdentity};
 use super::machine::TableView;
 use super::types::{Member, Metrics, NodeId, Snapshot, TypeConfig, Vote};
+use crate::blocking::blocking;
 use crate::proto::peer as proto;
 use crate::proto::peer::append_response::Result as AppendResult;
 use crate::proto::peer::peer_client::PeerClient as Rpc;
 use crate::proto::peer::snapshot_request::Part;
 use crate::proto::peer::transfer_response::Refusal;
-use crate::store::{SnapshotFile, blocking, codec};
+use crate::store::{SnapshotFile, codec};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);

@@ -27,13 +27,14 @@ use super::network::{
     STREAM_WINDOW_BYTES,
 };
 use super::types::{Raft, Snapshot, TypeConfig};
+use crate::blocking::blocking;
 use crate::proto::peer as proto;
 use crate::proto::peer::append_response::Result as AppendResult;
 use crate::proto::peer::peer_server::{Peer, PeerServer};
 use crate::proto::peer::snapshot_request::Part;
 use crate::proto::peer::transfer_response::Refusal;
 use crate::store::codec::{self, SnapshotHead};
-use crate::store::{SnapshotFile, SnapshotStore, StoreError, blocking};
+use crate::store::{SnapshotFile, SnapshotStore, StoreError};
 
 /// How long a peer may take to say that it is the one who calls.
 const SESSION_PROBE_TIMEOUT: Duration = Duration::from_secs(2);

@@ -756,7 +756,7 @@ fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 // What lies in sled.
 
-const VOTE: &str = "vote";
+pub(super) const VOTE: &str = "vote";
 const COMMITTED: &str = "committed";
 const PURGED: &str = "purged";
 
@@ -850,7 +850,7 @@ fn is_locked(error: &std::io::Error) -> bool {
 }
 
 /// Index and chunk, big-endian.
-fn key(index: u64, chunk: u16) -> Key {
+pub(super) fn key(index: u64, chunk: u16) -> Key {
     let mut key = [0; 10];
     key[..8].copy_from_slice(&index.to_be_bytes());
     key[8..].copy_from_slice(&chunk.to_be_bytes());
@@ -941,6 +941,11 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
     let (head, rest) = bytes.split_first_chunk::<N>()?;
     *bytes = rest;
     Some(*head)
+}
+
+/// Where an entry lies, by its first chunk.
+pub(super) fn position_of(index: u64, first_chunk: &[u8]) -> Option<Position> {
+    Assembly::begin(Path::new(""), index, first_chunk).ok().map(|assembly| assembly.at)
 }
 
 /// Entries from `first` on, whole and without a hole; ends where sled's iterator does.

@@ -23,7 +23,6 @@
 //! All calls block on the disk, except where they are `async`. Threads, file times and randomness
 //! that are not the runtime's are allowed here and nowhere above.
 
-mod blocking;
 pub mod codec;
 mod coverage;
 mod dir;
@@ -36,11 +35,10 @@ mod snapshot;
 mod space;
 mod sync;
 
-pub use blocking::{blocking, keep_blocking_inline, spawn_blocking};
 pub use dir::DataDir;
 pub use error::StoreError;
 pub use log::{Done, ENTRY_MAX_BYTES, LogRecord, LogStore};
 pub use simulated::SimulatedDisk;
 pub use snapshot::{Incoming, SnapshotFile, SnapshotStore, write_snapshot};
 pub use space::{Reserve, free_bytes};
-pub use sync::{FATAL_EXIT, exit_at_once, fatal, on_fatal, sync_file_range};
+pub use sync::{FATAL_EXIT, exit_at_once, fatal, instead_of_exit, sync_file_range};

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use sled::IVec;
 
+use super::codec::{self, Ballot, Position};
 use super::disk::{Changes, Disk, Key, Pairs};
+use super::log;
 
 /// Clones are the same disk.
 #[derive(Debug, Clone, Default)]
@@ -89,6 +91,19 @@ impl SimulatedDisk {
     /// Every write and flush fails from now on, until the node crashes.
     pub fn fail(&self) {
         self.state().fails = true;
+    }
+
+    /// Would this entry be there after a crash?
+    pub fn has_durably(&self, at: Position) -> bool {
+        let state = self.state();
+        let first = state.durable.entries.get(&log::key(at.index, 0));
+        first.and_then(|chunk| log::position_of(at.index, chunk)) == Some(at)
+    }
+
+    /// The vote that would be there after a crash.
+    pub fn durable_vote(&self) -> Option<Ballot> {
+        let state = self.state();
+        state.durable.values.get(log::VOTE).and_then(|bytes| codec::decode_ballot(bytes).ok())
     }
 
     pub fn flushes(&self) -> u64 {

@@ -9,9 +9,11 @@
 //! - It holds nothing: losing it loses no data.
 
 use std::fs::{self, File};
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::io::Errno;
 
 use super::StoreError;
 use super::dir::sync_dir;
@@ -57,10 +59,11 @@ impl Reserve {
 
     fn make(&self) -> Result<(), StoreError> {
         let path = self.dir.join(FILE);
-        let fill = || -> std::io::Result<()> {
-            let file = File::create(&path)?;
+        let fill = || -> io::Result<()> {
+            let mut file = File::create(&path)?;
             if self.bytes > 0 {
-                fallocate(&file, FallocateFlags::empty(), 0, self.bytes)?;
+                let allocated = fallocate(&file, FallocateFlags::empty(), 0, self.bytes);
+                set_aside(&mut file, self.bytes, allocated)?;
             }
             file.sync_all()
         };
@@ -69,6 +72,16 @@ impl Reserve {
             return Err(StoreError::io(&path, "cannot be reserved")(error));
         }
         sync_dir(&self.dir)
+    }
+}
+
+/// Some file systems (NFS, many over FUSE) know no `fallocate`: there the reserve is written.
+fn set_aside(file: &mut File, bytes: u64, allocated: rustix::io::Result<()>) -> io::Result<()> {
+    match allocated {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            io::copy(&mut io::repeat(0).take(bytes), file).map(drop)
+        }
+        other => Ok(other?),
     }
 }
 
@@ -89,7 +102,7 @@ fn held_bytes(dir: &Path) -> u64 {
 fn give_up(dir: &Path) -> Result<(), StoreError> {
     let path = dir.join(FILE);
     match fs::remove_file(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(StoreError::io(&path, "cannot be given up")(error))
         }
         _ => Ok(()),
@@ -116,5 +129,18 @@ mod tests {
         assert_eq!(held_bytes(temp.path()), 1 << 19);
         Reserve::new(temp.path(), 0).tend(0).unwrap();
         assert_eq!(held_bytes(temp.path()), 0);
+    }
+
+    #[test]
+    fn a_reserve_is_written_where_it_cannot_be_allocated() {
+        for unknown in [Errno::OPNOTSUPP, Errno::NOSYS] {
+            let mut file = tempfile::tempfile().unwrap();
+            set_aside(&mut file, 100_000, Err(unknown)).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), 100_000);
+        }
+        let mut file = tempfile::tempfile().unwrap();
+        let full = set_aside(&mut file, 100_000, Err(Errno::NOSPC)).unwrap_err();
+        assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(file.metadata().unwrap().len(), 0);
     }
 }

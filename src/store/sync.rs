@@ -44,25 +44,25 @@ pub const FATAL_EXIT: c_int = 74;
 /// Ends the process at once, without another answer to anybody: what was asked is of unknown
 /// outcome. No destructor runs, nothing more is written.
 pub fn fatal(what: &str, error: &dyn std::fmt::Display) -> ! {
-    if let Some(end) = INSTEAD.get() {
-        end(&format!("{what}: {error}"));
-    }
     tracing::error!(what, %error, "the disk failed; the process ends without another answer");
-    // The subscriber may be buffered.
-    let _ = writeln!(std::io::stderr(), "portwarden: {what}: {error}; the process ends");
-    exit_at_once(FATAL_EXIT)
+    exit_at_once(FATAL_EXIT, &format!("{what}: {error}; the process ends"))
 }
 
-static INSTEAD: OnceLock<fn(&str) -> !> = OnceLock::new();
+static INSTEAD: OnceLock<fn(c_int, &str) -> !> = OnceLock::new();
 
 /// From now on this is done where the process would end: a simulation has many nodes in one process,
 /// of which one must end. Once a process.
-pub fn on_fatal(end: fn(&str) -> !) {
+pub fn instead_of_exit(end: fn(c_int, &str) -> !) {
     let _ = INSTEAD.set(end);
 }
 
-/// Ends the process without running anything more of it.
-pub fn exit_at_once(code: c_int) -> ! {
+/// Says why, and ends the process without running anything more of it.
+pub fn exit_at_once(code: c_int, why: &str) -> ! {
+    if let Some(end) = INSTEAD.get() {
+        end(code, why);
+    }
+    // The subscriber may be buffered.
+    let _ = writeln!(std::io::stderr(), "portwarden: {why}");
     // SAFETY: does not return.
     unsafe { libc::_exit(code) }
 }

@@ -29,7 +29,8 @@ impl Trace {
     }
 }
 
-/// sled calls `sync_file_range`, which makes nothing durable; ours takes its place and does
+/// Field failures sled-1351, sled-1452: what was flushed was gone after a power cut, since sled calls
+/// `sync_file_range`, which makes nothing durable. Here ours takes its place and does
 /// `fdatasync` (docs/decisions/0002-sled-durability.md). This fails if that ever ceases to be so.
 #[test]
 fn every_acknowledged_write_was_synced_on_a_majority() {

@@ -250,7 +250,8 @@ impl Bench {
     }
 }
 
-/// What is acknowledged is there after any power cut: of one node, of two, of all.
+/// What is acknowledged is there after any power cut: of one node, of two, of all (field failures
+/// sled-1351, sled-1452).
 #[test]
 fn power_cuts_lose_nothing() {
     let rounds = number_from("PORTWARDEN_ROUNDS").unwrap_or(ROUNDS);

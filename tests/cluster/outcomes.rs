@@ -30,7 +30,8 @@ struct Nodes<'a> {
     _failures: FailScenario<'a>,
 }
 
-/// How often an entry was handed to Raft since the cluster was ready.
+/// Entries that may be in a log since the cluster was ready: handed to Raft, and not refused before
+/// they were appended. A busy leader whose quorum is late refuses so, and is asked again.
 type Proposals = Arc<AtomicUsize>;
 
 async fn start<'a>() -> Nodes<'a> {
@@ -52,7 +53,8 @@ async fn start<'a>() -> Nodes<'a> {
             advertise_peer: initial_cluster[&id].clone(),
             advertise: listeners.clients.local_addr().unwrap().to_string(),
             snapshot_every: 20_000,
-            upkeep: Upkeep::default(),
+            // What the leader proposes by itself would be counted too.
+            upkeep: Upkeep { checkpoint_every: 0, ..Upkeep::default() },
             lifecycle: Lifecycle::default(),
             backups: None,
         };
@@ -74,7 +76,7 @@ impl Nodes<'_> {
     }
 
     fn door(&self, at: usize) -> Door {
-        Door::at(&self.servers[at].client_addr.to_string())
+        Door::at(self.servers[at].endpoint())
     }
 
     async fn leader(&self) -> Door {
@@ -94,11 +96,13 @@ impl Nodes<'_> {
 
     fn count_proposals(&self) -> Proposals {
         let proposals = Proposals::default();
-        let counter = proposals.clone();
-        let count = move || {
-            counter.fetch_add(1, Ordering::AcqRel);
+        let (one_more, one_less) = (proposals.clone(), proposals.clone());
+        let handed = move || {
+            one_more.fetch_add(1, Ordering::AcqRel);
         };
-        fail::cfg_callback("propose", count).unwrap();
+        let refused = move || drop(one_less.fetch_sub(1, Ordering::AcqRel));
+        fail::cfg_callback("propose", handed).unwrap();
+        fail::cfg_callback("propose-refused", refused).unwrap();
         proposals
     }
 }
@@ -112,7 +116,8 @@ async fn allocate(door: &mut Door, name: &str, within: Duration) -> Result<v1::A
     Ok(response.allocations.into_iter().next().expect("one of one claim"))
 }
 
-const LONG: Duration = Duration::from_secs(10);
+/// The server is to speak before the caller gives up, on a busy machine too.
+const LONG: Duration = Duration::from_secs(30);
 
 /// What a caller was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -270,7 +275,7 @@ fn what_a_stopping_node_had_in_its_log_is_unknown() {
         for other in nodes.servers.drain(..) {
             other.abort().await;
         }
-        let mut door = Door::at(&leader.client_addr.to_string());
+        let mut door = Door::at(leader.endpoint());
         let proposed = Arc::new(tokio::sync::Notify::new());
         let notify = proposed.clone();
         fail::cfg_callback("propose", move || notify.notify_one()).unwrap();

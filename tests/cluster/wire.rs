@@ -22,7 +22,7 @@ pub fn block_on<T>(test: impl Future<Output = T>) -> T {
         .build()
         .expect("a runtime");
     runtime.block_on(async {
-        tokio::time::timeout(BOUND, test).await.expect("the test is stuck: a call never ended")
+        tokio::time::timeout(3 * BOUND, test).await.expect("the test is stuck: a call never ended")
     })
 }
 

@@ -22,6 +22,7 @@ use crate::history::{Record, Recorder};
 
 /// How a call ended for who made it.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "almost all are Ok")]
 pub enum Ended {
     Ok(Response),
     Refused(Status),
@@ -38,23 +39,30 @@ impl Ended {
     }
 }
 
+/// The nodes by name, each with the way there.
+pub type Endpoints = Vec<(String, Channel)>;
+
+/// The way by TCP.
+pub fn by_tcp(endpoints: &[String]) -> Endpoints {
+    let channel = |endpoint: &String| {
+        let made = Client::endpoint(endpoint).expect("an endpoint");
+        (endpoint.clone(), made.connect_lazy())
+    };
+    endpoints.iter().map(channel).collect()
+}
+
 pub struct Caller {
     recorder: Arc<Recorder>,
     process: u32,
-    endpoints: Vec<(String, Channel)>,
+    endpoints: Endpoints,
     at: usize,
     timeout: Duration,
 }
 
 impl Caller {
-    /// Begins with the endpoint of this index. Channels belong to the runtime, and the namespace, of
+    /// Begins with the endpoint of this index. Channels belong to the runtime, and the network, of
     /// who makes it.
-    pub fn new(recorder: Arc<Recorder>, process: u32, endpoints: &[String], at: usize) -> Caller {
-        let channel = |endpoint: &String| {
-            let made = Client::endpoint(endpoint).expect("an endpoint");
-            (endpoint.clone(), made.connect_lazy())
-        };
-        let endpoints: Vec<_> = endpoints.iter().map(channel).collect();
+    pub fn new(recorder: Arc<Recorder>, process: u32, endpoints: Endpoints, at: usize) -> Caller {
         let at = at % endpoints.len();
         Caller { recorder, process, endpoints, at, timeout: Duration::from_secs(4) }
     }
@@ -200,7 +208,7 @@ impl LibraryCaller {
     pub fn new(
         recorder: Arc<Recorder>,
         process: u32,
-        endpoints: &[String],
+        endpoints: Endpoints,
         seed: u64,
     ) -> LibraryCaller {
         let options = client::Options {
@@ -209,7 +217,7 @@ impl LibraryCaller {
             seed: Some(seed),
             ..Default::default()
         };
-        let client = Client::connect(endpoints.to_vec(), options).expect("endpoints");
+        let client = Client::over(endpoints, options).expect("endpoints");
         LibraryCaller { recorder, process, client }
     }
 

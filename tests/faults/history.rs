@@ -136,6 +136,7 @@ pub struct Header {
 
 /// How a call ended.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "almost all are Ok")]
 pub enum End {
     Ok(Response),
     Refused { code: i32, message: String },

@@ -35,7 +35,7 @@ struct Args {
     nemesis: Vec<String>,
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=7))]
     nodes: u64,
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 20)]
     clients: u32,
     /// Workers with agents, and instances that really listen: their sockets are judged
     #[arg(long)]
@@ -139,14 +139,19 @@ fn an_instance_listens() {
 
 /// The whole thing, short: it works, and finds nothing.
 #[test]
-fn a_short_run_with_a_fixed_seed_holds() {
+fn short_runs_with_fixed_seeds_hold() {
     if let Err(why) = run::can_run() {
         assert!(std::env::var_os("CI").is_none(), "CI must run this: {why}");
         println!("NOT RUN: {why}");
         return;
     }
-    let keep = std::env::temp_dir().join("portwarden-faults");
-    let args = ["faults", "--seconds", "12", "--seed", "1", "--clients", "6"];
-    let args = Args { keep, ..Args::parse_from(args) };
-    assert_eq!(args.plan().and_then(ran), Ok(0));
+    for args in [
+        "--seconds 20 --seed 1 --clients 6",
+        "--seconds 12 --seed 2 --clients 4 --nodes 5",
+        "--seconds 12 --seed 3 --clients 3 --real",
+    ] {
+        let args = Args::parse_from(std::iter::once("faults").chain(args.split_whitespace()));
+        let keep = std::env::temp_dir().join("portwarden-faults");
+        assert_eq!(Args { keep, ..args }.plan().and_then(ran), Ok(0));
+    }
 }

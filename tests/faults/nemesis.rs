@@ -17,7 +17,7 @@ use crate::rig::net::{cut, lose};
 use crate::rig::{Life, Rig};
 
 /// How a fault ends.
-type End = Box<dyn FnOnce(&mut Rig) + Send>;
+pub type End = Box<dyn FnOnce(&mut Rig) + Send>;
 /// `None` where it cannot be now.
 type Begin = fn(&mut Rig, &mut StdRng, &Clients) -> Option<(String, End)>;
 

@@ -26,7 +26,7 @@ const SOCKET: &str = "PORTWARDEN_FAULTS_SOCKET";
 const WORKERS: usize = 2;
 const SLOTS: usize = 5;
 /// Few more than instances, so that ports come round quickly.
-const RANGE: &str = "service=20000-20008";
+const RANGE: &str = "service=20000-20011";
 /// How long a supervisor may take to end when it is asked to.
 const STOP_MAX: Duration = Duration::from_secs(15);
 
@@ -211,7 +211,7 @@ impl Slot {
         command
             .args(["run", &name, "--endpoints", &self.endpoints, "--worker", &self.worker])
             .args(["--ports", "1", "--lease-ttl", lease, "--start-timeout", "20s"])
-            .args(["--timeout", "8s", "--stop-timeout", "2s", "--"])
+            .args(["--confirm-within", "15s", "--timeout", "8s", "--stop-timeout", "2s", "--"])
             .arg(program)
             .args(["an_instance_listens", "--exact", "--ignored", "--nocapture"])
             .env(SOCKET, std::path::absolute(self.dir.join("socket")).expect("a path"))

@@ -13,10 +13,10 @@ use rand::{Rng as _, SeedableRng as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
-use crate::caller::Caller;
+use crate::caller::{Caller, by_tcp};
 use crate::checker::{self, Report, Rule, Violation};
 use crate::history::{Header, History, Record, Recorder};
-use crate::nemesis::{self, Kind};
+use crate::nemesis::{self, End, Kind};
 use crate::real::{self, Site};
 use crate::rig::disk::Disk;
 use crate::rig::net::Host;
@@ -31,9 +31,10 @@ const AVAILABLE_WITHIN: Duration = Duration::from_secs(60);
 const CONFIRM_WITHIN_MS: u64 = 600_000;
 /// Short, so that some end by themselves within a run.
 const QUARANTINE: &str = "3s";
-/// By when agents must have shown that everything is gone: three samples, the longest lease and
-/// `--zombie-after` many times over.
-const EVIDENCE_WITHIN: Duration = Duration::from_secs(45);
+/// By when agents must have shown that everything is gone: on its own that takes the longest lease,
+/// the longest `--confirm-within` and some samples, half a minute. Where the machine starves, agents
+/// are silent now and then, and what they saw before counts no more.
+const EVIDENCE_WITHIN: Duration = Duration::from_secs(180);
 /// Of calls that ask whether all is well.
 const PROBE: Duration = Duration::from_secs(2);
 
@@ -163,7 +164,7 @@ impl Run {
             let site = Site::build(&mut rig.net, &plan.dir, &plan.binary, &endpoints, recorder)?;
             rig.site = Some(site);
         }
-        let operator = Caller::new(recorder.clone(), 0, &rig.endpoints(), 0);
+        let operator = Caller::new(recorder.clone(), 0, by_tcp(&rig.endpoints()), 0);
         let flags = flags.join(" ");
         recorder.fault(format!("flags of serve: {flags}"));
         Ok(Run { plan, rig, recorder, operator, clients: clients? })
@@ -267,7 +268,7 @@ impl Run {
                 worker,
                 told: told.clone(),
             };
-            let work = move || watcher.follow(Caller::new(recorder, 0, &endpoints, number));
+            let work = move || watcher.follow(Caller::new(recorder, 0, by_tcp(&endpoints), number));
             watchers.push((Hand::start(host, stopped.clone(), work), told));
         }
         Ok(watchers)
@@ -281,7 +282,7 @@ impl Run {
         let addresses = self.clients.iter().map(|host| host.address).collect();
         let began = Instant::now();
         let mut next = plan.into_iter().peekable();
-        let mut ends: Vec<(Duration, Box<dyn FnOnce(&mut Rig) + Send>)> = Vec::new();
+        let mut ends: Vec<(Duration, End)> = Vec::new();
         while began.elapsed() < over {
             tokio::time::sleep(Duration::from_millis(20)).await;
             let now = began.elapsed();
@@ -289,11 +290,9 @@ impl Run {
             if let Some(site) = &mut self.rig.site {
                 site.look_after();
             }
-            let (due, later) = ends.into_iter().partition(|(at, _)| *at <= now);
+            let (due, later): (Vec<_>, _) = ends.into_iter().partition(|(at, _)| *at <= now);
             ends = later;
-            due.into_iter().for_each(|(_, end): (_, Box<dyn FnOnce(&mut Rig) + Send>)| {
-                end(&mut self.rig);
-            });
+            due.into_iter().for_each(|(_, end)| end(&mut self.rig));
             if let Some(planned) = next.next_if(|planned| planned.at <= now) {
                 let kind = nemesis::by_name(planned.kind).expect("planned from the list");
                 let mut rng = StdRng::seed_from_u64(planned.seed);
@@ -344,7 +343,7 @@ impl Run {
 
     async fn serves(&self, endpoint: &str) -> bool {
         let one = [endpoint.to_string()];
-        let caller = Caller::new(self.recorder.clone(), 0, &one, 0);
+        let caller = Caller::new(self.recorder.clone(), 0, by_tcp(&one), 0);
         let mut caller = caller.with_timeout(PROBE);
         let grant = Request::GrantLease(v1::GrantRequest { ttl_ms: 1000 });
         let read = Request::List(v1::ListRequest::default());
@@ -408,7 +407,7 @@ impl Run {
         let min_revision = self.table().await?.revision;
         for at in 0..self.rig.nodes.len() {
             let endpoint = [self.rig.nodes[at].client()];
-            let mut caller = Caller::new(self.recorder.clone(), 0, &endpoint, 0);
+            let mut caller = Caller::new(self.recorder.clone(), 0, by_tcp(&endpoint), 0);
             let read = Some(v1::ReadOptions { stale: true, min_revision });
             let list = v1::ListRequest { read, page_size: 10_000, ..Default::default() };
             let Some(Response::List(list)) = caller.call(Request::List(list)).await.ok() else {
@@ -446,8 +445,8 @@ async fn one_after_another(
     for life in 0.. {
         let mut rng = StdRng::seed_from_u64(seed ^ u64::from(life));
         let lives = Duration::from_millis(rng.random_range(2_000..20_000));
-        let actor = Actor::new(recorder.clone(), me + 1000 * life, &endpoints, rng);
-        let _ = tokio::time::timeout(lives, workload.run(actor)).await; // a crash
+        let actor = Actor::new(recorder.clone(), me + 1000 * life, by_tcp(&endpoints), rng);
+        let _ = tokio::time::timeout(lives, workload.run(actor, 1)).await; // a crash
     }
 }
 

@@ -11,7 +11,7 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 use tokio::time::sleep;
 
-use crate::caller::{Caller, Ended, LibraryCaller};
+use crate::caller::{Caller, Ended, Endpoints, LibraryCaller};
 use crate::history::Recorder;
 
 /// The worker that everybody wants, of few ports.
@@ -67,8 +67,8 @@ pub const WORKLOADS: &[Workload] = &[
 
 /// The same for runs with real workers.
 pub const REAL_WORKLOADS: &[Workload] = &[
-    Workload { name: "sights", round: |a| Box::pin(sights(a)), pause: Duration::from_millis(60) },
-    Workload { name: "paper", round: |a| Box::pin(paper(a)), pause: Duration::from_millis(500) },
+    Workload { name: "sights", round: |a| Box::pin(sights(a)), pause: Duration::from_millis(25) },
+    Workload { name: "paper", round: |a| Box::pin(paper(a)), pause: Duration::from_secs(6) },
     Workload {
         name: "real-operators",
         round: |a| Box::pin(real_operators(a)),
@@ -77,21 +77,21 @@ pub const REAL_WORKLOADS: &[Workload] = &[
 ];
 
 impl Workload {
-    /// Never ends: who wants no more drops it, at whatever it is at.
-    pub async fn run(&self, mut actor: Actor) {
+    /// Never ends: who wants no more drops it, at whatever it is at. Pauses are so many times as long.
+    pub async fn run(&self, mut actor: Actor, pace: u32) {
         loop {
             (self.round)(&mut actor).await;
             actor.rounds += 1;
-            let pause = actor.rng.random_range(Duration::ZERO..self.pause);
+            let pause = actor.rng.random_range(Duration::ZERO..self.pause * pace);
             sleep(pause).await;
         }
     }
 }
 
 impl Actor {
-    pub fn new(recorder: Arc<Recorder>, me: u32, endpoints: &[String], rng: StdRng) -> Actor {
+    pub fn new(recorder: Arc<Recorder>, me: u32, endpoints: Endpoints, rng: StdRng) -> Actor {
         let mut rng = rng;
-        let library = LibraryCaller::new(recorder.clone(), me, endpoints, rng.random());
+        let library = LibraryCaller::new(recorder.clone(), me, endpoints.clone(), rng.random());
         let caller = Caller::new(recorder, me, endpoints, me as usize);
         Actor { caller, library, rng, me, rounds: 0 }
     }
@@ -422,6 +422,9 @@ async fn sights(a: &mut Actor) {
     a.call(Request::List(v1::ListRequest { page_size: 10_000, ..Default::default() })).await;
 }
 
+/// Until then, what was never confirmed is not judged by an agent: ports would soon be used up.
+const PAPER_CONFIRM_WITHIN_MS: u64 = 5_000;
+
 /// Holds a port of a real worker on a lease, and uses it for nothing: an agent must find that out.
 async fn paper(a: &mut Actor) {
     let Some(lease) = grant_lease(a).await else { return };
@@ -431,6 +434,7 @@ async fn paper(a: &mut Actor) {
         placement: Some(v1::claim::Placement::Worker(worker)),
         lease,
         bound: a.rng.random(),
+        confirm_within_ms: PAPER_CONFIRM_WITHIN_MS,
         ..on_hot(a.own_name(), a.uid())
     };
     let Some(held) = a.allocate(vec![claim]).await.pop() else { return };

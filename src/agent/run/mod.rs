@@ -29,13 +29,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::host::child::{self, Child, exit_code};
 use super::host::probe::{Probe, probe};
 use super::host::{Host, Wanted, boot_clock, process_handle};
+use crate::blocking::spawn_blocking;
 use crate::client::{Client, ClientError, Holding, Keeper, NoPortLeft, StartError, Try};
 use crate::proto::v1;
 use crate::proto::v1::liveness::Handle;

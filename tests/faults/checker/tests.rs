@@ -549,13 +549,13 @@ fn a_revision_that_goes_back() {
     s.answered(allocate("a"), made_up("a", "u", 9, 40_000));
     let request = v1::GetLeaseRequest { id: 1, read: None };
     let response = v1::GetLeaseResponse { revision: 8, ..Default::default() };
-    s.answered(Request::GetLease(request.clone()), Response::GetLease(response.clone()));
+    s.answered(Request::GetLease(request), Response::GetLease(response.clone()));
     assert!(s.breaks(Rule::Growth).contains("speaks of revision 8"));
     // An old copy may be old, but not older than was asked for.
     for (min_revision, good) in [(8, true), (9, false)] {
         s.records.truncate(3);
         let read = Some(v1::ReadOptions { stale: true, min_revision });
-        let request = v1::GetLeaseRequest { read, ..request.clone() };
+        let request = v1::GetLeaseRequest { read, ..request };
         s.answered(Request::GetLease(request), Response::GetLease(response.clone()));
         match good {
             true => s.good(),

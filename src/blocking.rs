@@ -9,7 +9,7 @@ static INLINE: AtomicBool = AtomicBool::new(false);
 
 /// From now on nothing leaves the runtime's own thread, in the whole process. For simulations: a
 /// thread's pace is not repeatable.
-pub fn keep_blocking_inline() {
+pub fn keep_inline() {
     INLINE.store(true, Ordering::Relaxed);
 }
 

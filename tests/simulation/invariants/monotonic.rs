@@ -1,0 +1,57 @@
+//! Nothing goes back (Raft, figure 2): neither the term nor the vote, over restarts too; and while a
+//! process runs, neither what it knows to be committed, nor what it has applied, nor the revision.
+
+use std::collections::BTreeMap;
+
+use portwarden::node::NodeId;
+
+use super::Sight;
+
+/// In the order in which they are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+struct Known {
+    vote: (u64, NodeId, bool),
+    committed: Option<u64>,
+    applied: Option<u64>,
+    revision: u64,
+}
+
+#[derive(Default)]
+pub struct Monotonic(BTreeMap<NodeId, Known>);
+
+impl Monotonic {
+    pub fn ended(&mut self, id: NodeId) {
+        if let Some(known) = self.0.get_mut(&id) {
+            *known = Known { vote: known.vote, ..Known::default() };
+        }
+    }
+
+    pub fn check(&mut self, sight: &Sight) -> Result<(), String> {
+        let Sight { id, metrics, table, .. } = sight;
+        let vote = &metrics.vote;
+        let now = Known {
+            vote: (vote.leader_id.term, vote.leader_id.node_id, vote.committed),
+            committed: metrics.local_committed.as_ref().map(|id| id.index),
+            applied: table.applied.as_ref().map(|id| id.index),
+            revision: table.state.revision.0,
+        };
+        let known = self.0.entry(*id).or_default();
+        let back = |what: &str, now: &dyn std::fmt::Debug, before: &dyn std::fmt::Debug| {
+            Err(format!("monotonic: the {what} of node {id} went from {before:?} back to {now:?}"))
+        };
+        if now.vote < known.vote {
+            return back("vote", &now.vote, &known.vote);
+        }
+        if now.committed < known.committed {
+            return back("commit", &now.committed, &known.committed);
+        }
+        if now.applied < known.applied {
+            return back("applied entry", &now.applied, &known.applied);
+        }
+        if now.revision < known.revision {
+            return back("revision", &now.revision, &known.revision);
+        }
+        *known = now;
+        Ok(())
+    }
+}

@@ -1,0 +1,78 @@
+//! Clients and watchers, a few to a host.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures::future::{LocalBoxFuture, join_all};
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+
+use crate::caller::Caller;
+use crate::sim::Sim;
+use crate::watcher::Watcher;
+use crate::workload::{Actor, HOT, WORKLOADS};
+use crate::world::HostId;
+
+const CLIENT_HOSTS: u32 = 3;
+const WATCHER_HOSTS: u32 = 2;
+
+/// Up to where each watcher was told.
+pub type Told = Vec<Arc<AtomicU64>>;
+
+fn start_together(sim: &mut Sim, host: HostId, work: Vec<LocalBoxFuture<'static, ()>>) {
+    sim.world.start(host, || {
+        Box::pin(async move {
+            join_all(work).await;
+            "nobody is left".to_string()
+        })
+    });
+}
+
+/// Clients at their workloads, one of each and then again.
+pub fn start_clients(sim: &mut Sim) {
+    let mut work: Vec<Vec<LocalBoxFuture<'static, ()>>> =
+        (0..CLIENT_HOSTS).map(|_| Vec::new()).collect();
+    let hosts: Vec<_> =
+        (0..CLIENT_HOSTS).map(|i| sim.world.add_host(&format!("clients{i}"))).collect();
+    for number in 0..sim.plan.clients {
+        let me = sim.fresh_process();
+        let workload = &WORKLOADS[number as usize % WORKLOADS.len()];
+        sim.fault(format!("process {me} is a client: {}", workload.name));
+        let at = (number % CLIENT_HOSTS) as usize;
+        let rng = StdRng::seed_from_u64(sim.plan.seed ^ (u64::from(me) << 32));
+        let actor = Actor::new(sim.recorder.clone(), me, sim.channels(hosts[at]), rng);
+        work[at].push(Box::pin(workload.run(actor, sim.plan.pace)));
+    }
+    for (host, work) in hosts.iter().zip(work) {
+        start_together(sim, *host, work);
+    }
+    sim.clients.extend(hosts);
+}
+
+/// One of everything for each node, and one of the hot worker.
+pub fn start_watchers(sim: &mut Sim) -> Told {
+    let hosts: Vec<_> =
+        (0..WATCHER_HOSTS).map(|i| sim.world.add_host(&format!("watchers{i}"))).collect();
+    let mut work: Vec<Vec<LocalBoxFuture<'static, ()>>> =
+        (0..WATCHER_HOSTS).map(|_| Vec::new()).collect();
+    let mut all = Told::new();
+    for number in 0..=sim.plan.nodes as u32 {
+        let worker = if u64::from(number) == sim.plan.nodes { HOT } else { "" }.to_string();
+        let told = Arc::new(AtomicU64::new(0));
+        let recorder = sim.recorder.clone();
+        let watcher = Watcher { recorder: recorder.clone(), number, worker, told: told.clone() };
+        all.push(told);
+        let at = (number % WATCHER_HOSTS) as usize;
+        let caller = Caller::new(recorder, 0, sim.channels(hosts[at]), number as usize);
+        work[at].push(Box::pin(watcher.follow(caller)));
+    }
+    for (host, work) in hosts.iter().zip(work) {
+        start_together(sim, *host, work);
+    }
+    sim.clients.extend(hosts);
+    all
+}
+
+pub fn all_were_told(told: &Told, revision: u64) -> bool {
+    told.iter().all(|told| told.load(Ordering::Acquire) >= revision)
+}
