@@ -34,6 +34,8 @@ use crate::proto::v1;
 const PATH: &str = "/portwarden.v1.Leases/KeepAlive";
 /// A lease is renewed when this part of its TTL has passed since the last request.
 const RENEWALS_PER_TTL: u32 = 3;
+/// Least time for an answer; twice as long after each that was overdue, up to that of any attempt.
+const ANSWER_MIN: Duration = Duration::from_millis(500);
 /// Longest sleep: a clock that counts a suspension may have jumped.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -84,9 +86,8 @@ impl Keeper {
         let (orders, taken) = mpsc::unbounded_channel();
         let tour = client.tour();
         let line = Line::down(&client, tour.door(), Duration::ZERO);
-        let stall = client.shared.attempt_timeout;
         let book = Book { clock: clock.clone(), leases: BTreeMap::new(), queue: BTreeSet::new() };
-        tokio::spawn(Work { client: client.clone(), tour, line, stall, book }.run(taken));
+        tokio::spawn(Work { client: client.clone(), tour, line, overdue: 0, book }.run(taken));
         Keeper { client, clock, orders }
     }
 
@@ -163,6 +164,7 @@ struct Book {
 }
 
 struct Kept {
+    ttl: Duration,
     standing: watch::Sender<Standing>,
     next: Next,
     /// Its place in the queue.
@@ -215,15 +217,15 @@ impl Book {
                 };
                 drop(self.take(id));
                 let next = Next::At(due);
-                self.put(id, Kept { standing, next, look_at: Duration::ZERO });
+                self.put(id, Kept { ttl, standing, next, look_at: Duration::ZERO });
             }
             Order::Forget { id } => drop(self.take(id)),
         }
     }
 
     /// Leases whose time is over are no longer proven. Those that are to be renewed now are under
-    /// way from here on, and returned; without a line they wait for one.
-    fn look(&mut self, line_is_up: bool) -> Vec<u64> {
+    /// way from here on, and returned with their TTLs; without a line they wait for one.
+    fn look(&mut self, line_is_up: bool) -> Vec<(u64, Duration)> {
         let now = (self.clock)();
         let mut renewed = Vec::new();
         while let Some((at, id)) = self.queue.first().copied()
@@ -237,7 +239,7 @@ impl Book {
             match kept.next {
                 Next::At(due) if due <= now && line_is_up => {
                     kept.next = Next::UnderWay;
-                    renewed.push(id);
+                    renewed.push((id, kept.ttl));
                 }
                 Next::At(due) if due <= now => kept.next = Next::Waiting,
                 _ => {}
@@ -264,7 +266,7 @@ impl Book {
         let proven = until > (self.clock)();
         let standing = if proven { Standing::Held { until } } else { Standing::Unproven };
         kept.standing.send_replace(standing);
-        self.put(id, Kept { next: Next::At(sent + ttl / RENEWALS_PER_TTL), ..kept });
+        self.put(id, Kept { ttl, next: Next::At(sent + ttl / RENEWALS_PER_TTL), ..kept });
     }
 
     /// What was under way on a line that is gone waits for the next one.
@@ -297,14 +299,20 @@ enum Line {
 struct Up {
     requests: mpsc::UnboundedSender<v1::KeepAliveRequest>,
     answers: Streaming<v1::KeepAliveResponse>,
-    /// Oldest first: when it was sent, by the book's clock and by the runtime's.
+    /// Oldest first: when it was sent, by the book's clock, and when its answer is overdue.
     under_way: VecDeque<(u64, Duration, Instant)>,
 }
 
 enum News {
     Opened(Box<Up>),
-    Answer { id: u64, sent: Duration, ttl_ms: u64 },
+    Answer {
+        id: u64,
+        sent: Duration,
+        ttl_ms: u64,
+    },
     Broken(Verdict),
+    /// An answer has not come in time.
+    Overdue,
 }
 
 impl Line {
@@ -319,21 +327,21 @@ impl Line {
     }
 
     /// What happens next on it. May be dropped and called again.
-    async fn next(&mut self, stall: Duration) -> News {
+    async fn next(&mut self) -> News {
         match self {
             Line::Down(opening) => match opening.await {
                 Ok(up) => News::Opened(up),
                 Err(verdict) => News::Broken(verdict),
             },
-            Line::Up(up) => up.next(stall).await,
+            Line::Up(up) => up.next().await,
         }
     }
 }
 
 impl Up {
-    async fn next(&mut self, stall: Duration) -> News {
+    async fn next(&mut self) -> News {
         let broken = |why: &str| News::Broken(Verdict::Doubtful { why: why.into() });
-        let overdue = self.under_way.front().map(|(_, _, sent)| *sent + stall);
+        let overdue = self.under_way.front().map(|(.., at)| *at);
         let late = async move {
             match overdue {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -350,7 +358,7 @@ impl Up {
                     _ => broken("an answer to something that was not asked"),
                 },
             },
-            () = late => broken("an answer is overdue"),
+            () = late => News::Overdue,
         }
     }
 }
@@ -359,8 +367,8 @@ struct Work {
     client: Client,
     tour: Tour,
     line: Line,
-    /// An answer that takes longer is not waited for.
-    stall: Duration,
+    /// Answers that were overdue since the last that came.
+    overdue: u32,
     book: Book,
 }
 
@@ -382,7 +390,7 @@ impl Work {
                     Some(order) => self.book.obey(order),
                     None => return,
                 },
-                news = self.line.next(self.stall) => self.heed(news),
+                news = self.line.next() => self.heed(news),
                 () = sleep(wake.min(LOOK_EVERY)) => {}
             }
             self.renew();
@@ -397,9 +405,14 @@ impl Work {
             }
             News::Answer { id, sent, ttl_ms } => {
                 self.tour.answered();
+                self.overdue = 0;
                 self.book.answered(id, sent, ttl_ms);
             }
             News::Broken(verdict) => self.give_up(verdict),
+            News::Overdue => {
+                self.overdue += 1;
+                self.give_up(Verdict::Doubtful { why: "an answer is overdue".into() });
+            }
         }
     }
 
@@ -420,9 +433,12 @@ impl Work {
     fn renew(&mut self) {
         let due = self.book.look(matches!(self.line, Line::Up(_)));
         let Line::Up(up) = &mut self.line else { return };
-        let sent = (self.book.clock)();
-        for id in due {
-            up.under_way.push_back((id, sent, Instant::now()));
+        let (sent, now) = ((self.book.clock)(), Instant::now());
+        let (longest, overdue) = (self.client.shared.attempt_timeout, self.overdue.min(8));
+        for (id, ttl) in due {
+            // Another node is to be asked while there is still time for it to answer.
+            let wait = (ttl / RENEWALS_PER_TTL).max(ANSWER_MIN).saturating_mul(1 << overdue);
+            up.under_way.push_back((id, sent, now + wait.min(longest)));
             // Where nobody takes it any more, the stream tells in a moment.
             let _ = up.requests.send(v1::KeepAliveRequest { id });
         }
@@ -461,7 +477,7 @@ mod tests {
         let seen = keep(&mut book, 7, held(9));
         assert!(book.look(true).is_empty());
         clock.store(3, Ordering::Relaxed);
-        assert_eq!(book.look(true), [7]);
+        assert_eq!(book.look(true), [(7, TTL)]);
         assert!(book.look(true).is_empty(), "it is under way");
         clock.store(5, Ordering::Relaxed);
         book.answered(7, Duration::from_secs(3), 9_000);
@@ -474,14 +490,14 @@ mod tests {
         let (mut book, clock) = book();
         let seen = keep(&mut book, 7, held(9));
         clock.store(3, Ordering::Relaxed);
-        assert_eq!(book.look(true), [7]);
+        assert_eq!(book.look(true), [(7, TTL)]);
         clock.store(9, Ordering::Relaxed);
         book.look(true);
         assert_eq!(*seen.borrow(), Standing::Unproven);
         clock.store(12, Ordering::Relaxed);
         book.answered(7, Duration::from_secs(3), 9_000);
         assert_eq!(*seen.borrow(), Standing::Unproven, "what it proves is over already");
-        assert_eq!(book.look(true), [7]);
+        assert_eq!(book.look(true), [(7, TTL)]);
         book.answered(7, Duration::from_secs(12), 9_000);
         assert_eq!(*seen.borrow(), held(21));
     }
@@ -495,13 +511,13 @@ mod tests {
         assert!(book.look(false).is_empty(), "there is no line yet");
         assert_eq!(book.next_look(), Some(Duration::MAX), "and nothing to do until there is");
         book.line_is_up();
-        assert_eq!(book.look(true), [7, 8]);
+        assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
         book.answered(7, Duration::ZERO, 9_000);
         book.line_is_down([8]);
         clock.store(1, Ordering::Relaxed);
         assert!(book.look(true).is_empty());
         book.line_is_up();
-        assert_eq!(book.look(true), [7, 8]);
+        assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
     }
 
     #[test]
@@ -509,7 +525,7 @@ mod tests {
         let (mut book, _) = book();
         let seen = keep(&mut book, 7, Standing::Unproven);
         keep(&mut book, 8, Standing::Unproven);
-        assert_eq!(book.look(true), [7, 8]);
+        assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
         book.answered(7, Duration::ZERO, 0);
         assert_eq!(*seen.borrow(), Standing::Gone);
         book.obey(Order::Forget { id: 8 });

@@ -234,7 +234,7 @@ fn what_outlives_its_supervisor_lingers_until_it_has_ended() {
         "--ports",
         "1",
         "--lease-ttl",
-        "2s",
+        "5s",
         "--",
         "sh",
         "-c",
@@ -260,7 +260,7 @@ fn what_outlives_its_supervisor_lingers_until_it_has_ended() {
 #[test]
 fn a_supervisor_that_comes_back_revives_what_lingers() {
     let (cluster, first, _agent) = watched(1);
-    let mut run = run_server(&cluster, "a", &["--ports", "1", "--lease-ttl", "2s"]);
+    let mut run = run_server(&cluster, "a", &["--ports", "1", "--lease-ttl", "5s"]);
     let before = bound(&cluster, "a");
     run.signal("STOP");
     wait_for("it to linger", || Some(get(&cluster, "a")?).filter(|a| a["phase"] == "LINGERING"));
@@ -281,7 +281,7 @@ fn a_supervisor_that_comes_back_revives_what_lingers() {
 /// when it is back all is as it was.
 #[test]
 fn a_worker_cut_off_for_longer_than_every_ttl_gets_no_port_given_twice() {
-    let cluster = Cluster::start_with(3, &[&SERVE[..], &["--worker-lost-after", "3s"]].concat());
+    let cluster = Cluster::start_with(3, &[&SERVE[..], &["--worker-lost-after", "5s"]].concat());
     let apart = Namespace::new(&cluster);
     let first = free_ports(2);
     let range = format!("service={first}-{}", first + 1);
@@ -290,7 +290,7 @@ fn a_worker_cut_off_for_longer_than_every_ttl_gets_no_port_given_twice() {
     agent.says("the table is listed");
     let program = server();
     let program = program.iter().map(String::as_str);
-    let flags = ["run", "a", "--worker", "w", "--ports", "1", "--lease-ttl", "2s", "--"];
+    let flags = ["run", "a", "--worker", "w", "--ports", "1", "--lease-ttl", "5s", "--"];
     let mut run = apart.cli(&cluster, &flags.into_iter().chain(program).collect::<Vec<_>>());
     let before = bound(&cluster, "a");
 

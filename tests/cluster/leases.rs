@@ -25,11 +25,11 @@ fn ended(cluster: &Cluster, lease: &str) {
 fn a_lease_lives_while_it_is_kept_alive_and_takes_what_is_on_it_along() {
     let cluster = Cluster::start(3);
     cluster.worker("w", 40_003);
-    let lease = granted(&cluster, "2s");
+    let lease = granted(&cluster, "6s");
     allocated(&cluster, "a", &lease);
     let mut keeper = Spawned::cli(&cluster, &["lease", "keep-alive", &lease, "-o", "json"]);
-    // A third of the TTL from one to the next: twelve of them are longer than three TTLs.
-    wait_for("twelve keepalives", || (keeper.json_lines().len() >= 12).then_some(()));
+    // A third of the TTL from one to the next: five of them are longer than it.
+    wait_for("five keepalives", || (keeper.json_lines().len() >= 5).then_some(()));
     let shown = cluster.cli(&["lease", "get", &lease, "-o", "json"]).ok();
     assert_eq!(shown["names"], serde_json::json!(["a"]));
     assert_eq!(cluster.cli(&["get", "a", "-o", "json"]).ok()["lease"].to_string(), lease);
@@ -43,14 +43,14 @@ fn a_lease_lives_while_it_is_kept_alive_and_takes_what_is_on_it_along() {
 #[test]
 fn a_lease_outlives_the_death_of_the_leader() {
     let mut cluster = Cluster::start(3);
-    let lease = granted(&cluster, "5s");
+    let lease = granted(&cluster, "9s");
     let mut keeper = Spawned::cli(&cluster, &["lease", "keep-alive", &lease, "-o", "json"]);
     wait_for("a keepalive", || (!keeper.json_lines().is_empty()).then_some(()));
     let leader = cluster.leader();
     cluster.kill(leader);
     let before = keeper.json_lines().len();
     wait_for("keepalives under a new leader", || {
-        (keeper.json_lines().len() >= before + 6).then_some(())
+        (keeper.json_lines().len() >= before + 4).then_some(())
     });
     keeper.assert_running();
     cluster.cli(&["lease", "get", &lease]).ok();
@@ -131,7 +131,7 @@ fn a_drain_shows_what_is_left_and_waits_for_it() {
     assert_eq!(drained["worker"]["phase"], "DRAINING");
     assert_eq!(drained["left"].as_array().map(Vec::len), Some(2));
     cluster.cli(&["allocate", "c", "--worker", "w", "--ports", "1"]).refused(4, "DRAINING");
-    cluster.cli(&["worker", "drain", "w", "--wait", "--timeout", "500ms"]).refused(6, "2: a, b");
+    cluster.cli(&["worker", "drain", "w", "--wait", "--timeout", "5s"]).refused(6, "2: a, b");
 
     let wait = ["worker", "drain", "w", "--wait", "--timeout", "60s", "-o", "json"];
     let mut waiting = Spawned::cli(&cluster, &wait);
