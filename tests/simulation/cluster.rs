@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::caller::Endpoints;
 use crate::world::{HostId, Net, World};
 
 /// Why the process of a node ended that was asked to.
@@ -131,10 +132,6 @@ impl Cluster {
     /// A node that is to join the others; it does not run yet.
     pub fn add(&mut self, world: &mut World, id: NodeId, through: NodeId) -> usize {
         self.seat(world, id, Entry::Join(peer_address(through)))
-    }
-
-    pub fn settings(&self) -> &Settings {
-        &self.settings
     }
 
     /// Of the nodes that may serve.
@@ -289,11 +286,22 @@ pub fn channel(net: &Net, from: HostId, endpoint: &Endpoint) -> Channel {
     endpoint.connect_with_connector_lazy(tower::service_fn(connect))
 }
 
-/// As the client library connects, from this host.
-pub fn client_channels(net: &Net, from: HostId, endpoints: &[String]) -> Vec<(String, Channel)> {
-    let made = |name: &String| {
-        let endpoint = Client::endpoint(name).expect("an endpoint");
-        (name.clone(), channel(net, from, &endpoint))
-    };
-    endpoints.iter().map(made).collect()
+/// The ways from a host to some nodes.
+#[derive(Clone)]
+pub struct Ways {
+    pub net: Net,
+    pub from: HostId,
+    pub endpoints: Vec<String>,
+}
+
+impl Ways {
+    /// As the client library connects. Channels belong to the runtime in which they are made: that of
+    /// the host.
+    pub fn open(&self) -> Endpoints {
+        let made = |name: &String| {
+            let endpoint = Client::endpoint(name).expect("an endpoint");
+            (name.clone(), channel(&self.net, self.from, &endpoint))
+        };
+        self.endpoints.iter().map(made).collect()
+    }
 }

@@ -14,7 +14,7 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 
 use crate::caller::Endpoints;
-use crate::cluster::{Cluster, Life, STOPPED, client_channels};
+use crate::cluster::{Cluster, Life, STOPPED, Ways};
 use crate::errands::Pending;
 use crate::history::{Record, Recorder};
 use crate::invariants::{Sight, Witness};
@@ -174,8 +174,14 @@ impl Sim {
         errand
     }
 
-    pub fn channels(&self, from: HostId) -> Endpoints {
-        client_channels(&self.world.net, from, &self.cluster.endpoints())
+    pub fn ways(&self, from: HostId) -> Ways {
+        Ways { net: self.world.net.clone(), from, endpoints: self.cluster.endpoints() }
+    }
+
+    /// From the operator's host to these nodes.
+    pub fn operators_ways(&self, endpoints: Vec<String>) -> Endpoints {
+        let ways = Ways { endpoints, ..self.ways(self.operator) };
+        self.world.within(self.operator, || ways.open())
     }
 
     /// The client library on the operator's host. Its calls are not in the history: it must change
@@ -184,9 +190,10 @@ impl Sim {
         let options = Options {
             timeout: Duration::from_secs(8),
             attempt_timeout: Duration::from_secs(2),
-            seed: None,
+            ..Options::default()
         };
-        Client::over(self.channels(self.operator), options).expect("there are endpoints")
+        let endpoints = self.operators_ways(self.cluster.endpoints());
+        Client::over(endpoints, options).expect("there are endpoints")
     }
 
     fn ended(&mut self, exit: Exit) -> Result<(), Broken> {

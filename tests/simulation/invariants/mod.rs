@@ -33,8 +33,6 @@ use portwarden::raft::{Metrics, Table};
 use portwarden::store::codec::Position;
 use portwarden::store::{LogRecord, SimulatedDisk};
 
-pub use tables::Reference;
-
 /// A leader by the term that it was elected in.
 pub type Leader = (u64, NodeId);
 
