@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::OnceLock;
 
+use crate::core::Command;
+
 /// Where the name of the bug stands.
 pub const CHOSEN: &str = "PORTWARDEN_PLANTED";
 
@@ -68,4 +70,15 @@ pub fn in_hash_order<T: Hash + Eq>(all: impl Iterator<Item = T>) -> std::vec::In
     }
     let mixed: HashMap<T, ()> = all.into_iter().map(|item| (item, ())).collect();
     mixed.into_keys().collect::<Vec<_>>().into_iter()
+}
+
+/// As the process with this id would have it.
+pub fn on_this_process(command: &Command) -> Command {
+    let mut command = command.clone();
+    if let Command::Quarantine { reason, .. } = &mut command
+        && is(Bug::DependsOnProcess)
+    {
+        reason.push_str(&std::process::id().to_string());
+    }
+    command
 }

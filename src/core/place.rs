@@ -45,7 +45,10 @@ pub(super) fn place(state: &State, claim: &Claim) -> Result<Grant, Refusal> {
                     .candidates(least, *policy)
                     .take(PLACEMENT_CANDIDATES_MAX)
             };
-            search()
+            let found = search();
+            #[cfg(planted)]
+            let found = crate::planted::in_hash_order(found);
+            found
                 .filter_map(|name| state.worker(name))
                 .filter(|worker| selector.matches(&worker.spec.labels))
                 .find_map(|worker| place_on(worker, claim, *policy).ok())

@@ -30,7 +30,11 @@ use crate::core::{
     Actor, Allocation, Applied, Command, Event, Ground, InstanceName, Leader, Lease, LeaseId,
     Millis, Phase, Port, Revision, Source, State, Worker, WorkerName, WorkerPhase,
 };
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::raft::ApplyObserver;
+#[cfg(planted)]
+use crate::raft::StateMachine;
 
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -127,6 +131,11 @@ impl Book {
             _ if self.reign.is_none() => Renewal::NotLeading,
             // Not in the books yet, or ended since the table was read.
             None => Renewal::NotLeading,
+            #[cfg(planted)]
+            Some(_) if planted::is(Bug::RenewedTooLate) => {
+                self.start_lease(lease);
+                Renewal::Renewed
+            }
             Some(deadline) if deadline.ending => Renewal::Ending,
             Some(_) => {
                 self.start_lease(lease);
@@ -363,6 +372,16 @@ impl Node {
         }
     }
 
+    #[cfg(planted)]
+    async fn apply_outside_log(&self, command: Command) {
+        use futures::FutureExt as _;
+        let apply = move |machine: &mut StateMachine| {
+            machine.apply_outside_log(&command);
+            std::future::ready(()).boxed()
+        };
+        let _ = self.inner.raft.with_state_machine(apply).await;
+    }
+
     /// What this node leads as, if it does.
     pub(super) fn leads(&self) -> Option<Leader> {
         let metrics = self.inner.metrics();
@@ -436,6 +455,10 @@ async fn act(node: &Node, timers: &Timers) {
     }
     let due = timers.book().take_due();
     join_all(due.into_iter().map(|(key, command)| async move {
+        #[cfg(planted)]
+        if planted::is(Bug::ExpiryOutsideLog) && matches!(key, Key::Lease(_)) {
+            return node.apply_outside_log(command).await;
+        }
         let by = Instant::now() + PROPOSAL_MAX;
         let answer = node.inner.proposer.propose(command.clone(), by).await;
         match &answer {

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -72,6 +73,10 @@ impl Seat {
         self.stop.notify_one();
     }
 
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn peer(&self) -> String {
         peer_address(self.id)
     }
@@ -101,11 +106,11 @@ pub fn client_address(id: NodeId) -> String {
 }
 
 impl Cluster {
-    /// Nodes 1 to `count`, which do not run yet.
-    pub fn new(world: &mut World, dir: &Path, count: u64, settings: Settings) -> Cluster {
+    /// Nodes with these ids, which do not run yet.
+    pub fn new(world: &mut World, dir: &Path, ids: Range<NodeId>, settings: Settings) -> Cluster {
         let mut cluster = Cluster { seats: Vec::new(), settings, dir: dir.to_path_buf() };
-        let list: BTreeMap<NodeId, String> = (1..=count).map(|id| (id, peer_address(id))).collect();
-        for id in 1..=count {
+        let list: BTreeMap<NodeId, String> = ids.clone().map(|id| (id, peer_address(id))).collect();
+        for id in ids {
             cluster.seat(world, id, Entry::Begin(list.clone()));
         }
         cluster

@@ -14,10 +14,13 @@ mod entropy;
 mod errands;
 #[path = "../faults/history.rs"]
 mod history;
+#[cfg(planted)]
+mod hunt;
 mod invariants;
 mod nemesis;
 mod people;
 mod plan;
+mod restore;
 mod run;
 mod runner;
 mod sim;
@@ -38,8 +41,23 @@ use runner::{Args, Summary};
 
 /// The arguments of `scripts/simulate`.
 const TOLD: &str = "PORTWARDEN_SIMULATION";
+/// The arguments of `scripts/planted`.
+#[cfg(planted)]
+const HUNT: &str = "PORTWARDEN_HUNT";
 
 fn main() -> ExitCode {
+    #[cfg(planted)]
+    if let Ok(told) = std::env::var(HUNT) {
+        let told = std::iter::once("scripts/planted").chain(told.split_whitespace());
+        return match hunt::hunt(&hunt::HuntArgs::parse_from(told)) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(why) => {
+                println!("planted: {why}");
+                ExitCode::from(2)
+            }
+        };
+    }
     let Ok(told) = std::env::var(TOLD) else { return as_test() };
     let args = Args::parse_from(std::iter::once("scripts/simulate").chain(told.split_whitespace()));
     if let Some(seed) = args.one {
@@ -83,7 +101,7 @@ fn short() -> Args {
 }
 
 fn same_trace() {
-    let seed = |seed| runner::in_a_process(&short(), seed).expect("a run");
+    let seed = |seed| runner::in_a_process(&short(), seed, None).expect("a run");
     let (once, again, other) = (seed(1), seed(1), seed(2));
     assert_eq!(once.trace, again.trace, "one seed is one run, in whatever process");
     assert_ne!(once.trace, other.trace, "another seed is another run");

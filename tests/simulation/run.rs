@@ -80,9 +80,14 @@ impl Sim {
             self.start_instances(at);
         }
         nemesis::torment(self)?;
+        let backup = self.witness.tables.reference().state().clone();
         self.heal()?;
         self.settle_up()?;
-        self.until_told(&told)
+        self.until_told(&told)?;
+        if self.plan.restores {
+            self.restore(&backup)?;
+        }
+        Ok(())
     }
 
     fn register_workers(&mut self) -> Result<(), Broken> {

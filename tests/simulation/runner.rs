@@ -17,6 +17,8 @@ const RUN_MAX_SECONDS: u32 = 600;
 /// Where there is memory to write to.
 const MEMORY: &str = "/dev/shm";
 const HISTORY: &str = "history.jsonl";
+/// Names the bug in a build that has some.
+const PLANTED: &str = "PORTWARDEN_PLANTED";
 
 /// Whole clusters in one thread, with a network, disks and time of their own.
 #[derive(Debug, Clone, clap::Parser)]
@@ -124,7 +126,7 @@ fn kept(args: &Args, seed: u64) -> PathBuf {
 
 /// Runs this seed again.
 fn command_of(args: &Args, seed: u64) -> String {
-    let planted = std::env::var("PORTWARDEN_PLANTED").map(|bug| format!("PORTWARDEN_PLANTED={bug} "));
+    let planted = std::env::var(PLANTED).map(|bug| format!("{PLANTED}={bug} "));
     let seconds = match args.seconds {
         plan::SECONDS => String::new(),
         seconds => format!(" --seconds {seconds}"),
@@ -132,14 +134,26 @@ fn command_of(args: &Args, seed: u64) -> String {
     format!("{}scripts/simulate --seed {seed} --seeds 1{seconds}", planted.unwrap_or_default())
 }
 
-/// Runs a seed in a process of its own.
-pub fn in_a_process(args: &Args, seed: u64) -> Result<Summary, String> {
+/// One of each.
+#[cfg(planted)]
+pub fn standard() -> Args {
+    clap::Parser::parse_from(["scripts/simulate"])
+}
+
+pub fn jobs(args: &Args) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    args.jobs.unwrap_or(processors).clamp(1, 256)
+}
+
+/// Runs a seed in a process of its own, with a bug if its build has any.
+pub fn in_a_process(args: &Args, seed: u64, planted: Option<&str>) -> Result<Summary, String> {
     let keep = std::path::absolute(&args.keep).map_err(|error| error.to_string())?;
     let log = args.log.as_ref().map_or(String::new(), |log| format!(" --log {log}"));
     let told = format!("--one {seed} --seconds {} --keep {}{log}", args.seconds, keep.display());
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let ran = Command::new(program)
         .env(TOLD, told)
+        .envs(planted.map(|bug| (PLANTED, bug)))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -163,8 +177,7 @@ struct Total {
 /// Runs them all, some at a time, and says of each in its turn what it came to; how many found
 /// something.
 pub fn run_all(args: &Args) -> Result<u64, String> {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let jobs = args.jobs.unwrap_or(processors).clamp(1, 256);
+    let jobs = jobs(args);
     let began = entropy::real_now();
     let next = AtomicU64::new(0);
     let stop = Mutex::new(false);
@@ -181,7 +194,7 @@ pub fn run_all(args: &Args) -> Result<u64, String> {
                     }
                     let seed = args.seed + at;
                     // Nobody hears it only where everything has ended.
-                    let _ = done.send((seed, in_a_process(args, seed)));
+                    let _ = done.send((seed, in_a_process(args, seed, None)));
                 }
             });
         }

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +36,10 @@ pub struct Sim {
     pub clients: Vec<HostId>,
     pub operator: HostId,
     pub witness: Witness,
+    /// Does the witness look at what runs?
+    pub watches_over: bool,
+    /// Of the data directories.
+    pub dir: PathBuf,
     pub trace: Trace,
     pub pending: Vec<Pending>,
     pub ambush: Option<Ambush>,
@@ -59,7 +63,7 @@ pub type Broken = String;
 impl Sim {
     pub fn new(plan: Plan, dir: &Path, recorder: Arc<Recorder>) -> Sim {
         let mut world = World::new(plan.seed);
-        let cluster = Cluster::new(&mut world, dir, plan.nodes, plan.settings.clone());
+        let cluster = Cluster::new(&mut world, dir, 1..plan.nodes + 1, plan.settings.clone());
         let operator = world.add_host(OPERATOR);
         world.start(operator, || Box::pin(std::future::pending()));
         world.net.set_default_quality(plan.network);
@@ -73,6 +77,8 @@ impl Sim {
             clients: Vec::new(),
             operator,
             witness: Witness::default(),
+            watches_over: true,
+            dir: dir.to_path_buf(),
             trace: Trace::default(),
             pending: Vec::new(),
             ambush: None,
@@ -237,6 +243,9 @@ impl Sim {
     }
 
     fn look(&mut self) -> Result<(), Broken> {
+        if !self.watches_over {
+            return Ok(());
+        }
         let disks: BTreeMap<u64, SimulatedDisk> =
             self.cluster.seats.iter().map(|seat| (seat.id, seat.disk.clone())).collect();
         let sights: Vec<Sight> = self

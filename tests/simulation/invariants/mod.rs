@@ -54,6 +54,10 @@ impl Sight {
     /// `None` where it has just begun.
     pub fn of(id: NodeId, process: usize, node: Node, disk: SimulatedDisk) -> Option<Sight> {
         let (metrics, table) = (node.raft_metrics(), node.table());
+        // Raft has not said anything yet.
+        if metrics.vote.leader_id.term == 0 && disk.durable_vote().is_some() {
+            return None;
+        }
         let (purged, last) = node.log().ok()?.bounds();
         Some(Sight { id, process, node, disk, metrics, table, last, purged })
     }
