@@ -33,8 +33,6 @@ use crate::core::{
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::raft::ApplyObserver;
-#[cfg(planted)]
-use crate::raft::StateMachine;
 
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -374,12 +372,11 @@ impl Node {
 
     #[cfg(planted)]
     async fn apply_outside_log(&self, command: Command) {
-        use futures::FutureExt as _;
-        let apply = move |machine: &mut StateMachine| {
+        let applied = self.inner.raft.with_state_machine(move |machine| {
             machine.apply_outside_log(&command);
-            std::future::ready(()).boxed()
-        };
-        let _ = self.inner.raft.with_state_machine(apply).await;
+            Box::pin(std::future::ready(()))
+        });
+        let _ = applied.await;
     }
 
     /// What this node leads as, if it does.

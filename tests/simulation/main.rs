@@ -97,7 +97,7 @@ fn as_test() -> ExitCode {
 }
 
 fn short() -> Args {
-    Args::parse_from(["simulate", "--seconds", "5"])
+    Args::parse_from(["simulate", "--seconds", "2"])
 }
 
 fn same_trace() {
@@ -111,6 +111,6 @@ fn same_trace() {
 }
 
 fn short_runs() {
-    let args = Args { seed: 100, seeds: 6, ..short() };
+    let args = Args { seed: 100, seeds: 2, ..short() };
     assert_eq!(runner::run_all(&args), Ok(0));
 }
