@@ -264,7 +264,7 @@ fn tried(copy: &mut State, claims: &[Arc<Claim>]) -> Result<Vec<v1::Allocation>,
 }
 
 /// The deadline is the leader's to fill in.
-fn allocate_command(claims: &[Arc<Claim>]) -> Command {
+pub(super) fn allocate_command(claims: &[Arc<Claim>]) -> Command {
     Command::Allocate { claims: claims.to_vec(), confirm_within: Millis(limits::SPAN_MAX_MS) }
 }
 
@@ -418,8 +418,8 @@ impl v1::allocator_server::Allocator for Api {
 
     async fn session(
         &self,
-        _: Request<Streaming<v1::SessionRequest>>,
+        request: Request<Streaming<v1::SessionRequest>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        Err(errors::unimplemented("Session: many requests on one stream are"))
+        self.serve_session(request)
     }
 }

@@ -30,7 +30,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::pages::{PageToken, Views};
-use super::{allocator, cluster, errors, leases, watch as changes, workers};
+use super::{allocator, cluster, errors, leases, session, watch as changes, workers};
 use crate::core::{Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, State};
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
@@ -55,6 +55,12 @@ pub trait Backend: Send + Sync + 'static {
     fn id(&self) -> NodeId;
     /// Fails where this node is no member any more: then it answers nothing.
     fn check(&self) -> Result<(), CallError>;
+    /// As many answers as commands, in their order.
+    async fn propose_all(
+        &self,
+        commands: Vec<Command>,
+        deadline: Deadline,
+    ) -> Vec<Result<Applied, CallError>>;
     async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError>;
     async fn read(&self, deadline: Deadline) -> Result<State, CallError>;
     async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError>;
@@ -102,6 +108,13 @@ impl Backend for Node {
     }
     fn check(&self) -> Result<(), CallError> {
         self.check_member()
+    }
+    async fn propose_all(
+        &self,
+        commands: Vec<Command>,
+        deadline: Deadline,
+    ) -> Vec<Result<Applied, CallError>> {
+        Node::propose_all(self, commands, deadline).await
     }
     async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError> {
         Node::propose(self, command, deadline).await
@@ -504,6 +517,7 @@ impl Api {
         }
         methods![
             allocator::Allocate,
+            session::Session,
             Writing<allocator::Confirm>,
             Writing<allocator::Attach>,
             Writing<allocator::Release>,

@@ -24,11 +24,6 @@ pub fn invalid(error: Invalid) -> Status {
     Status::with_error_details(Code::InvalidArgument, error.to_string(), details)
 }
 
-/// What the proto has and the server has not, yet.
-pub fn unimplemented(what: &str) -> Status {
-    Status::unimplemented(format!("{what} not served by this version"))
-}
-
 pub fn refusal(refusal: Refusal) -> Status {
     let text = refusal.to_string();
     let precondition = |kind: &str, subject: &str| {

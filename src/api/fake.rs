@@ -85,6 +85,17 @@ impl Backend for Fake {
             None => Ok(apply(&mut self.state.lock().unwrap(), &Origin::default(), &command).0),
         }
     }
+    async fn propose_all(
+        &self,
+        commands: Vec<Command>,
+        deadline: Deadline,
+    ) -> Vec<Result<Applied, CallError>> {
+        let mut answers = Vec::new();
+        for command in commands {
+            answers.push(self.propose(command, deadline).await);
+        }
+        answers
+    }
     async fn read(&self, _: Deadline) -> Result<State, CallError> {
         match self.failures.lock().unwrap().pop_front() {
             Some(error) => Err(error),

@@ -36,8 +36,23 @@ pub fn describe_metrics() {
 }
 
 impl Api {
+    /// A unary call, or what begins a stream.
     pub(super) async fn observed<T, F>(
         &self,
+        method: &'static str,
+        metadata: &MetadataMap,
+        call: impl FnOnce(Deadline) -> F,
+    ) -> Result<Response<T>, Status>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        self.observed_for(time_given(metadata), method, metadata, call).await
+    }
+
+    /// The same, with the time that it is given.
+    pub(super) async fn observed_for<T, F>(
+        &self,
+        time: Duration,
         method: &'static str,
         metadata: &MetadataMap,
         call: impl FnOnce(Deadline) -> F,
@@ -53,7 +68,7 @@ impl Api {
         };
         let request_id = self.request_id(metadata);
         let span = tracing::info_span!("rpc", method, request_id);
-        let deadline = timer.started + time_given(metadata);
+        let deadline = timer.started + less_margin(time);
         let result = call(deadline).instrument(span.clone()).await;
         let code = result.as_ref().err().map_or(Code::Ok, Status::code);
         timer.code = code_name(code);
@@ -92,11 +107,16 @@ impl Drop for Timer {
     }
 }
 
-/// How long this call may take on this node.
+/// How long the caller of a unary method waits.
 fn time_given(metadata: &MetadataMap) -> Duration {
     let header = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
-    let timeout = header.and_then(parse_timeout).unwrap_or(TIMEOUT_DEFAULT).min(TIMEOUT_MAX);
-    timeout - (timeout / 10).min(MARGIN_MAX)
+    header.and_then(parse_timeout).unwrap_or(TIMEOUT_DEFAULT)
+}
+
+/// How long a call may take on this node.
+fn less_margin(time: Duration) -> Duration {
+    let time = time.min(TIMEOUT_MAX);
+    time - (time / 10).min(MARGIN_MAX)
 }
 
 /// `TimeoutValue TimeoutUnit` of
@@ -152,7 +172,7 @@ mod tests {
             if let Some(text) = text {
                 metadata.insert("grpc-timeout", text.parse().unwrap());
             }
-            time_given(&metadata)
+            less_margin(time_given(&metadata))
         };
         assert_eq!(given(None), TIMEOUT_DEFAULT - MARGIN_MAX);
         assert_eq!(given(Some("500m")), Duration::from_millis(450));

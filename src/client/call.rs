@@ -113,10 +113,26 @@ impl Client {
         Req: prost::Message + Clone + 'static,
         Res: prost::Message + Default + 'static,
     {
+        self.call_after(method, request, None).await
+    }
+
+    /// The same, after an attempt by other means that is in doubt, if there was one.
+    pub(super) async fn call_after<Req, Res>(
+        &self,
+        method: Method<Req, Res>,
+        request: Req,
+        mut doubt: Option<String>,
+    ) -> Result<Res, ClientError>
+    where
+        Req: prost::Message + Clone + 'static,
+        Res: prost::Message + Default + 'static,
+    {
+        if let (Effect::Once, Some(why)) = (method.effect, &doubt) {
+            return Err(ClientError::OutcomeUnknown { why: why.clone() });
+        }
         let deadline = Instant::now() + self.timeout;
         let request_id = AsciiMetadataValue::try_from(self.fresh_uid()).ok();
         let mut tour = self.tour();
-        let mut doubt = None;
         let mut last = String::from("the timeout is too short for one attempt");
         for attempt in 1.. {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -17,7 +17,7 @@
 //!   also holds where a repeat of an `allocate` is refused. The refusal of a repeat settles the
 //!   matter only under a token, because a token that does not hold will never hold again.
 //!
-//! Beyond single calls: [`Keeper`] keeps leases alive over one stream, [`Client::watch`] follows the
+//! Beyond single calls: [`Session`] carries many over one stream, [`Keeper`] keeps leases alive over one stream, [`Client::watch`] follows the
 //! table without a gap, and [`Client::start_on`] goes from port to port until one is free.
 
 mod backup;
@@ -27,6 +27,7 @@ mod endpoints;
 mod error;
 mod keeper;
 mod leases;
+pub mod session;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -46,6 +47,7 @@ pub use conflicts::{NoPortLeft, StartError, Try};
 use endpoints::Endpoints;
 pub use error::{ClientError, Refused};
 pub use keeper::{Clock, Holding, Keeper, Standing};
+pub use session::Session;
 pub use watch::{Heard, Watch};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);

@@ -12,7 +12,7 @@ use super::claim::{Claim, PortRequest, Ports};
 use super::command::{Actor, Applied, Authority, Command, Event, Ground, Origin, Outcome, Refusal};
 use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MAX, WORKERS_MAX};
 use super::name::{InstanceName, Invalid, LeaseId, Millis, Port, Revision, Token, WorkerName};
-use super::place::{Grant, place, take_ports};
+use super::place::{Grant, place, take, take_ports};
 use super::ports::{Quarantine, Source, Taken};
 use super::state::{State, uuids};
 use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
@@ -194,11 +194,10 @@ impl Change<'_> {
             return Ok(Outcome::WorkerRemoved { removed: false });
         };
         if let Some(reason) = force {
-            let mut emptied = Worker::clone(&worker);
             for holder in worker.allocations.keys() {
                 if let Some(held) = self.state.allocation(holder).cloned() {
                     let why = ReleaseReason::Forced { reason: reason.into() };
-                    self.free(&mut emptied, &held, why);
+                    self.free(&held, why);
                 }
             }
         } else if let Some((example, ())) = worker.allocations.get_min() {
@@ -272,10 +271,12 @@ impl Change<'_> {
 
     fn grant(&mut self, claim: &Arc<Claim>, within: Millis) -> Result<Arc<Allocation>, Refusal> {
         self.check_lease(claim.lease)?;
-        let Grant { worker, ports, gpus } = place(self.state, claim)?;
+        let worker = place(self.state, claim)?;
+        let taken = self.state.change_worker(&worker, |worker| take(worker, claim));
+        let Some(Ok(Grant { ports, gpus })) = taken else { unreachable!("it was placed there") };
         let allocation = self.state.put_allocation(Allocation {
             claim: claim.clone(),
-            worker: worker.name.clone(),
+            worker,
             ports,
             gpus,
             token: Token(self.revision.0),
@@ -291,7 +292,6 @@ impl Change<'_> {
             swaps: 0,
             last_change: None,
         });
-        self.state.put_worker(worker);
         self.state.forget_departure(&claim.name);
         self.events.push(Event::Allocated(allocation.clone()));
         Ok(allocation)
@@ -375,7 +375,7 @@ impl Change<'_> {
             let name = name.clone();
             return Err(Refusal::WrongVersion { name, given: version, held: held.version });
         }
-        let mut worker = self.worker_of(&held)?;
+        let worker = self.worker_of(&held)?;
         if let Some(what) = self.doubt(&held, &worker, ground) {
             return Err(Refusal::NotProven { name: name.clone(), what: what.into() });
         }
@@ -386,7 +386,7 @@ impl Change<'_> {
             }
             Ground::Gone { reason, .. } => {
                 let why = ReleaseReason::Reclaimed { cause: Cause::Gone, reason: reason.clone() };
-                self.free(&mut worker, &held, why);
+                self.free(&held, why);
                 Ok(Outcome::Released(Some(held)))
             }
         }
@@ -423,12 +423,11 @@ impl Change<'_> {
         cause: Cause,
         reason: String,
     ) -> Result<Outcome, Refusal> {
-        let mut worker = self.worker_of(held)?;
-        let watched = worker.has_agent();
+        let watched = self.worker(&held.worker)?.has_agent();
         #[cfg(planted)]
         let watched = watched && !planted::is(Bug::LeaseLossFrees);
         if !watched {
-            self.free(&mut worker, held, ReleaseReason::Reclaimed { cause, reason });
+            self.free(held, ReleaseReason::Reclaimed { cause, reason });
             return Ok(Outcome::Released(Some(held.clone())));
         }
         Ok(Outcome::Lingers(self.put_changed(Allocation {
@@ -456,22 +455,23 @@ impl Change<'_> {
             }
             Authority::Operator { reason } => ReleaseReason::Forced { reason: reason.clone() },
         };
-        let mut worker = self.worker_of(&held)?;
-        self.free(&mut worker, &held, why);
+        self.free(&held, why);
         Ok(Outcome::Released(Some(held)))
     }
 
     /// The one way out of the table (field failure kubernetes-120536): gives back every port and
-    /// GPU that the allocation still holds on `worker`, and puts the worker back.
-    fn free(&mut self, worker: &mut Worker, held: &Arc<Allocation>, why: ReleaseReason) {
-        for port in &held.ports {
-            free_port(worker, held.name(), port.number);
-        }
-        for gpu in &mut worker.gpus {
-            gpu.free(held.name());
-        }
-        worker.allocations.remove(held.name());
-        self.state.put_worker(worker.clone());
+    /// GPU that the allocation still holds.
+    fn free(&mut self, held: &Arc<Allocation>, why: ReleaseReason) {
+        let name = held.name();
+        self.state.change_worker(&held.worker, |worker| {
+            for port in &held.ports {
+                free_port(worker, name, port.number);
+            }
+            for gpu in &mut worker.gpus {
+                gpu.free(name);
+            }
+            worker.allocations.remove(name);
+        });
         self.state.drop_allocation(held.name());
         if why != ReleaseReason::ByHolder {
             let departure = Departure {
@@ -521,28 +521,27 @@ impl Change<'_> {
             pool.quarantine(number, Quarantine { reason, source, since: self.revision });
         }
         worker.version = self.revision;
-        let outcome = match swap(&mut worker, &held, reported) {
-            Ok(ports) => {
-                self.state.put_worker(worker.clone());
-                Outcome::Swapped(self.put_changed(Allocation {
-                    ports,
-                    phase: Phase::Reserved,
-                    confirmed: false,
-                    reason: None,
-                    liveness: None,
-                    swaps: held.swaps + 1,
-                    last_change: Some(LastChange { from, kind: swapped }),
-                    ..Allocation::clone(&held)
-                }))
-            }
+        let moved = swap(&mut worker, &held, reported);
+        self.state.put_worker(worker);
+        let outcome = match moved {
+            Ok(ports) => Outcome::Swapped(self.put_changed(Allocation {
+                ports,
+                phase: Phase::Reserved,
+                confirmed: false,
+                reason: None,
+                liveness: None,
+                swaps: held.swaps + 1,
+                last_change: Some(LastChange { from, kind: swapped }),
+                ..Allocation::clone(&held)
+            })),
             Err(reason) => {
                 let cause = Cause::Conflict;
                 let why = ReleaseReason::Reclaimed { cause, reason: reason.clone() };
-                self.free(&mut worker, &held, why);
-                Outcome::Reclaimed { allocation: held, reason }
+                self.free(&held, why);
+                Outcome::Reclaimed { allocation: held.clone(), reason }
             }
         };
-        self.events.push(Event::Worker(Arc::new(worker)));
+        self.events.push(Event::Worker(self.worker(&held.worker)?));
         Ok(outcome)
     }
 

@@ -31,6 +31,16 @@ pub enum Placement {
     Select { selector: Selector, policy: Policy },
 }
 
+impl Placement {
+    /// On a named worker there is no choice but among its GPUs: the fullest that fit.
+    pub fn policy(&self) -> Policy {
+        match self {
+            Placement::Worker(_) => Policy::Binpack,
+            Placement::Select { policy, .. } => *policy,
+        }
+    }
+}
+
 /// Which of the workers that fit is taken; ties by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Policy {

@@ -20,14 +20,14 @@ use super::selector::{Selector, Term};
 use super::state::{Resource, Scope, State};
 use super::worker::{Gpu, Worker, WorkerPhase};
 
-/// A place: the worker as it will be, and what of it the claim holds.
+/// What of its worker a claim holds.
 pub(super) struct Grant {
-    pub worker: Worker,
     pub ports: Vec<HeldPort>,
     pub gpus: Vec<HeldGpu>,
 }
 
-pub(super) fn place(state: &State, claim: &Claim) -> Result<Grant, Refusal> {
+/// The worker on which the claim fits: there, [`take`] gives it what it asks for.
+pub(super) fn place(state: &State, claim: &Claim) -> Result<WorkerName, Refusal> {
     let nothing_fits = |shortage| Refusal::NothingFits { name: claim.name.clone(), shortage };
     match &claim.placement {
         Placement::Worker(name) => {
@@ -35,7 +35,8 @@ pub(super) fn place(state: &State, claim: &Claim) -> Result<Grant, Refusal> {
             if worker.phase != WorkerPhase::Ready {
                 return Err(Refusal::WorkerNotReady { worker: name.clone(), phase: worker.phase });
             }
-            place_on(worker, claim, Policy::Binpack)
+            fits(worker, claim)
+                .map(|()| name.clone())
                 .map_err(|lack| nothing_fits(Shortage::OnWorker { worker: name.clone(), lack }))
         }
         Placement::Select { selector, policy } => {
@@ -51,7 +52,8 @@ pub(super) fn place(state: &State, claim: &Claim) -> Result<Grant, Refusal> {
             found
                 .filter_map(|name| state.worker(name))
                 .filter(|worker| selector.matches(&worker.spec.labels))
-                .find_map(|worker| place_on(worker, claim, *policy).ok())
+                .find(|worker| fits(worker, claim).is_ok())
+                .map(|worker| worker.name.clone())
                 .ok_or_else(|| nothing_fits(why_none_fits(state, claim, selector, search())))
         }
     }
@@ -71,8 +73,8 @@ pub struct Explanation {
 
 pub fn explain(state: &State, claim: &Claim) -> Explanation {
     let not_ready = state.indexes.not_ready;
-    let weigh = |worker: &Worker, policy| {
-        let lack = place_on(worker, claim, policy).err().map(|lack| lack.to_string());
+    let weigh = |worker: &Worker| {
+        let lack = fits(worker, claim).err().map(|lack| lack.to_string());
         (worker.name.clone(), lack.map_or(Ok(()), Err))
     };
     match &claim.placement {
@@ -82,7 +84,7 @@ pub fn explain(state: &State, claim: &Claim) -> Explanation {
                 Some(worker) if worker.phase != WorkerPhase::Ready => {
                     (name.clone(), Err(format!("it is {}", worker.phase.name())))
                 }
-                Some(worker) => weigh(worker, Policy::Binpack),
+                Some(worker) => weigh(worker),
             };
             Explanation { candidates: 1, not_ready, workers: vec![verdict] }
         }
@@ -100,7 +102,7 @@ pub fn explain(state: &State, claim: &Claim) -> Explanation {
                 .filter_map(|name| state.worker(name))
                 .filter(|worker| selector.matches(&worker.spec.labels))
                 .take(EXPLAINED_WORKERS_MAX)
-                .map(|worker| weigh(worker, *policy))
+                .map(|worker| weigh(worker))
                 .collect();
             Explanation { candidates, not_ready, workers }
         }
@@ -205,7 +207,7 @@ fn why_none_fits<'a>(
         looked_at += 1;
         let kind = match selector.matches(&worker.spec.labels) {
             false => Some(LackKind::Labels),
-            true => place_on(worker, claim, Policy::Binpack).err().map(|lack| lack.kind()),
+            true => fits(worker, claim).err().map(|lack| lack.kind()),
         };
         if let Some(kind) = kind {
             *counts.entry(kind).or_default() += 1;
@@ -216,11 +218,30 @@ fn why_none_fits<'a>(
     Shortage::OnSelection { looked_at, candidates, not_ready: state.indexes.not_ready, reasons }
 }
 
-/// Takes what the claim asks for from a copy of the worker, so that the requests of one claim see
-/// each other (field failures nomad-9506, nomad-16410). Specific ports go first, then bands, then
-/// counted ports, so that an earlier request never takes what a later one must have.
-fn place_on(worker: &Worker, claim: &Claim, policy: Policy) -> Result<Grant, Lack> {
-    let mut worker = worker.clone();
+/// What the claim lacks on the worker, if anything. Where counting does not tell, it is tried on a copy.
+fn fits(worker: &Worker, claim: &Claim) -> Result<(), Lack> {
+    match enough_by_count(worker, claim) {
+        true => Ok(()),
+        false => take(&mut worker.clone(), claim).map(drop),
+    }
+}
+
+/// Is there enough for a claim of counted ports in one range, without GPUs? Says no of any other.
+fn enough_by_count(worker: &Worker, claim: &Claim) -> bool {
+    let [PortRequest { range, ports: Ports::Count(count), .. }] = claim.ports.as_slice() else {
+        return false;
+    };
+    let pool = match range {
+        Some(range) => worker.pool(range),
+        None => worker.pools.first(),
+    };
+    claim.gpus.is_none() && pool.is_some_and(|pool| pool.free_count() >= *count)
+}
+
+/// Takes what the claim asks for, so that its requests see each other (field failures nomad-9506,
+/// nomad-16410). Specific ports go first, then bands, then counted ports, so that an earlier request
+/// never takes what a later one must have. Where it lacks something, only a copy may be left half done.
+pub(super) fn take(worker: &mut Worker, claim: &Claim) -> Result<Grant, Lack> {
     let mut ports = Vec::with_capacity(claim.ports.len());
     let order = |request: &PortRequest| match request.ports {
         Ports::Specific(_) => 0,
@@ -230,15 +251,15 @@ fn place_on(worker: &Worker, claim: &Claim, policy: Policy) -> Result<Grant, Lac
     let mut requests: Vec<_> = claim.ports.iter().enumerate().collect();
     requests.sort_by_key(|(_, request)| order(request));
     for (i, request) in requests {
-        take_ports(&mut worker, &claim.name, i as u16, request, &mut ports)?;
+        take_ports(worker, &claim.name, i as u16, request, &mut ports)?;
     }
     ports.sort_by_key(|port| port.request);
     let gpus = match &claim.gpus {
-        Some(request) => take_gpus(&mut worker, &claim.name, request, policy)?,
+        Some(request) => take_gpus(worker, &claim.name, request, claim.placement.policy())?,
         None => Vec::new(),
     };
     worker.allocations.insert(claim.name.clone(), ());
-    Ok(Grant { worker, ports, gpus })
+    Ok(Grant { ports, gpus })
 }
 
 /// Takes the ports of one request and appends them to `out`, in rising order of numbers for a band.

@@ -213,6 +213,25 @@ impl State {
         worker
     }
 
+    /// Changes what a worker holds, where it lies: what is not shared with a view is not copied. `None`
+    /// where there is none. Its spec and phase stay.
+    pub(super) fn change_worker<T>(
+        &mut self,
+        name: &WorkerName,
+        change: impl FnOnce(&mut Worker) -> T,
+    ) -> Option<T> {
+        let worker = Arc::make_mut(self.workers.get_mut(name)?);
+        let before = Resource::ALL.map(|resource| resource.free_on(worker));
+        let result = change(worker);
+        let after = Resource::ALL.map(|resource| resource.free_on(worker));
+        for (resource, (before, after)) in
+            Resource::ALL.into_iter().zip(before.into_iter().zip(after))
+        {
+            self.indexes.move_free(worker, resource, before, after);
+        }
+        Some(result)
+    }
+
     pub(super) fn drop_worker(&mut self, name: &WorkerName) {
         let old = self.workers.remove(name);
         self.indexes.replace(old.as_deref(), None);
@@ -327,34 +346,15 @@ impl Restore {
         if self.state.allocation(&name).is_some() {
             return fail("is recorded twice");
         }
-        let Some(worker) = self.state.workers.get(&allocation.worker) else {
-            return fail("its worker does not exist");
-        };
         if allocation.lease.is_some_and(|lease| self.state.lease(lease).is_none()) {
             return fail("its lease does not exist");
         }
-        let mut worker = Worker::clone(worker);
-        for port in &allocation.ports {
-            let pool = worker.pools.iter_mut().find(|p| p.name == port.range);
-            if !pool.is_some_and(|p| p.take(port.number, &name)) {
-                return fail(&format!("port {} cannot be held", port.number));
-            }
+        match self.state.change_worker(&allocation.worker, |worker| take_again(worker, &allocation))
+        {
+            None => return fail("its worker does not exist"),
+            Some(Err(what)) => return fail(&what),
+            Some(Ok(())) => {}
         }
-        for held in &allocation.gpus {
-            let share = if held.exclusive {
-                GpuShare::Exclusive
-            } else {
-                GpuShare::MemoryBytes(held.memory_bytes)
-            };
-            match worker.gpus.iter_mut().find(|g| g.index == held.index) {
-                Some(gpu) if gpu.fits(share) && !gpu.holders.contains_key(&name) => {
-                    gpu.take(&name, share)
-                }
-                _ => return fail(&format!("GPU {} cannot be held", held.index)),
-            }
-        }
-        worker.allocations.insert(name, ());
-        self.state.put_worker(worker);
         self.state.put_allocation(allocation);
         Ok(())
     }
@@ -394,6 +394,31 @@ impl Restore {
     }
 }
 
+/// An allocation that is read back takes its places.
+fn take_again(worker: &mut Worker, allocation: &Allocation) -> Result<(), String> {
+    let name = allocation.name();
+    for port in &allocation.ports {
+        let pool = worker.pools.iter_mut().find(|p| p.name == port.range);
+        if !pool.is_some_and(|p| p.take(port.number, name)) {
+            return Err(format!("port {} cannot be held", port.number));
+        }
+    }
+    for held in &allocation.gpus {
+        let share = match held.exclusive {
+            true => GpuShare::Exclusive,
+            false => GpuShare::MemoryBytes(held.memory_bytes),
+        };
+        match worker.gpus.iter_mut().find(|g| g.index == held.index) {
+            Some(gpu) if gpu.fits(share) && !gpu.holders.contains_key(name) => {
+                gpu.take(name, share);
+            }
+            _ => return Err(format!("GPU {} cannot be held", held.index)),
+        }
+    }
+    worker.allocations.insert(name.clone(), ());
+    Ok(())
+}
+
 fn after_bounds<K: Clone>(after: Option<&K>) -> (std::ops::Bound<K>, std::ops::Bound<K>) {
     use std::ops::Bound::{Excluded, Unbounded};
     (after.map_or(Unbounded, |name| Excluded(name.clone())), Unbounded)
@@ -411,7 +436,7 @@ impl Indexes {
             _ => false,
         };
         let same_scopes = same_spec && old.map(|w| w.phase) == new.map(|w| w.phase);
-        for resource in [Resource::Ports, Resource::GpuBytes, Resource::IdleGpus] {
+        for resource in Resource::ALL {
             let before = old.and_then(|w| resource.free_on(w));
             let after = new.and_then(|w| resource.free_on(w));
             if same_scopes && before == after {
@@ -453,6 +478,25 @@ impl Indexes {
         }
     }
 
+    /// The same of a worker whose scopes stay.
+    fn move_free(
+        &mut self,
+        worker: &Worker,
+        resource: Resource,
+        before: Option<u64>,
+        after: Option<u64>,
+    ) {
+        if before == after {
+            return;
+        }
+        for scope in scopes(worker) {
+            let set = self.by_free.entry((scope, resource)).or_default();
+            let name = &worker.name;
+            before.map(|free| set.remove(&(free, name.clone())));
+            after.map(|free| set.insert((free, name.clone())));
+        }
+    }
+
     fn remove_free(&mut self, key: (Scope, Resource), entry: &(u64, WorkerName)) {
         let emptied = self.by_free.get_mut(&key).is_some_and(|set| {
             set.remove(entry);
@@ -465,6 +509,8 @@ impl Indexes {
 }
 
 impl Resource {
+    pub const ALL: [Resource; 3] = [Resource::Ports, Resource::GpuBytes, Resource::IdleGpus];
+
     /// How much of this a worker has to offer; `None` where it offers nothing of the kind.
     pub fn free_on(self, worker: &Worker) -> Option<u64> {
         if worker.phase != WorkerPhase::Ready {

@@ -455,11 +455,28 @@ impl Node {
         command: Command,
         deadline: Deadline,
     ) -> Result<Applied, CallError> {
-        self.admit(&command)?;
-        let applied = self.inner.proposer.propose(command, deadline).await?;
-        // A leader has applied all that came before its own entries.
-        self.inner.recovered.store(true, Ordering::Release);
-        Ok(applied)
+        let mut answers = self.propose_all(vec![command], deadline).await;
+        answers.pop().expect("one answer to one command")
+    }
+
+    /// On the leader: the same for many. Each has its own answer; what is urgent overtakes the rest.
+    pub async fn propose_all(
+        &self,
+        commands: Vec<Command>,
+        deadline: Deadline,
+    ) -> Vec<Result<Applied, CallError>> {
+        let verdicts = self.admit(&commands);
+        let admitted = commands.into_iter().zip(&verdicts).filter(|(_, verdict)| verdict.is_ok());
+        let admitted = admitted.map(|(command, _)| command).collect();
+        let mut proposed = self.inner.proposer.propose_all(admitted, deadline).await.into_iter();
+        let mut next = || proposed.next().expect("as many answers as commands");
+        let answers: Vec<_> =
+            verdicts.into_iter().map(|verdict| verdict.and_then(|()| next())).collect();
+        if answers.iter().any(Result::is_ok) {
+            // A leader has applied all that came before its own entries.
+            self.inner.recovered.store(true, Ordering::Release);
+        }
+        answers
     }
 
     /// How long an allocation may stay unconfirmed if its claim does not say.

@@ -3,7 +3,8 @@
 //! While earlier proposals are in flight, commands wait in two bounded lanes; as soon as one of
 //! the few in flight is answered, everything that waits is packed into the next entry (bounded in
 //! count and weight). So one flush serves many commands under load, and a single command is
-//! proposed at once when nothing else is.
+//! proposed at once when nothing else is. Commands that came together stay together: they are
+//! queued, packed and answered as one group.
 //!
 //! - Admission never waits: a full lane is [`CallError::Overloaded`].
 //! - The urgent lane (what confirms, frees or moves on) has its own room and goes first, so that a
@@ -17,7 +18,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use fail::fail_point;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use futures::future::join_all;
+use itertools::Itertools as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::outcome::{CallError, of_write};
@@ -27,7 +30,7 @@ use crate::raft::{Batch, Raft};
 
 /// Commands that may wait in each lane.
 const LANE_COMMANDS_MAX: usize = 8192;
-/// Most commands in one entry.
+/// Most commands in one entry, but that the last group to go in goes whole.
 const ENTRY_COMMANDS_MAX: usize = 512;
 /// Most weight (estimated bytes) in one entry; a single heavier command goes alone.
 const ENTRY_WEIGHT_MAX_BYTES: usize = 1 << 20;
@@ -38,17 +41,26 @@ const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 #[derive(Clone)]
 pub(super) struct Proposer {
-    urgent: mpsc::Sender<Waiting>,
-    normal: mpsc::Sender<Waiting>,
+    urgent: Lane,
+    normal: Lane,
     /// The urgent lane was full since somebody last asked.
     urgent_full: Arc<AtomicBool>,
 }
 
-struct Waiting {
-    command: Command,
+#[derive(Clone)]
+struct Lane {
+    queue: mpsc::UnboundedSender<Group>,
+    /// A permit for each command that may yet come: this is what bounds the queue.
+    room: Arc<Semaphore>,
+}
+
+/// Commands that go into one entry, or none of them does.
+struct Group {
+    commands: Vec<Command>,
     deadline: Instant,
     fate: Arc<AtomicU8>,
-    answer: oneshot::Sender<Result<Applied, CallError>>,
+    answer: oneshot::Sender<Result<Vec<Applied>, CallError>>,
+    _room: OwnedSemaphorePermit,
 }
 
 /// Who decided first: the packer that it goes into an entry, or the caller that it does not.
@@ -60,11 +72,18 @@ fn decide(fate: &AtomicU8, verdict: u8) -> bool {
     fate.compare_exchange(QUEUED, verdict, Ordering::AcqRel, Ordering::Acquire).is_ok()
 }
 
+impl Lane {
+    fn new() -> (Lane, mpsc::UnboundedReceiver<Group>) {
+        let (queue, queued) = mpsc::unbounded_channel();
+        (Lane { queue, room: Arc::new(Semaphore::new(LANE_COMMANDS_MAX)) }, queued)
+    }
+}
+
 impl Proposer {
     /// The returned future packs and proposes until every sender is gone.
     pub fn new(raft: Raft) -> (Proposer, impl Future<Output = ()> + Send) {
-        let (urgent, urgent_queue) = mpsc::channel(LANE_COMMANDS_MAX);
-        let (normal, normal_queue) = mpsc::channel(LANE_COMMANDS_MAX);
+        let (urgent, urgent_queue) = Lane::new();
+        let (normal, normal_queue) = Lane::new();
         let proposer = Proposer { urgent, normal, urgent_full: Arc::default() };
         (proposer, pack(raft, urgent_queue, normal_queue))
     }
@@ -75,32 +94,61 @@ impl Proposer {
     }
 
     pub async fn propose(&self, command: Command, deadline: Instant) -> Result<Applied, CallError> {
-        let urgent = is_urgent(&command);
+        let mut answers = self.propose_all(vec![command], deadline).await;
+        answers.pop().expect("one answer to one command")
+    }
+
+    /// Each of them, in as few entries as may be. What is urgent overtakes the rest.
+    pub async fn propose_all(
+        &self,
+        commands: Vec<Command>,
+        deadline: Instant,
+    ) -> Vec<Result<Applied, CallError>> {
+        let count = commands.len();
+        let groups = grouped(commands).into_iter().map(|(places, commands)| async move {
+            (places, self.propose_group(commands, deadline).await)
+        });
+        let lost = || Err(CallError::Unknown("the command got no answer".into()));
+        let mut answers: Vec<_> = std::iter::repeat_with(lost).take(count).collect();
+        for (places, result) in join_all(groups).await {
+            match result {
+                Ok(applied) => {
+                    places.into_iter().zip(applied).for_each(|(at, done)| answers[at] = Ok(done));
+                }
+                Err(error) => places.into_iter().for_each(|at| answers[at] = Err(error.clone())),
+            }
+        }
+        answers
+    }
+
+    /// As many answers as commands, in their order. All of them are urgent or none is.
+    async fn propose_group(
+        &self,
+        commands: Vec<Command>,
+        deadline: Instant,
+    ) -> Result<Vec<Applied>, CallError> {
+        let urgent = commands.iter().all(is_urgent);
         let lane = if urgent { &self.urgent } else { &self.normal };
-        let kind = command.kind();
         fail_point!("propose-full", |_| Err(CallError::Overloaded { retry_after: RETRY_AFTER }));
         fail_point!("propose-not-leader", |_| Err(CallError::NotLeader { leader: None }));
+        let Ok(room) = lane.room.clone().try_acquire_many_owned(commands.len() as u32) else {
+            metrics::counter!("portwarden_proposals_refused_total", "reason" => "overloaded")
+                .increment(commands.len() as u64);
+            self.urgent_full.fetch_or(urgent, Ordering::Relaxed);
+            return Err(CallError::Overloaded { retry_after: RETRY_AFTER });
+        };
+        for (kind, count) in commands.iter().map(Command::kind).counts() {
+            metrics::counter!("portwarden_proposals_total", "command" => kind)
+                .increment(count as u64);
+        }
         let fate = Arc::new(AtomicU8::new(QUEUED));
         let (answer, answered) = oneshot::channel();
-        lane.try_send(Waiting { command, deadline, fate: fate.clone(), answer }).map_err(|e| {
-            metrics::counter!("portwarden_proposals_refused_total", "reason" => "overloaded")
-                .increment(1);
-            match e {
-                mpsc::error::TrySendError::Full(_) => {
-                    self.urgent_full.fetch_or(urgent, Ordering::Relaxed);
-                    CallError::Overloaded { retry_after: RETRY_AFTER }
-                }
-                mpsc::error::TrySendError::Closed(_) => {
-                    CallError::NotReady("the node is stopping".into())
-                }
-            }
-        })?;
-        metrics::counter!("portwarden_proposals_total", "command" => kind).increment(1);
+        let group = Group { commands, deadline, fate: fate.clone(), answer, _room: room };
+        let stopping = || CallError::NotReady("the node is stopping".into());
+        lane.queue.send(group).map_err(|_| stopping())?;
         match timeout_at(deadline, answered).await {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) if decide(&fate, ABANDONED) => {
-                Err(CallError::NotReady("the node is stopping".into()))
-            }
+            Ok(Err(_)) if decide(&fate, ABANDONED) => Err(stopping()),
             Ok(Err(_)) => Err(CallError::Unknown("the node lost the proposal".into())),
             Err(_) if decide(&fate, ABANDONED) => Err(CallError::Expired),
             Err(_) => Err(CallError::Unknown(
@@ -108,6 +156,33 @@ impl Proposer {
             )),
         }
     }
+}
+
+/// What may go into one entry, each with its place in `commands`.
+fn grouped(commands: Vec<Command>) -> Vec<(Vec<usize>, Vec<Command>)> {
+    let mut groups: Vec<(Vec<usize>, Vec<Command>)> = Vec::new();
+    // Of each lane: the group that still has room, and its weight.
+    let mut open: [Option<(usize, usize)>; 2] = [None; 2];
+    for (place, command) in commands.into_iter().enumerate() {
+        let weight = weight_bytes(&command);
+        let open = &mut open[usize::from(is_urgent(&command))];
+        let (at, filled) = match *open {
+            Some((at, filled))
+                if filled + weight <= ENTRY_WEIGHT_MAX_BYTES
+                    && groups[at].1.len() < ENTRY_COMMANDS_MAX =>
+            {
+                (at, filled)
+            }
+            _ => {
+                groups.push(Default::default());
+                (groups.len() - 1, 0)
+            }
+        };
+        *open = Some((at, filled + weight));
+        groups[at].0.push(place);
+        groups[at].1.push(command);
+    }
+    groups
 }
 
 fn is_urgent(command: &Command) -> bool {
@@ -128,15 +203,15 @@ fn is_urgent(command: &Command) -> bool {
 
 async fn pack(
     raft: Raft,
-    mut urgent: mpsc::Receiver<Waiting>,
-    mut normal: mpsc::Receiver<Waiting>,
+    mut urgent: mpsc::UnboundedReceiver<Group>,
+    mut normal: mpsc::UnboundedReceiver<Group>,
 ) {
     let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
     loop {
         let first = tokio::select! {
             biased;
-            Some(waiting) = urgent.recv() => waiting,
-            Some(waiting) = normal.recv() => waiting,
+            Some(group) = urgent.recv() => group,
+            Some(group) = normal.recv() => group,
             else => return,
         };
         // What arrives while all slots are taken joins the same entry.
@@ -145,7 +220,7 @@ async fn pack(
         entry.add(first);
         while entry.has_room() {
             match urgent.try_recv().or_else(|_| normal.try_recv()) {
-                Ok(waiting) => entry.add(waiting),
+                Ok(group) => entry.add(group),
                 Err(_) => break,
             }
         }
@@ -164,30 +239,33 @@ async fn pack(
 #[derive(Default)]
 struct Entry {
     commands: Vec<Command>,
-    answers: Vec<oneshot::Sender<Result<Applied, CallError>>>,
+    /// Of each group how many commands it has, and who waits for their answers.
+    groups: Vec<(usize, Answer)>,
     weight_bytes: usize,
 }
+
+type Answer = oneshot::Sender<Result<Vec<Applied>, CallError>>;
 
 impl Entry {
     fn has_room(&self) -> bool {
         self.commands.len() < ENTRY_COMMANDS_MAX && self.weight_bytes < ENTRY_WEIGHT_MAX_BYTES
     }
 
-    /// Takes a command in, unless nobody waits for it any more.
-    fn add(&mut self, waiting: Waiting) {
-        if waiting.deadline <= Instant::now() || !decide(&waiting.fate, PROPOSED) {
-            let _ = waiting.answer.send(Err(CallError::Expired));
+    /// Takes a group in, unless nobody waits for it any more.
+    fn add(&mut self, group: Group) {
+        if group.deadline <= Instant::now() || !decide(&group.fate, PROPOSED) {
+            let _ = group.answer.send(Err(CallError::Expired));
             return;
         }
-        self.weight_bytes += weight_bytes(&waiting.command);
-        self.commands.push(waiting.command);
-        self.answers.push(waiting.answer);
+        self.weight_bytes += group.commands.iter().map(weight_bytes).sum::<usize>();
+        self.groups.push((group.commands.len(), group.answer));
+        self.commands.extend(group.commands);
     }
 
     async fn propose(self, raft: Raft) {
         let started = Instant::now();
-        let Entry { commands, answers, .. } = self;
-        let count = answers.len();
+        let Entry { commands, groups, .. } = self;
+        let count = commands.len();
         fail_point!("propose");
         // As where this task dies: whoever waits for an answer gets none.
         fail_point!("propose-before-append", |_| ());
@@ -196,21 +274,22 @@ impl Entry {
         metrics::histogram!("portwarden_proposal_seconds").record(started.elapsed().as_secs_f64());
         match result {
             Ok(response) if response.data.0.len() == count => {
-                for (answer, applied) in answers.into_iter().zip(response.data.0) {
-                    let _ = answer.send(Ok(applied));
+                let mut applied = response.data.0.into_iter();
+                for (count, answer) in groups {
+                    let _ = answer.send(Ok(applied.by_ref().take(count).collect()));
                 }
             }
             Ok(response) => {
                 let got = response.data.0.len();
-                fail(answers, CallError::Unknown(format!("{count} commands got {got} answers")));
+                fail(groups, CallError::Unknown(format!("{count} commands got {got} answers")));
             }
-            Err(error) => fail(answers, of_write(error)),
+            Err(error) => fail(groups, of_write(error)),
         }
     }
 }
 
-fn fail(answers: Vec<oneshot::Sender<Result<Applied, CallError>>>, error: CallError) {
-    for answer in answers {
+fn fail(groups: Vec<(usize, Answer)>, error: CallError) {
+    for (_, answer) in groups {
         let _ = answer.send(Err(error.clone()));
     }
 }

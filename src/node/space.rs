@@ -94,6 +94,12 @@ impl Space {
         self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Is any node's disk low, a voter's or not?
+    fn any_low(&self) -> bool {
+        let known = self.known();
+        known.own.iter().chain(known.others.values().map(|(room, _)| room)).any(|room| room.low)
+    }
+
     /// On the leader: why the table must not grow now.
     pub fn refusal(&self, id: NodeId, voters: &[NodeId]) -> Option<String> {
         let known = self.known();
@@ -139,19 +145,25 @@ fn grows(command: &Command, state: &State) -> bool {
 }
 
 impl Node {
-    /// On the leader: may the command be proposed, as far as there is room for it?
-    pub(super) fn admit(&self, command: &Command) -> Result<(), CallError> {
-        match self.refuses_growth() {
-            Some(why) if grows(command, &self.table().state) => {
+    /// On the leader: which of the commands may be proposed, as far as there is room for them?
+    pub(super) fn admit(&self, commands: &[Command]) -> Vec<Result<(), CallError>> {
+        let Some(why) = self.refuses_growth() else { return vec![Ok(()); commands.len()] };
+        let state = &self.table().state;
+        let admit = |command| match grows(command, state) {
+            true => {
                 metrics::counter!("portwarden_proposals_refused_total", "reason" => "low_space")
                     .increment(1);
-                Err(CallError::LowSpace { why, retry_after: RETRY_AFTER })
+                Err(CallError::LowSpace { why: why.clone(), retry_after: RETRY_AFTER })
             }
-            _ => Ok(()),
-        }
+            false => Ok(()),
+        };
+        commands.iter().map(admit).collect()
     }
 
     pub(super) fn refuses_growth(&self) -> Option<String> {
+        if !self.inner.space.any_low() {
+            return None;
+        }
         let membership = self.inner.metrics().membership_config;
         let voters: Vec<_> = membership.membership().voter_ids().collect();
         self.inner.space.refusal(self.id(), &voters)

@@ -4,6 +4,8 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use portwarden::proto::v1::session_answer::Answer;
+use portwarden::proto::v1::session_command::Command as Asked;
 use portwarden::proto::v1::{self, claim::Placement, port_request::Ports};
 use portwarden::proto::{DOMAIN, reason as reasons};
 use tonic::{Code, Request};
@@ -357,26 +359,157 @@ fn a_lease_lives_while_it_is_kept_alive_and_takes_what_is_on_it_along() {
     });
 }
 
+/// A session at a node: messages in, answers out.
+struct Session {
+    messages: tokio::sync::mpsc::Sender<v1::SessionRequest>,
+    answers: tonic::Streaming<v1::SessionResponse>,
+}
+
+impl Session {
+    async fn open(door: &mut Door) -> Session {
+        let (messages, queue) = tokio::sync::mpsc::channel(1000);
+        let queue = tokio_stream::wrappers::ReceiverStream::new(queue);
+        let answers = door.allocator.session(queue).await.unwrap().into_inner();
+        Session { messages, answers }
+    }
+
+    async fn send(&self, commands: Vec<(u64, Asked)>) {
+        let command = |(id, command)| v1::SessionCommand { id, command: Some(command) };
+        let commands = commands.into_iter().map(command).collect();
+        self.messages.send(v1::SessionRequest { commands, timeout_ms: 0 }).await.unwrap();
+    }
+
+    /// The next so many answers.
+    async fn answers(&mut self, count: usize) -> Vec<(u64, Answer)> {
+        let mut all = Vec::new();
+        while all.len() < count {
+            let response = self.answers.message().await.unwrap().expect("more answers");
+            all.extend(response.answers.into_iter().map(|a| (a.id, a.answer.unwrap())));
+        }
+        assert_eq!(all.len(), count);
+        all
+    }
+}
+
+fn asking(name: &str, worker: &str, ports: u32) -> Asked {
+    let claims = vec![claim(name, worker, ports)];
+    Asked::Allocate(v1::AllocateRequest { claims, dry_run: false })
+}
+
 #[test]
-fn what_is_not_served_yet_is_unimplemented_on_every_node() {
+fn a_session_answers_all_commands_in_order_on_every_node() {
     let cluster = Cluster::start(3);
     cluster.worker("w", 40_063);
     block_on(async {
-        for mut door in Door::all(&cluster) {
-            macro_rules! not_served {
-                ($service:ident.$method:ident($request:expr)) => {{
-                    let status = refused(
-                        Code::Unimplemented,
-                        door.$service.$method($request).await.map(|_| ()),
-                    );
-                    assert!(status.message().contains("not served by this version"), "{status:?}");
-                }};
+        for (at, mut door) in Door::all(&cluster).into_iter().enumerate() {
+            let mut session = Session::open(&mut door).await;
+            // What is wrong does not stand in the way of the rest.
+            let name = |i: usize| format!("s{at}-{i}");
+            let get = |name: String| Asked::Get(v1::GetRequest { name, read: None });
+            let token = v1::release_request::Authority::Token(1);
+            session
+                .send((0..8).map(|i| (100 + i as u64, asking(&name(i), "w", 1))).collect())
+                .await;
+            session
+                .send(vec![
+                    (3, get("nobody".into())),
+                    (1, asking(&name(9), "w", 200)),
+                    (1, asking("not a name", "w", 1)),
+                    (
+                        4,
+                        Asked::Release(v1::ReleaseRequest {
+                            name: "nobody".into(),
+                            authority: Some(token),
+                        }),
+                    ),
+                ])
+                .await;
+            let answers = session.answers(12).await;
+            let ids: Vec<_> = answers.iter().map(|(id, _)| *id).collect();
+            assert_eq!(ids, [100, 101, 102, 103, 104, 105, 106, 107, 3, 1, 1, 4]);
+            let mut held = Vec::new();
+            for (_, answer) in &answers[..8] {
+                let Answer::Allocate(granted) = answer else { panic!("{answer:?}") };
+                held.extend(granted.allocations.clone());
             }
-            let requests = || tokio_stream::iter([v1::SessionRequest::default()]);
-            not_served!(allocator.session(requests()));
+            let numbers: BTreeSet<_> = held.iter().map(|held| held.ports[0].number).collect();
+            assert_eq!(numbers.len(), 8, "{held:?}");
+            let failed = |at: usize| match &answers[at].1 {
+                Answer::Error(error) => Err::<(), _>(tonic::Status::with_details(
+                    error.code.into(),
+                    error.message.clone(),
+                    error.details.clone().into(),
+                )),
+                other => panic!("{other:?}"),
+            };
+            refused(Code::NotFound, failed(8));
+            assert_eq!(reason(&failed(9).unwrap_err()).as_deref(), Some(reasons::CAPACITY));
+            assert_eq!(violation(failed(10)).0, "claims[0].name");
+            let Answer::Release(none) = &answers[11].1 else { panic!("{answers:?}") };
+            assert!(!none.released);
+
+            // On with what was learnt; the stream ends when the caller does, and all is answered.
+            let first = &held[0];
+            let (name, token) = (first.name.clone(), first.token);
+            let confirm = v1::ConfirmRequest { name, token, ..Default::default() };
+            session.send(vec![(1, Asked::Confirm(confirm)), (2, get(held[1].name.clone()))]).await;
+            let release = |held: &v1::Allocation| {
+                let authority = Some(v1::release_request::Authority::Token(held.token));
+                (9, Asked::Release(v1::ReleaseRequest { name: held.name.clone(), authority }))
+            };
+            let answers = session.answers(2).await;
+            let Answer::Confirm(confirmed) = &answers[0].1 else { panic!("{answers:?}") };
+            assert_eq!(confirmed.allocation.as_ref().unwrap().phase(), v1::Phase::Bound);
+            let Answer::Get(got) = &answers[1].1 else { panic!("{answers:?}") };
+            assert_eq!(got.allocation.as_ref(), Some(&held[1]));
+            for held in held.chunks(3) {
+                session.send(held.iter().map(release).collect()).await;
+            }
+            let Session { messages, answers } = session;
+            drop(messages);
+            let mut session = Session { messages: tokio::sync::mpsc::channel(1).0, answers };
+            for (_, answer) in session.answers(8).await {
+                assert!(matches!(&answer, Answer::Release(done) if done.released), "{answer:?}");
+            }
+            assert_eq!(session.answers.message().await.unwrap(), None);
         }
     });
     assert!(cluster.list().is_empty());
+}
+
+#[test]
+fn a_session_ends_at_a_message_beyond_its_limits() {
+    let cluster = Cluster::start(1);
+    cluster.worker("w", 40_999);
+    let get = |_| (7, Asked::Get(v1::GetRequest { name: "a".into(), read: None }));
+    let gang = |count: usize, ports: u32| {
+        let claims = (0..count).map(|i| claim(&format!("g{i}"), "w", ports)).collect();
+        (7, Asked::Allocate(v1::AllocateRequest { claims, dry_run: false }))
+    };
+    block_on(async {
+        let mut door = Door::to(&cluster, 0);
+        for (within, beyond, field) in [
+            ((0..256).map(get).collect(), (0..257).map(get).collect(), "commands"),
+            (
+                (0..16).map(|_| gang(64, 1)).collect(),
+                (0..17).map(|_| gang(61, 1)).collect(),
+                "claims",
+            ),
+            (vec![gang(64, 256)], vec![gang(64, 256), gang(1, 1)], "ports"),
+        ] as [(Vec<_>, Vec<_>, _); 3]
+        {
+            let mut session = Session::open(&mut door).await;
+            let count = within.len();
+            session.send(within).await;
+            session.send(beyond).await;
+            session.answers(count).await;
+            assert_eq!(violation(session.answers.message().await).0, field);
+        }
+        let mut session = Session::open(&mut door).await;
+        let message = v1::SessionRequest { commands: vec![], timeout_ms: 60_001 };
+        session.messages.send(message).await.unwrap();
+        assert_eq!(violation(session.answers.message().await).0, "timeout_ms");
+    });
 }
 
 #[test]

@@ -1,0 +1,276 @@
+//! `Session`: many commands on one stream.
+//!
+//! A message of commands is one call through the dispatcher: it goes to the leader whole, its
+//! commands are proposed as one group, and they are answered from one view. Messages are worked on
+//! side by side, and answered in their order.
+
+use std::time::Duration;
+
+use futures::{StreamExt as _, future, stream};
+use prost::Message as _;
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::allocator::{Allocate, Attach, Confirm, Release, ReportConflict, allocate_command, get};
+use super::dispatch::{Api, Failure, Method, Responses, Write};
+use super::observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX};
+use super::{convert, errors};
+use crate::core::{Applied, Command, InstanceName, Invalid, Millis, Outcome, State};
+use crate::node::{CallError, Deadline};
+use crate::proto::v1;
+use v1::session_answer::Answer;
+use v1::session_command::Command as Asked;
+
+/// Most commands in one message.
+pub const SESSION_COMMANDS_MAX: usize = 256;
+/// Most claims in one message.
+pub const SESSION_CLAIMS_MAX: usize = 1024;
+/// Most ports that the claims of one message may ask for: as many as the largest gang.
+pub const SESSION_PORTS_MAX: u64 = 16_384;
+/// Messages of one stream that are worked on at a time.
+pub const SESSION_MESSAGES_AT_ONCE: usize = 64;
+/// Answers go in messages of about this size; a larger one goes alone.
+const RESPONSE_BYTES: usize = 1 << 20;
+
+pub(super) struct Session;
+
+/// A command of a message, parsed.
+pub(super) enum Step {
+    Write(Command),
+    Read(InstanceName),
+    /// Not one that can be asked for.
+    Wrong(Status),
+}
+
+impl Method for Session {
+    type Request = v1::SessionRequest;
+    type Response = v1::SessionResponse;
+    /// With the ids.
+    type Parsed = Vec<(u64, Step)>;
+    const PATH: &'static str = "/portwarden.v1.Allocator/Session";
+    const WRITES: bool = true;
+
+    fn parse(request: &v1::SessionRequest) -> Result<Self::Parsed, Status> {
+        check_bounds(request)?;
+        let steps = request.commands.iter();
+        Ok(steps.map(|asked| (asked.id, step(asked).unwrap_or_else(Step::Wrong))).collect())
+    }
+
+    async fn run(
+        api: &Api,
+        steps: &Self::Parsed,
+        deadline: Deadline,
+    ) -> Result<v1::SessionResponse, Failure> {
+        let node = &api.inner.node;
+        let within = node.confirm_within();
+        let commands = steps.iter().filter_map(|(_, step)| step.command(within)).collect();
+        let reads = steps.iter().any(|(_, step)| matches!(step, Step::Read(_)));
+        let (applied, read) = future::join(node.propose_all(commands, deadline), async {
+            match reads {
+                true => Some(node.read(deadline).await),
+                false => None,
+            }
+        })
+        .await;
+        if let Some(error) = all_elsewhere(&applied, read.as_ref()) {
+            return Err(Failure::Call(error));
+        }
+        let newest = applied.iter().flatten().map(|applied| applied.revision).max();
+        let view = match newest {
+            Some(revision) => node.read_stale(revision, deadline).await,
+            None => Ok(State::default()), // no outcome is shown in it
+        };
+        let mut applied = applied.into_iter();
+        let answer = |(id, step): &(u64, Step)| {
+            let answer = match (step, &read) {
+                (Step::Wrong(status), _) => Err(status.clone()),
+                (Step::Write(_), _) => match applied.next() {
+                    Some(applied) => written(applied, &view),
+                    None => Err(errors::outcome_unknown("the command got no answer")),
+                },
+                (Step::Read(name), Some(Ok(view))) => get(view, name).map(Answer::Get),
+                (Step::Read(_), Some(Err(error))) => Err(errors::call(error.clone())),
+                (Step::Read(_), None) => Err(errors::not_ready("nothing was read")),
+            };
+            answered(*id, answer)
+        };
+        Ok(v1::SessionResponse { answers: steps.iter().map(answer).collect() })
+    }
+}
+
+impl Step {
+    /// What is proposed for it. `within` is the leader's to fill in.
+    fn command(&self, within: Millis) -> Option<Command> {
+        match self {
+            Step::Write(Command::Allocate { claims, .. }) => {
+                Some(Command::Allocate { claims: claims.clone(), confirm_within: within })
+            }
+            Step::Write(command) => Some(command.clone()),
+            Step::Read(_) | Step::Wrong(_) => None,
+        }
+    }
+}
+
+fn check_bounds(request: &v1::SessionRequest) -> Result<(), Status> {
+    let claims = || {
+        request.commands.iter().filter_map(|asked| asked.command.as_ref()).flat_map(|command| {
+            match command {
+                Asked::Allocate(allocate) => allocate.claims.as_slice(),
+                _ => &[],
+            }
+        })
+    };
+    let ports = |request: &v1::PortRequest| match request.ports {
+        Some(v1::port_request::Ports::Count(count))
+        | Some(v1::port_request::Ports::Contiguous(count)) => u64::from(count),
+        _ => 1,
+    };
+    let longest = TIMEOUT_MAX.as_millis() as u64;
+    for (field, given, limit) in [
+        ("commands", request.commands.len() as u64, SESSION_COMMANDS_MAX as u64),
+        ("claims", claims().count() as u64, SESSION_CLAIMS_MAX as u64),
+        ("ports", claims().flat_map(|claim| &claim.ports).map(ports).sum(), SESSION_PORTS_MAX),
+        ("timeout_ms", u64::from(request.timeout_ms), longest),
+    ] {
+        if given > limit {
+            let limit = format!("at most {limit} in one message");
+            return Err(errors::invalid(Invalid::new(field, given, limit)));
+        }
+    }
+    Ok(())
+}
+
+fn step(asked: &v1::SessionCommand) -> Result<Step, Status> {
+    fn write<W: Write>(request: &W::Request) -> Result<Step, Status> {
+        checked(W::command(request)?)
+    }
+    fn checked(command: Command) -> Result<Step, Status> {
+        command.validate().map_err(errors::invalid)?;
+        Ok(Step::Write(command))
+    }
+    let wrong = |field, value: &str, limit| errors::invalid(Invalid::new(field, value, limit));
+    match asked.command.as_ref() {
+        Some(Asked::Allocate(request)) if request.dry_run => {
+            Err(wrong("dry_run", "true", "false on a session"))
+        }
+        Some(Asked::Allocate(request)) => {
+            checked(allocate_command(&convert::claims(&request.claims)?))
+        }
+        Some(Asked::Confirm(request)) => write::<Confirm>(request),
+        Some(Asked::Attach(request)) => write::<Attach>(request),
+        Some(Asked::Release(request)) => write::<Release>(request),
+        Some(Asked::ReportConflict(request)) => write::<ReportConflict>(request),
+        Some(Asked::Get(request))
+            if request.read.is_some_and(|read| read != Default::default()) =>
+        {
+            Err(wrong("read", "given", "left out on a session"))
+        }
+        Some(Asked::Get(request)) => Ok(Step::Read(convert::instance(&request.name)?)),
+        None => Err(wrong("command", "", "one of those that a session takes")),
+    }
+}
+
+/// The error, where another node leads and nothing was done here: all of it may be sent there.
+fn all_elsewhere(
+    applied: &[Result<Applied, CallError>],
+    read: Option<&Result<State, CallError>>,
+) -> Option<CallError> {
+    let writes = applied.iter().map(|applied| applied.as_ref().err());
+    let mut all = writes.chain(read.map(|read| read.as_ref().err())).peekable();
+    let first = all.peek().copied().flatten().cloned();
+    let elsewhere = |error: Option<&CallError>| matches!(error, Some(CallError::NotLeader { .. }));
+    first.filter(|_| all.all(elsewhere))
+}
+
+fn written(
+    applied: Result<Applied, CallError>,
+    view: &Result<State, CallError>,
+) -> Result<Answer, Status> {
+    let applied = applied.map_err(errors::call)?;
+    let outcome = applied.outcome.map_err(errors::refusal)?;
+    let revision = applied.revision.0;
+    // It is done: whatever goes wrong from here on must not read as if it were not.
+    let unseen = |e| format!("it was applied, but the answer could not be made ({e:?})");
+    let view = view.as_ref().map_err(|e| errors::outcome_unknown(&unseen(e)))?;
+    let answer = match &outcome {
+        Outcome::Allocated { .. } => {
+            Allocate::answer(revision, outcome, view).map(Answer::Allocate)
+        }
+        Outcome::Confirmed(_) => Confirm::answer(revision, outcome, view).map(Answer::Confirm),
+        Outcome::Attached(_) => Attach::answer(revision, outcome, view).map(Answer::Attach),
+        Outcome::Released(_) => Release::answer(revision, outcome, view).map(Answer::Release),
+        Outcome::Swapped(_) | Outcome::Reclaimed { .. } => {
+            ReportConflict::answer(revision, outcome, view).map(Answer::ReportConflict)
+        }
+        _ => None,
+    };
+    answer.ok_or_else(|| errors::outcome_unknown("it was answered with another's outcome"))
+}
+
+fn answered(id: u64, answer: Result<Answer, Status>) -> v1::SessionAnswer {
+    let answer = answer.unwrap_or_else(|status| {
+        Answer::Error(v1::SessionError {
+            code: status.code().into(),
+            message: status.message().into(),
+            details: status.details().to_vec().into(),
+        })
+    });
+    v1::SessionAnswer { id, answer: Some(answer) }
+}
+
+/// Answers in messages that are small enough to be sent.
+fn in_parts(response: v1::SessionResponse) -> impl Iterator<Item = v1::SessionResponse> {
+    let mut answers = response.answers.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let mut part = v1::SessionResponse { answers: vec![answers.next()?] };
+        let mut bytes = part.encoded_len();
+        while let Some(next) =
+            answers.next_if(|answer| bytes + answer.encoded_len() < RESPONSE_BYTES)
+        {
+            bytes += next.encoded_len();
+            part.answers.push(next);
+        }
+        Some(part)
+    })
+}
+
+impl Api {
+    pub(super) fn serve_session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Result<Response<Responses<v1::SessionResponse>>, Status> {
+        let (metadata, _, messages) = request.into_parts();
+        let (api, stopping) = (self.clone(), self.stopping());
+        // Messages under way are answered, whatever ends the stream.
+        let responses = messages
+            .take_until(stopping)
+            .map(move |message| api.clone().serve_message(metadata.clone(), message))
+            .buffered(SESSION_MESSAGES_AT_ONCE)
+            .map(|response| match response {
+                Ok(response) => stream::iter(in_parts(response).map(Ok)).left_stream(),
+                Err(status) => stream::iter([Err(status)]).right_stream(),
+            })
+            .flatten();
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    /// An error ends the stream.
+    async fn serve_message(
+        self,
+        metadata: MetadataMap,
+        message: Result<v1::SessionRequest, Status>,
+    ) -> Result<v1::SessionResponse, Status> {
+        let message = message?;
+        check_bounds(&message)?;
+        let time = match message.timeout_ms {
+            0 => TIMEOUT_DEFAULT,
+            ms => Duration::from_millis(ms.into()),
+        };
+        let ids: Vec<u64> = message.commands.iter().map(|asked| asked.id).collect();
+        let call = |deadline| self.dispatch::<Session>(message, deadline);
+        let response = self.observed_for(time, Session::PATH, &metadata, call).await;
+        Ok(response.map(Response::into_inner).unwrap_or_else(|status| v1::SessionResponse {
+            answers: ids.into_iter().map(|id| answered(id, Err(status.clone()))).collect(),
+        }))
+    }
+}

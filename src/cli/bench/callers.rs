@@ -1,0 +1,78 @@
+//! Callers of a portwarden cluster, one kind for each workload.
+
+use super::load::{Caller, Done};
+use crate::client::session::{Answer, Command, release};
+use crate::client::{Client, Session};
+use crate::proto::v1;
+
+/// Allocates one instance, or a gang of so many, and releases it again.
+pub struct Pairs {
+    pub client: Client,
+    pub claims: Vec<v1::Claim>,
+    pub held: Vec<v1::Allocation>,
+}
+
+#[tonic::async_trait]
+impl Caller for Pairs {
+    async fn call(&mut self) -> Result<Done, String> {
+        if let Some(held) = self.held.pop() {
+            let released = self.client.release(&held.name, held.token).await;
+            return released.map(|_| Done::one("release")).map_err(|e| e.to_string());
+        }
+        let granted = self.client.allocate(self.claims.clone()).await.map_err(|e| e.to_string())?;
+        self.held = granted.allocations;
+        let ports = self.held.iter().map(|held| held.ports.len() as u64).sum();
+        Ok(Done { kind: "allocate", operations: 1, ports })
+    }
+}
+
+/// The same over a session: a batch of commands, each a claim of its own or a gang, under way at once;
+/// then their releases.
+pub struct Batches {
+    pub session: Session,
+    pub gangs: Vec<Vec<v1::Claim>>,
+    pub held: Vec<v1::Allocation>,
+}
+
+#[tonic::async_trait]
+impl Caller for Batches {
+    async fn call(&mut self) -> Result<Done, String> {
+        let releasing = !self.held.is_empty();
+        let commands: Vec<Command> = match releasing {
+            true => self.held.drain(..).map(|held| release(&held.name, held.token)).collect(),
+            false => {
+                let allocate =
+                    |claims| Command::Allocate(v1::AllocateRequest { claims, dry_run: false });
+                self.gangs.iter().cloned().map(allocate).collect()
+            }
+        };
+        let operations = commands.len() as u64;
+        let mut failed = None;
+        for answer in self.session.all(commands).await {
+            match answer {
+                Ok(Answer::Allocate(granted)) => self.held.extend(granted.allocations),
+                Ok(_) => {}
+                Err(error) => failed = Some(error.to_string()),
+            }
+        }
+        let ports = self.held.iter().map(|held| held.ports.len() as u64).sum();
+        let kind = if releasing { "release" } else { "allocate" };
+        failed.map_or(Ok(Done { kind, operations, ports }), Err)
+    }
+}
+
+/// Reads what one instance holds.
+pub struct Reads {
+    pub client: Client,
+    pub name: String,
+    pub stale: bool,
+}
+
+#[tonic::async_trait]
+impl Caller for Reads {
+    async fn call(&mut self) -> Result<Done, String> {
+        let read = v1::ReadOptions { stale: self.stale, min_revision: 0 };
+        let got = self.client.get(&self.name, Some(read)).await;
+        got.map(|_| Done::one("get")).map_err(|e| e.to_string())
+    }
+}

@@ -1,0 +1,279 @@
+//! `portwarden bench`: throughput and latency of a running cluster.
+//!
+//! Registers workers of its own (`bench-…`), lets so many clients call, each waiting for its answer, and
+//! removes everything afterwards. Latency is that of a call as the client library gives it, retries
+//! included.
+
+pub mod callers;
+pub mod load;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::time::sleep;
+
+use super::{Globals, output};
+use crate::client::{Client, ClientError, Options};
+use crate::proto::v1;
+use callers::{Batches, Pairs, Reads};
+use load::{Caller, Report};
+
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "Examples:
+  portwarden bench
+  portwarden bench --clients 256 --seconds 30 --hot -o json
+  portwarden bench --workload session --clients 8 --batch 256
+  portwarden bench --workload get --clients 256
+
+Ctrl-C ends it early; what it made is removed either way.")]
+pub struct Args {
+    /// What the clients do
+    #[arg(long, value_enum, default_value_t = Workload::Allocate)]
+    pub workload: Workload,
+    /// Callers at the same time, each with one call, or one batch, under way
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub clients: u32,
+    /// How long to measure
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub seconds: u64,
+    /// All on one worker
+    #[arg(long, conflicts_with = "spread")]
+    pub hot: bool,
+    /// Spread over the workers (default)
+    #[arg(long)]
+    pub spread: bool,
+    /// Workers to spread over
+    #[arg(long, default_value_t = 16, conflicts_with = "hot", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub workers: u32,
+    /// Claims in each request; more than one is a gang
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub gang: u32,
+    /// Ports in each claim
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub ports: u32,
+    /// With --workload session: commands that each client has under way
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub batch: u32,
+    /// Connections that the clients share
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub connections: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Workload {
+    /// Allocate and release, one unary call each
+    Allocate,
+    /// Allocate and release in batches on sessions
+    Session,
+    /// Linearizable reads
+    Get,
+    /// Reads of a node's own copy
+    GetStale,
+}
+
+impl Workload {
+    pub fn name(self) -> &'static str {
+        match self {
+            Workload::Allocate => "allocate",
+            Workload::Session => "session",
+            Workload::Get => "get",
+            Workload::GetStale => "get-stale",
+        }
+    }
+}
+
+const RANGE_FIRST: u32 = 10_000;
+const RANGE_LAST: u32 = 59_999;
+const WARM_UP: Duration = Duration::from_secs(1);
+/// Instances that the reads are spread over.
+const READ_INSTANCES: u32 = 64;
+
+pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
+    let client = globals.client()?;
+    let run: String = client.fresh_uid().chars().take(8).collect();
+    let bench = Bench {
+        prefix: format!("bench-{run}-"),
+        endpoints: leader_first(&client, &globals.endpoints).await?,
+        timeout: globals.timeout,
+    };
+    let seconds = args.seconds;
+    let report = async {
+        bench.register(&args).await?;
+        let callers = bench.callers(&args).await?;
+        load::drive(args.workload.name(), callers, WARM_UP, wait(seconds)).await
+    };
+    let report = report.await;
+    let cleaned = bench.clean_up(&args).await;
+    let report = report?;
+    output::print(globals.output, &report, || text(&report))?;
+    cleaned?;
+    Ok(if report.operations > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The leader's endpoint before the others, if it is known: a call needs no hop there.
+pub async fn leader_first(
+    client: &Client,
+    endpoints: &[String],
+) -> Result<Vec<String>, ClientError> {
+    let status = client.status().await?;
+    let leader = status.members.into_iter().find(|member| member.id == status.leader);
+    let mut all: Vec<String> = leader.map(|member| member.endpoint).into_iter().collect();
+    all.extend(
+        endpoints
+            .iter()
+            .filter(|endpoint| all.first() != Some(endpoint))
+            .cloned()
+            .collect::<Vec<_>>(),
+    );
+    Ok(all)
+}
+
+/// One run against a cluster: what it makes there is named after it.
+pub struct Bench {
+    pub prefix: String,
+    /// The leader first.
+    pub endpoints: Vec<String>,
+    pub timeout: Duration,
+}
+
+impl Bench {
+    fn client(&self) -> Result<Client, ClientError> {
+        let options = Options { timeout: self.timeout, ..Options::default() };
+        Client::connect(self.endpoints.clone(), options)
+    }
+
+    fn workers(&self, args: &Args) -> impl Iterator<Item = String> {
+        let count = if args.hot { 1 } else { args.workers };
+        (0..count).map(|i| format!("{}w{i}", self.prefix))
+    }
+
+    pub async fn register(&self, args: &Args) -> anyhow::Result<()> {
+        let session = self.client()?;
+        for name in self.workers(args) {
+            let range =
+                v1::PortRange { name: "bench".into(), first: RANGE_FIRST, last: RANGE_LAST };
+            let spec = v1::WorkerSpec {
+                address: "127.0.0.1".into(),
+                ranges: vec![range],
+                ..Default::default()
+            };
+            session.worker_register(&name, spec).await?;
+        }
+        Ok(())
+    }
+
+    pub async fn callers(&self, args: &Args) -> anyhow::Result<Vec<Box<dyn Caller>>> {
+        let workers: Vec<String> = self.workers(args).collect();
+        let clients: Vec<Client> =
+            (0..args.connections).map(|_| self.client()).collect::<Result<_, _>>()?;
+        let sessions: Vec<_> = clients.iter().map(Client::session).collect();
+        let at = |i: u32| i as usize % clients.len();
+        let worker = |i: u32| workers[i as usize % workers.len()].as_str();
+        let gang = |name: &str, i: u32| -> Vec<v1::Claim> {
+            let claim = |j| claim(&format!("{name}-{j}"), worker(i + j), args.ports);
+            (0..args.gang).map(claim).collect()
+        };
+        let reads = matches!(args.workload, Workload::Get | Workload::GetStale);
+        if reads {
+            for i in 0..READ_INSTANCES {
+                let claim = claim(&format!("{}r{i}", self.prefix), worker(i), args.ports);
+                clients[0].allocate(vec![claim]).await?;
+            }
+        }
+        let caller = |i: u32| -> Box<dyn Caller> {
+            let name = format!("{}{i}", self.prefix);
+            match args.workload {
+                Workload::Allocate => Box::new(Pairs {
+                    client: clients[at(i)].clone(),
+                    claims: gang(&name, i * args.gang),
+                    held: Vec::new(),
+                }),
+                Workload::Session => Box::new(Batches {
+                    session: sessions[at(i)].clone(),
+                    gangs: (0..args.batch)
+                        .map(|j| gang(&format!("{name}-{j}"), (i * args.batch + j) * args.gang))
+                        .collect(),
+                    held: Vec::new(),
+                }),
+                Workload::Get | Workload::GetStale => Box::new(Reads {
+                    client: clients[at(i)].clone(),
+                    name: format!("{}r{}", self.prefix, i % READ_INSTANCES),
+                    stale: args.workload == Workload::GetStale,
+                }),
+            }
+        };
+        Ok((0..args.clients).map(caller).collect())
+    }
+
+    /// Releases what is left, and removes the workers.
+    pub async fn clean_up(&self, args: &Args) -> anyhow::Result<()> {
+        let client = self.client()?;
+        let request = v1::ListRequest { name_prefix: self.prefix.clone(), ..Default::default() };
+        let left = client.list(request).await?.items;
+        let release =
+            |held: &v1::Allocation| crate::client::session::release(&held.name, held.token);
+        for released in client.session().all(left.iter().map(release).collect()).await {
+            released?;
+        }
+        for worker in self.workers(args) {
+            client.worker_remove(&worker).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Until the time is over or Ctrl-C, with a bar on stderr where that is a terminal.
+async fn wait(seconds: u64) {
+    let bar = ProgressBar::new(seconds);
+    if let Ok(style) = ProgressStyle::with_template("measuring {bar:40} {pos}/{len} s") {
+        bar.set_style(style);
+    }
+    for _ in 0..seconds {
+        tokio::select! {
+            () = sleep(Duration::from_secs(1)) => bar.inc(1),
+            _ = tokio::signal::ctrl_c() => break,
+        }
+    }
+    bar.finish_and_clear();
+}
+
+/// The uid never changes, so that a call after one of unknown outcome settles it.
+fn claim(name: &str, worker: &str, count: u32) -> v1::Claim {
+    let ports = v1::port_request::Ports::Count(count);
+    v1::Claim {
+        name: name.into(),
+        uid: name.into(),
+        placement: Some(v1::claim::Placement::Worker(worker.into())),
+        ports: vec![v1::PortRequest { ports: Some(ports), ..Default::default() }],
+        bound: true,
+        ..Default::default()
+    }
+}
+
+fn text(report: &Report) -> String {
+    let ms = |value: f64| format!("{value:.2}");
+    let rows = report.latency.iter().map(|(kind, of)| {
+        let [p50, p90, p99, max] = [of.p50_ms, of.p90_ms, of.p99_ms, of.max_ms].map(ms);
+        vec![kind.clone(), of.calls.to_string(), p50, p90, p99, max]
+    });
+    let Report {
+        workload,
+        clients,
+        seconds,
+        operations,
+        operations_per_second,
+        ports_per_second,
+        errors,
+        ..
+    } = report;
+    let mut text = format!(
+        "{workload}: {clients} clients, {seconds:.1} s\n{operations} operations, {operations_per_second:.0}/s, {ports_per_second:.0} ports/s granted, {errors} errors\n\n{}",
+        output::table(&["CALL", "CALLS", "P50 MS", "P90 MS", "P99 MS", "MAX MS"], rows)
+    );
+    if let Some(example) = &report.example_error {
+        text.push_str(&format!("\n\none of the errors: {example}"));
+    }
+    text
+}

@@ -1,0 +1,402 @@
+//! Many commands over one stream: for schedulers that place hundreds of instances at a time.
+//!
+//! What callers ask for at the same time travels in the same messages, and the answers come back in
+//! their order. A command that the stream does not settle (it broke, or the node could not serve)
+//! goes on as a call of its own, under the same uid or token, through the other endpoints: whoever
+//! calls hears the same as from the unary methods.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::Client;
+use super::call::{Tour, by, methods};
+use super::error::{ClientError, Verdict, judge};
+use crate::proto::v1;
+pub use v1::session_answer::Answer;
+pub use v1::session_command::Command;
+
+const PATH: &str = "/portwarden.v1.Allocator/Session";
+/// What one message may have, of what a node takes.
+const COMMANDS_MAX: usize = 256;
+const CLAIMS_MAX: usize = 1024;
+const PORTS_MAX: u64 = 16_384;
+/// Commands under way on one stream; what comes then waits for the answers.
+const WINDOW: usize = 8192;
+/// Calls that may wait for their turn.
+const JOBS_MAX: usize = 1024;
+
+/// Cheap to clone; clones share the stream. It is opened when first used, and ends with the last clone.
+#[derive(Clone)]
+pub struct Session {
+    client: Client,
+    jobs: mpsc::Sender<Job>,
+}
+
+/// Commands that fit in one message, and who waits for their answers.
+struct Job {
+    commands: Vec<v1::SessionCommand>,
+    size: Size,
+    done: oneshot::Sender<Result<Vec<Answer>, Unsettled>>,
+}
+
+/// Why the stream gave no answer.
+#[derive(Debug, Clone)]
+enum Unsettled {
+    NotSent(String),
+    Doubtful(String),
+}
+
+impl Client {
+    pub fn session(&self) -> Session {
+        let (jobs, queue) = mpsc::channel(JOBS_MAX);
+        tokio::spawn(drive(self.clone(), queue));
+        Session { client: self.clone(), jobs }
+    }
+}
+
+impl Session {
+    /// As [`Client::allocate`].
+    pub async fn allocate(
+        &self,
+        claims: Vec<v1::Claim>,
+    ) -> Result<v1::AllocateResponse, ClientError> {
+        let request = v1::AllocateRequest { claims, dry_run: false };
+        match self.one(Command::Allocate(request)).await? {
+            Answer::Allocate(response) => Ok(response),
+            other => Err(another(other)),
+        }
+    }
+
+    /// As [`Client::confirm_with`].
+    pub async fn confirm(
+        &self,
+        request: v1::ConfirmRequest,
+    ) -> Result<v1::ConfirmResponse, ClientError> {
+        match self.one(Command::Confirm(request)).await? {
+            Answer::Confirm(response) => Ok(response),
+            other => Err(another(other)),
+        }
+    }
+
+    /// As [`Client::release`].
+    pub async fn release(
+        &self,
+        name: &str,
+        token: u64,
+    ) -> Result<v1::ReleaseResponse, ClientError> {
+        match self.one(release(name, token)).await? {
+            Answer::Release(response) => Ok(response),
+            other => Err(another(other)),
+        }
+    }
+
+    async fn one(&self, command: Command) -> Result<Answer, ClientError> {
+        let mut answers = self.all(vec![command]).await;
+        answers.pop().unwrap_or_else(|| Err(lost()))
+    }
+
+    /// Each command's own answer, in their order. They may be applied in any order. Claims without a
+    /// uid get one.
+    pub async fn all(&self, mut commands: Vec<Command>) -> Vec<Result<Answer, ClientError>> {
+        for command in &mut commands {
+            if let Command::Allocate(request) = command {
+                self.client.give_uids(&mut request.claims);
+            }
+        }
+        let mut waiting = Vec::new();
+        let mut commands = commands.into_iter().peekable();
+        while let Some(first) = commands.next() {
+            let mut size = Size::of(&first);
+            let mut part = vec![first];
+            while let Some(next) = commands.next_if(|next| size.and(Size::of(next)).fits()) {
+                size = size.and(Size::of(&next));
+                part.push(next);
+            }
+            waiting.push(self.submit(part, size).await);
+        }
+        let mut answers = Vec::new();
+        for (part, settled) in waiting {
+            answers.extend(self.settle(part, settled.await).await);
+        }
+        answers
+    }
+
+    /// Sends commands on their way. They are kept, for what the stream does not settle.
+    async fn submit(
+        &self,
+        commands: Vec<Command>,
+        size: Size,
+    ) -> (Vec<Command>, impl Future<Output = Result<Vec<Answer>, Unsettled>> + use<>) {
+        let (done, settled) = oneshot::channel();
+        let sent = match size.fits() {
+            true => {
+                let numbered = |command: &Command| v1::SessionCommand {
+                    id: 0,
+                    command: Some(command.clone()),
+                };
+                let job = Job { commands: commands.iter().map(numbered).collect(), size, done };
+                self.jobs.send(job).await.is_ok()
+            }
+            // A node refuses it, with the reason, as a call of its own.
+            false => false,
+        };
+        let settled = async move {
+            match sent {
+                true => settled
+                    .await
+                    .unwrap_or_else(|_| Err(Unsettled::Doubtful("the session ended".into()))),
+                false => Err(Unsettled::NotSent("it does not fit in a message".into())),
+            }
+        };
+        (commands, settled)
+    }
+
+    async fn settle(
+        &self,
+        commands: Vec<Command>,
+        settled: Result<Vec<Answer>, Unsettled>,
+    ) -> Vec<Result<Answer, ClientError>> {
+        let mut answers = Vec::with_capacity(commands.len());
+        match settled {
+            Ok(given) => {
+                for (command, answer) in commands.into_iter().zip(given) {
+                    answers.push(match answer {
+                        Answer::Error(error) => self.go_on(command, judge(status(error))).await,
+                        answer => Ok(answer),
+                    });
+                }
+            }
+            Err(unsettled) => {
+                for command in commands {
+                    let verdict = match unsettled.clone() {
+                        Unsettled::NotSent(why) => Verdict::NotDone { why, pause: None },
+                        Unsettled::Doubtful(why) => Verdict::Doubtful { why },
+                    };
+                    answers.push(self.go_on(command, verdict).await);
+                }
+            }
+        }
+        answers
+    }
+
+    /// The command as a call of its own, where that may change what became of it.
+    async fn go_on(&self, command: Command, verdict: Verdict) -> Result<Answer, ClientError> {
+        let doubt = match verdict {
+            Verdict::Refused(refused) => return Err(ClientError::Refused(refused)),
+            Verdict::NotDone { pause, .. } => {
+                tokio::time::sleep(pause.unwrap_or_default()).await;
+                None
+            }
+            Verdict::Doubtful { why } => Some(why),
+        };
+        let client = &self.client;
+        Ok(match command {
+            Command::Allocate(request) => {
+                Answer::Allocate(client.call_after(methods::ALLOCATE, request, doubt).await?)
+            }
+            Command::Confirm(request) => {
+                Answer::Confirm(client.call_after(methods::CONFIRM, request, doubt).await?)
+            }
+            Command::Attach(request) => {
+                Answer::Attach(client.call_after(methods::ATTACH, request, doubt).await?)
+            }
+            Command::Release(request) => {
+                let method = match request.authority {
+                    Some(v1::release_request::Authority::Force(_)) => methods::FORCE_RELEASE,
+                    _ => methods::RELEASE,
+                };
+                Answer::Release(client.call_after(method, request, doubt).await?)
+            }
+            Command::ReportConflict(request) => Answer::ReportConflict(
+                client.call_after(methods::REPORT_CONFLICT, request, doubt).await?,
+            ),
+            Command::Get(request) => {
+                Answer::Get(client.call_after(methods::GET, request, None).await?)
+            }
+        })
+    }
+}
+
+/// A release by its holder, for [`Session::all`].
+pub fn release(name: &str, token: u64) -> Command {
+    let authority = Some(v1::release_request::Authority::Token(token));
+    Command::Release(v1::ReleaseRequest { name: name.into(), authority })
+}
+
+/// What of a message's limits it takes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Size {
+    commands: usize,
+    claims: usize,
+    ports: u64,
+}
+
+impl Size {
+    fn of(command: &Command) -> Size {
+        let Command::Allocate(request) = command else {
+            return Size { commands: 1, ..Size::default() };
+        };
+        let ports = |request: &v1::PortRequest| match request.ports {
+            Some(v1::port_request::Ports::Count(count))
+            | Some(v1::port_request::Ports::Contiguous(count)) => u64::from(count),
+            _ => 1,
+        };
+        let claims = &request.claims;
+        let ports = claims.iter().flat_map(|claim| &claim.ports).map(ports).sum();
+        Size { commands: 1, claims: claims.len(), ports }
+    }
+
+    fn and(self, other: Size) -> Size {
+        Size {
+            commands: self.commands + other.commands,
+            claims: self.claims + other.claims,
+            ports: self.ports.saturating_add(other.ports),
+        }
+    }
+
+    fn fits(self) -> bool {
+        self.commands <= COMMANDS_MAX && self.claims <= CLAIMS_MAX && self.ports <= PORTS_MAX
+    }
+}
+
+/// A stream, and what is under way on it.
+struct Line {
+    messages: mpsc::UnboundedSender<v1::SessionRequest>,
+    answers: Streaming<v1::SessionResponse>,
+    under_way: VecDeque<Waiting>,
+    commands: usize,
+    timeout: Duration,
+}
+
+struct Waiting {
+    /// Answers still to come.
+    missing: usize,
+    answers: Vec<Answer>,
+    overdue: Instant,
+    done: oneshot::Sender<Result<Vec<Answer>, Unsettled>>,
+}
+
+async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
+    let mut tour = client.tour();
+    while let Some(first) = queue.recv().await {
+        let timeout = client.shared.attempt_timeout;
+        let (messages, outgoing) = mpsc::unbounded_channel();
+        let outgoing = UnboundedReceiverStream::new(outgoing);
+        let answers = match client.open(PATH, tour.door(), outgoing).await {
+            Ok(answers) => answers,
+            Err(verdict) => {
+                let why = by(tour.door(), format!("{verdict:?}"));
+                let _ = first.done.send(Err(Unsettled::NotSent(why)));
+                tokio::time::sleep(tour.move_on(None)).await;
+                continue;
+            }
+        };
+        let under_way = VecDeque::new();
+        let mut line = Line { messages, answers, under_way, commands: 0, timeout };
+        line.send(vec![first]);
+        let Some(why) = line.serve(&mut queue, &mut tour).await else { return };
+        let why = by(tour.door(), why);
+        tracing::debug!(why, "a session broke");
+        for waiting in line.under_way {
+            let _ = waiting.done.send(Err(Unsettled::Doubtful(why.clone())));
+        }
+        tokio::time::sleep(tour.move_on(None)).await;
+    }
+}
+
+impl Line {
+    /// Until the stream breaks, and why; or until nobody can ask for anything any more.
+    async fn serve(&mut self, queue: &mut mpsc::Receiver<Job>, tour: &mut Tour) -> Option<String> {
+        let mut jobs = Vec::new();
+        let mut over = false;
+        loop {
+            if over && self.under_way.is_empty() {
+                return None;
+            }
+            let overdue = self.under_way.front().map(|waiting| waiting.overdue);
+            let room = self.commands < WINDOW && !over;
+            tokio::select! {
+                answers = self.answers.message() => match answers {
+                    Ok(Some(response)) => {
+                        tour.answered();
+                        if response.answers.into_iter().any(|answer| !self.take(answer)) {
+                            return Some("an answer that nobody asked for".into());
+                        }
+                    }
+                    Ok(None) => return Some("the node ended the session".into()),
+                    Err(status) => return Some(status.message().to_string()),
+                },
+                taken = queue.recv_many(&mut jobs, COMMANDS_MAX), if room => {
+                    over = taken == 0;
+                    self.send(std::mem::take(&mut jobs));
+                }
+                () = sleep_until(overdue.unwrap_or_else(Instant::now)), if overdue.is_some() => {
+                    return Some(format!("no answer within {} ms", self.timeout.as_millis()));
+                }
+            }
+        }
+    }
+
+    /// Packs the jobs into as few messages as may be.
+    fn send(&mut self, jobs: Vec<Job>) {
+        let overdue = Instant::now() + self.timeout;
+        let mut message = Vec::new();
+        let mut size = Size::default();
+        for job in jobs {
+            if !size.and(job.size).fits() {
+                self.dispatch(std::mem::take(&mut message));
+                size = Size::default();
+            }
+            size = size.and(job.size);
+            self.commands += job.commands.len();
+            let missing = job.commands.len();
+            let answers = Vec::with_capacity(missing);
+            self.under_way.push_back(Waiting { missing, answers, overdue, done: job.done });
+            message.extend(job.commands);
+        }
+        self.dispatch(message);
+    }
+
+    fn dispatch(&self, commands: Vec<v1::SessionCommand>) {
+        let timeout_ms = self.timeout.as_millis().min(60_000) as u32;
+        if !commands.is_empty() {
+            // A stream that broke is found so by its answers.
+            let _ = self.messages.send(v1::SessionRequest { commands, timeout_ms });
+        }
+    }
+
+    /// The next answer, for whoever waits for it. False where nobody does.
+    fn take(&mut self, answer: v1::SessionAnswer) -> bool {
+        let (Some(waiting), Some(answer)) = (self.under_way.front_mut(), answer.answer) else {
+            return false;
+        };
+        waiting.answers.push(answer);
+        waiting.missing -= 1;
+        self.commands -= 1;
+        if waiting.missing == 0
+            && let Some(Waiting { answers, done, .. }) = self.under_way.pop_front()
+        {
+            let _ = done.send(Ok(answers));
+        }
+        true
+    }
+}
+
+fn status(error: v1::SessionError) -> Status {
+    Status::with_details(error.code.into(), error.message, error.details.into())
+}
+
+fn another(answer: Answer) -> ClientError {
+    ClientError::OutcomeUnknown {
+        why: format!("the answer is that of another command: {answer:?}"),
+    }
+}
+
+fn lost() -> ClientError {
+    ClientError::OutcomeUnknown { why: "the session lost the answer".into() }
+}
