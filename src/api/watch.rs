@@ -21,6 +21,8 @@ use crate::core::{
 };
 use crate::node::Deadline;
 use crate::node::watch::{Batch, End, NoWatch, Subscription};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::proto::{peer, v1};
 
 const PATH: &str = "/portwarden.v1.Allocator/Watch";
@@ -285,6 +287,8 @@ impl Api {
         let now = self.current(deadline).await?;
         let from = match request.from_revision {
             0 => Revision(now.0 + 1),
+            #[cfg(planted)]
+            from if planted::is(Bug::WatchSkips) => Revision(from + 1),
             from => Revision(from),
         };
         let subscription = self.inner.node.hub().subscribe(from, filter.worker.clone());

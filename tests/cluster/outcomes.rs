@@ -100,7 +100,9 @@ impl Nodes<'_> {
         let handed = move || {
             one_more.fetch_add(1, Ordering::AcqRel);
         };
-        let refused = move || drop(one_less.fetch_sub(1, Ordering::AcqRel));
+        let refused = move || {
+            one_less.fetch_sub(1, Ordering::AcqRel);
+        };
         fail::cfg_callback("propose", handed).unwrap();
         fail::cfg_callback("propose-refused", refused).unwrap();
         proposals

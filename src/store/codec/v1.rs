@@ -10,6 +10,8 @@ use bincode::{BorrowDecode, Decode, Encode};
 
 use super::{MemberRecord, MembershipRecord};
 use crate::core::{self as table, Invalid, LeaseId, Millis, Port, Quarantine, Revision, Token};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 
 /// Why something that was read is not what it should be.
 #[derive(Debug)]
@@ -1193,12 +1195,14 @@ impl<'a> From<&'a table::Worker> for Worker<'a> {
 impl<'a> From<&'a table::Pool> for Pool<'a> {
     fn from(pool: &'a table::Pool) -> Self {
         let (cursor, next_freed) = pool.cursors();
+        let quarantines = pool.quarantines();
+        #[cfg(planted)]
+        let quarantines = quarantines.filter(|_| !planted::is(Bug::SnapshotWithoutQuarantines));
         Pool {
             cursor,
             next_freed,
             freed: pool.freed_order().collect(),
-            quarantined: pool
-                .quarantines()
+            quarantined: quarantines
                 .map(|(port, Quarantine { reason, source, since })| Quarantined {
                     port,
                     reason,
