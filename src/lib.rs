@@ -8,6 +8,8 @@ pub mod cli;
 pub mod client;
 pub mod core;
 pub mod node;
+#[cfg(planted)]
+pub mod planted;
 pub mod proto;
 pub mod raft;
 pub mod store;

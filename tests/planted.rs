@@ -1,5 +1,6 @@
-//! Bugs that must never be, planted on demand in a build of its own, and found by the cluster:
-//! `cargo test --features planted-bugs --test planted`.
+//! A bug that only processes of their own show, planted in one of them, and found by the cluster:
+//! `scripts/planted`. Without `--cfg planted` there is nothing here.
+#![cfg(planted)]
 
 #[allow(dead_code)] // shared with `cluster`
 #[path = "cluster/support.rs"]
@@ -19,7 +20,7 @@ fn the_odd_replica_ends(choose: impl Fn(usize) -> usize) {
     let leader = cluster.leader();
     cluster.kill(odd);
     let mut buggy = Command::new(BINARY);
-    buggy.args(cluster.serve_args(odd)).env("PORTWARDEN_PLANTED_BUG", "process-id");
+    buggy.args(cluster.serve_args(odd)).env(portwarden::planted::CHOSEN, "depends-on-process");
     cluster.spawn_as(odd, buggy);
     if odd == leader {
         // It leads again only if the others are stopped for a moment.

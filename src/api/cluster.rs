@@ -68,7 +68,8 @@ macro_rules! member_change {
                 change: &MemberChange,
                 deadline: Deadline,
             ) -> Result<v1::ListMembersResponse, Failure> {
-                change_members(api, change, deadline).await
+                self::change(api, change.clone(), deadline).await?;
+                Ok(members(api.inner.node.status(deadline).await))
             }
         }
     };
@@ -92,6 +93,32 @@ member_change!(TransferLeader, v1::MemberRequest, "TransferLeader", |request| {
     Ok(MemberChange::Transfer { id: request.id })
 });
 
+pub(super) struct SetFeatureLevel;
+
+impl Method for SetFeatureLevel {
+    type Request = v1::SetFeatureLevelRequest;
+    type Response = v1::SetFeatureLevelResponse;
+    type Parsed = u32;
+    const PATH: &'static str = "/portwarden.v1.Cluster/SetFeatureLevel";
+    const WRITES: bool = true;
+
+    fn parse(request: &v1::SetFeatureLevelRequest) -> Result<u32, Status> {
+        match request.level {
+            0 => Err(errors::invalid(Invalid::new("level", 0, "1 or more"))),
+            level => Ok(level),
+        }
+    }
+
+    async fn run(
+        api: &Api,
+        level: &u32,
+        deadline: Deadline,
+    ) -> Result<v1::SetFeatureLevelResponse, Failure> {
+        change(api, MemberChange::FeatureLevel { level: *level }, deadline).await?;
+        Ok(v1::SetFeatureLevelResponse { feature_level: *level })
+    }
+}
+
 fn address(field: &str, text: &str) -> Result<String, Status> {
     core::check_text(field, text, core::limits::ADDRESS_MAX_BYTES).map_err(errors::invalid)?;
     let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty());
@@ -101,15 +128,11 @@ fn address(field: &str, text: &str) -> Result<String, Status> {
     }
 }
 
-async fn change_members(
-    api: &Api,
-    change: &MemberChange,
-    deadline: Deadline,
-) -> Result<v1::ListMembersResponse, Failure> {
-    let node = &api.inner.node;
-    match node.change_members(change.clone(), deadline).await {
-        Ok(()) => Ok(members(node.status(deadline).await)),
+async fn change(api: &Api, asked: MemberChange, deadline: Deadline) -> Result<(), Failure> {
+    match api.inner.node.change_members(asked, deadline).await {
+        Ok(()) => Ok(()),
         Err(NotChanged::Call(error)) => Err(Failure::Call(error)),
+        Err(NotChanged::Refused(why)) => Err(Failure::Answer(errors::refusal(why))),
         Err(why) => Err(Failure::Answer(errors::membership(&why))),
     }
 }
@@ -173,6 +196,13 @@ impl v1::cluster_server::Cluster for Api {
         request: Request<v1::MemberRequest>,
     ) -> Result<Response<v1::ListMembersResponse>, Status> {
         self.serve_unary::<TransferLeader>(request).await
+    }
+
+    async fn set_feature_level(
+        &self,
+        request: Request<v1::SetFeatureLevelRequest>,
+    ) -> Result<Response<v1::SetFeatureLevelResponse>, Status> {
+        self.serve_unary::<SetFeatureLevel>(request).await
     }
 
     type SnapshotStream = Responses<v1::SnapshotChunk>;

@@ -36,6 +36,8 @@ use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
 use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::proto::v1;
 
 /// Calls that one node serves at a time; the next one is answered OVERLOADED.
@@ -289,6 +291,10 @@ pub(super) enum Freshness {
 
 impl Freshness {
     pub fn parse(options: Option<&v1::ReadOptions>) -> Result<Self, Status> {
+        #[cfg(planted)]
+        if planted::is(Bug::ReadFromFollower) {
+            return Ok(Freshness::Stale { min: Revision(0) });
+        }
         match options {
             Some(v1::ReadOptions { stale: true, min_revision }) => {
                 Ok(Freshness::Stale { min: Revision(*min_revision) })
@@ -539,6 +545,7 @@ impl Api {
             cluster::PromoteMember,
             cluster::RemoveMember,
             cluster::TransferLeader,
+            cluster::SetFeatureLevel,
         ];
         Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
     }

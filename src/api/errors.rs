@@ -63,6 +63,9 @@ pub fn refusal(refusal: Refusal) -> Status {
         Refusal::Lingers { name, .. } => precondition("LINGERING", name.as_str()),
         Refusal::NotProven { name, .. } => precondition("NOT_PROVEN", name.as_str()),
         Refusal::Deposed { leader, .. } => precondition("LEADER", &leader.to_string()),
+        Refusal::FeatureLevelPassed { .. } | Refusal::FeatureLevelUnknown { .. } => {
+            precondition("FEATURE_LEVEL", "cluster")
+        }
         Refusal::WorkerInUse { worker, .. } => precondition("WORKER_IN_USE", worker.as_str()),
         Refusal::WouldLose { worker, .. } => precondition("WOULD_LOSE", worker.as_str()),
         Refusal::PortNotFree { worker, .. } => precondition("PORT_NOT_FREE", worker.as_str()),

@@ -181,4 +181,16 @@ mod tests {
             assert_eq!(parse_timeout(bad), None, "{bad}");
         }
     }
+
+    #[tokio::test]
+    async fn a_request_id_that_is_too_long_is_replaced() {
+        let (_, api) = crate::api::fake::fake();
+        let taken = |id: String| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("x-request-id", id.parse().unwrap());
+            api.request_id(&metadata) == id
+        };
+        assert!(taken("a".repeat(REQUEST_ID_MAX_BYTES)));
+        assert!(!taken("a".repeat(REQUEST_ID_MAX_BYTES + 1)));
+    }
 }

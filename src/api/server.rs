@@ -90,6 +90,8 @@ where
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+        // All that a client has under way it may give up at once; h2's own limit is 20.
+        .http2_max_pending_accept_reset_streams(Some(STREAMS_PER_CONNECTION_MAX as usize))
         .concurrency_limit_per_connection(STREAMS_PER_CONNECTION_MAX as usize)
         .add_service(health)
         .add_service(reflection)

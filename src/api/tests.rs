@@ -8,7 +8,9 @@ use tokio::time::Instant;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
+use super::dispatch::CALLS_IN_FLIGHT_MAX;
 use super::fake::{claim, count, fake, request, spec, table};
+use super::pages::{PAGE_SIZE_MAX, PAGE_SOFT_BYTES, SCAN_MAX, fill, page_size};
 use super::{convert, errors};
 use crate::core::{
     self, Command, Invalid, LeaseId, Millis, Origin, Refusal, Revision, apply, limits,
@@ -247,6 +249,8 @@ fn every_refusal_has_a_code_and_details() {
             precondition,
         ),
         (Refusal::WouldLose { worker: worker.clone(), what: "x".into() }, precondition),
+        (Refusal::FeatureLevelPassed { asked: 1, held: 2 }, precondition),
+        (Refusal::FeatureLevelUnknown { asked: 2, known: 1 }, precondition),
         (
             Refusal::IdentityTaken { what: "GPU", value: "U".into(), owner: worker.clone() },
             Code::AlreadyExists,
@@ -486,4 +490,105 @@ async fn workers_are_served() {
         v1::QuarantineRequest { worker: "w".into(), ports: vec![40_010], reason: "x".into() };
     let response = api.quarantine(Request::new(quarantine)).await.unwrap().into_inner();
     assert_eq!(response.worker.unwrap().ranges[0].quarantined[0].number, 40_010);
+}
+
+// Limits of a node.
+
+#[test]
+fn a_page_ends_at_its_size_its_bytes_or_what_it_looked_at() {
+    let names: Vec<String> = (0..=SCAN_MAX).map(|i| format!("n{i:05}")).collect();
+    let page = |pass: fn(usize) -> Option<v1::Drift>, items: usize, size: usize| {
+        let all = names[..items].iter().enumerate().map(|(i, name)| (name.as_str(), pass(i)));
+        let page = fill(all, size);
+        (page.items.len(), page.after)
+    };
+    let every = |_| Some(v1::Drift::default());
+    assert_eq!(page(every, 10, 10), (10, None));
+    assert_eq!(page(every, 11, 10), (10, Some("n00009".into())));
+    let none = |_| None;
+    assert_eq!(page(none, SCAN_MAX, 10), (0, None));
+    assert_eq!(page(none, SCAN_MAX + 1, 10), (0, Some(format!("n{:05}", SCAN_MAX - 1))));
+    let large =
+        |_| Some(v1::Drift { detail: "x".repeat(PAGE_SOFT_BYTES / 2), ..Default::default() });
+    assert_eq!(page(large, 2, 10), (2, None));
+    assert_eq!(page(large, 3, 10), (2, Some("n00001".into())));
+    assert_eq!(page_size(PAGE_SIZE_MAX).unwrap(), PAGE_SIZE_MAX as usize);
+    assert_eq!(violation(&page_size(PAGE_SIZE_MAX + 1).unwrap_err()).0, "page_size");
+}
+
+#[test]
+fn a_report_at_its_limits_is_taken_and_one_more_is_refused_by_name() {
+    let named = |i: usize| v1::HandleState { name: format!("a{i}"), token: 1, alive: true };
+    let drift = v1::Drift { kind: v1::DriftKind::OpenButUnknown.into(), ..Default::default() };
+    let port = |n: usize| v1::PortInUse { number: n.min(65_535) as u32, ..Default::default() };
+    type Grow<'a> = &'a dyn Fn(&mut v1::ReportRequest, usize);
+    let ports: Grow = &|r, n| r.ports = (1..=n).map(port).collect();
+    let handles: Grow = &|r, n| r.handles = (0..n).map(named).collect();
+    let drifts: Grow = &|r, n| r.drift = vec![drift.clone(); n];
+    let gpus: Grow = &|r, n| r.gpus = vec![v1::GpuInUse::default(); n];
+    for (field, limit, grow) in [
+        ("ports", convert::REPORTED_PORTS_MAX, ports),
+        ("handles", convert::REPORTED_HANDLES_MAX, handles),
+        ("drift", convert::REPORTED_DRIFT_MAX, drifts),
+        ("gpus", limits::GPUS_PER_WORKER_MAX, gpus),
+    ] {
+        let report = |n| {
+            let identity = Some(v1::Identity::default());
+            let mut report =
+                v1::ReportRequest { worker: "w".into(), identity, ..Default::default() };
+            grow(&mut report, n);
+            convert::sample(&report).map(drop)
+        };
+        assert_eq!(report(limit), Ok(()), "{field}");
+        let refused = report(limit + 1).unwrap_err();
+        assert_eq!(refused, Invalid::new(field, limit + 1, format!("at most {limit}")));
+    }
+}
+
+#[test]
+fn what_is_shown_of_a_worker_is_bounded() {
+    let (shown, holders) = (convert::QUARANTINED_SHOWN_MAX, convert::HOLDERS_SHOWN_MAX);
+    let mut state = core::State::default();
+    let mut done = |command: Command| {
+        apply(&mut state, &Origin::default(), &command).0.outcome.unwrap();
+    };
+    let range = v1::PortRange { name: "service".into(), first: 40_000, last: 49_999 };
+    let gpu = v1::GpuSpec { memory_bytes: 1 << 30, ..Default::default() };
+    let spec = v1::WorkerSpec { ranges: vec![range], gpus: vec![gpu], ..spec() };
+    let spec = convert::worker_spec(Some(&spec)).unwrap();
+    done(Command::RegisterWorker { name: "w".parse().unwrap(), spec });
+    let ports: Vec<_> = (40_000..=40_000 + shown as u64).collect();
+    for some in ports.chunks(limits::QUARANTINE_PORTS_MAX) {
+        let ports = some.iter().map(|n| core::Port::new("port", *n).unwrap()).collect();
+        let (worker, reason) = ("w".parse().unwrap(), "x".into());
+        done(Command::Quarantine { worker, ports, reason, by: core::Actor::Operator });
+    }
+    for i in 0..=holders {
+        let gpus = v1::GpuRequest {
+            count: 1,
+            share: Some(v1::gpu_request::Share::MemoryBytes(1 << 20)),
+            ..Default::default()
+        };
+        let claim = v1::Claim { ports: vec![], gpus: Some(gpus), ..claim(&format!("g{i:03}")) };
+        done(allocating(convert::claims(&[claim]).unwrap()));
+    }
+    let worker = convert::worker(state.worker(&"w".parse().unwrap()).unwrap());
+    assert_eq!(worker.ranges[0].quarantined.len(), shown);
+    assert_eq!(worker.ranges[0].quarantined_count as usize, shown + 1);
+    assert_eq!(worker.gpus[0].holders.len(), holders);
+    assert_eq!(worker.gpus[0].holder_count as usize, holders + 1);
+}
+
+#[tokio::test]
+async fn as_many_calls_as_there_may_be_are_served_and_one_more_is_not() {
+    let (_, api) = fake();
+    let others = api.inner.in_flight.try_acquire_many(CALLS_IN_FLIGHT_MAX as u32 - 1).unwrap();
+    api.get(get("a")).await.unwrap();
+    let last = api.inner.in_flight.try_acquire().unwrap();
+    let refused = api.get(get("a")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert_eq!(reason_of(&refused).as_deref(), Some(reason::OVERLOADED));
+    drop(last);
+    api.get(get("a")).await.unwrap();
+    drop(others);
 }

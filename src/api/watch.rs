@@ -21,6 +21,8 @@ use crate::core::{
 };
 use crate::node::Deadline;
 use crate::node::watch::{Batch, End, NoWatch, Subscription};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::proto::{peer, v1};
 
 const PATH: &str = "/portwarden.v1.Allocator/Watch";
@@ -89,7 +91,7 @@ impl Filter {
             | Event::Released { allocation, .. } => of_allocation(allocation),
             Event::Worker(worker) => of_worker(&worker.name),
             Event::WorkerRemoved(name) => of_worker(name),
-            Event::LeaseGranted(_) | Event::LeaseEnded { .. } => {
+            Event::LeaseGranted(_) | Event::LeaseEnded { .. } | Event::FeatureLevel(_) => {
                 worker.is_none() && selector.terms().is_empty() && prefix.is_empty()
             }
         }
@@ -135,6 +137,9 @@ pub(super) fn shown(event: &Event, revision: Revision, view: &State) -> v1::Watc
         }
         Event::LeaseGranted(lease) => {
             v1::WatchEvent { lease: Some(convert::lease_message(lease)), ..shown("lease_granted") }
+        }
+        Event::FeatureLevel(level) => {
+            v1::WatchEvent { reason: format!("level {level}"), ..shown("feature_level") }
         }
         Event::LeaseEnded { lease, expired } => v1::WatchEvent {
             lease: Some(convert::lease_message(lease)),
@@ -282,6 +287,8 @@ impl Api {
         let now = self.current(deadline).await?;
         let from = match request.from_revision {
             0 => Revision(now.0 + 1),
+            #[cfg(planted)]
+            from if planted::is(Bug::WatchSkips) => Revision(from + 1),
             from => Revision(from),
         };
         let subscription = self.inner.node.hub().subscribe(from, filter.worker.clone());

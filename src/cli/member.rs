@@ -55,6 +55,13 @@ the voters that are left are back; nothing is lost by it.")]
     #[command(after_help = "Examples:
   portwarden member transfer-leader 2")]
     TransferLeader(Id),
+    /// Let the cluster use what a new version brings, once all nodes run it
+    #[command(after_help = "Examples:
+  portwarden member set-feature-level 1
+
+`portwarden status` shows the one that there is. It only rises: afterwards no node of an older version
+can start or join.")]
+    SetFeatureLevel(Level),
 }
 
 #[derive(Debug, clap::Args)]
@@ -62,6 +69,13 @@ struct Id {
     /// Id of the node
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     id: u64,
+}
+
+#[derive(Debug, clap::Args)]
+struct Level {
+    /// Feature level
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    level: u32,
 }
 
 #[derive(Debug, clap::Args)]
@@ -98,6 +112,12 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         Command::Promote(Id { id }) => promote(&client, id).await.map_err(again())?,
         Command::Remove(Remove { id, force }) => {
             client.member_remove(id, force).await.map_err(again())?
+        }
+        Command::SetFeatureLevel(Level { level }) => {
+            let level = client.set_feature_level(level).await.map_err(again())?;
+            let json = serde_json::json!({ "feature_level": level });
+            output::print(globals.output, &json, || format!("feature level {level}"))?;
+            return Ok(ExitCode::SUCCESS);
         }
         Command::TransferLeader(Id { id }) => client.transfer_leader(id).await.map_err(again())?,
     };

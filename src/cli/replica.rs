@@ -4,7 +4,14 @@ use std::process::ExitCode;
 
 use tokio::net::TcpListener;
 
+const EXAMPLES: &str = "\
+Examples:
+  portwarden replica --port 40000
+  portwarden run a --worker w1 --ports 1 -- portwarden replica --port {port}
+  portwarden run a --worker w1 --ports 1 -- portwarden replica --port {port} --fail";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Args {
     /// Where to listen
     #[arg(long)]

@@ -41,9 +41,10 @@ fn head(status: &v1::StatusResponse) -> String {
         id => format!("node {id} in term {}", status.term),
     };
     format!(
-        "cluster:      {}\nleader:       {leader}\nrevision:     {}\nworkers:      {}\nallocations:  {}\nanswered by:  node {}, version {}",
+        "cluster:      {}\nleader:       {leader}\nrevision:     {}\nlevel:        {}\nworkers:      {}\nallocations:  {}\nanswered by:  node {}, version {}",
         status.cluster_id,
         status.revision,
+        status.feature_level,
         status.workers,
         status.allocations,
         status.node,

@@ -100,6 +100,8 @@ pub mod methods {
         MEMBER_PROMOTE: "Cluster/PromoteMember", MemberRequest => ListMembersResponse, Repeatable;
         MEMBER_REMOVE: "Cluster/RemoveMember", RemoveMemberRequest => ListMembersResponse, Repeatable;
         TRANSFER_LEADER: "Cluster/TransferLeader", MemberRequest => ListMembersResponse, Repeatable;
+        SET_FEATURE_LEVEL: "Cluster/SetFeatureLevel",
+            SetFeatureLevelRequest => SetFeatureLevelResponse, Repeatable;
     }
 }
 

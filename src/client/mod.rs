@@ -38,6 +38,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngCore as _, SeedableRng as _};
 use tokio::time::Instant;
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::{reason, v1};
@@ -53,8 +54,8 @@ pub use watch::{Heard, Watch};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Below this it is not worth asking once more whether a learner has caught up.
-const PROMOTE_TRY_MIN: Duration = Duration::from_millis(500);
+/// Below this it is not worth asking once more whether a member has caught up.
+const CATCH_UP_TRY_MIN: Duration = Duration::from_millis(500);
 /// How often a listing is begun again because its revision was no longer kept.
 const LIST_RESTARTS_MAX: usize = 8;
 
@@ -216,18 +217,29 @@ impl Client {
         }
     }
 
-    /// `version` 0 is unguarded.
-    pub async fn confirm(
-        &self,
-        name: &str,
-        token: u64,
-        version: u64,
-    ) -> Result<v1::ConfirmResponse, ClientError> {
-        let name = name.into();
-        self.confirm_with(v1::ConfirmRequest { name, token, version, ..Default::default() }).await
+    /// Says that what was granted so runs, on its lease. A start that missed its deadline meanwhile
+    /// lingers, off its lease: it is revived on that lease, which must be alive.
+    pub async fn confirm(&self, held: &v1::Allocation) -> Result<v1::ConfirmResponse, ClientError> {
+        let v1::Allocation { name, token, lease, ports, .. } = held;
+        let confirm = |version| {
+            let liveness = None;
+            let (name, token, lease) = (name.clone(), *token, *lease);
+            self.confirm_with(v1::ConfirmRequest { name, token, version, lease, liveness })
+        };
+        let refused = match confirm(held.version).await {
+            Err(error) if error.code() == Some(Code::FailedPrecondition) => error,
+            answer => return answer,
+        };
+        let found = self.get(name, None).await?.allocation.unwrap_or_default();
+        let lingers = found.phase() == v1::Phase::Lingering;
+        match lingers && found.token == *token && found.ports == *ports {
+            true => confirm(found.version).await,
+            false => Err(refused),
+        }
     }
 
-    /// With a liveness handle, or onto another lease; this is also what revives what lingers.
+    /// With a liveness handle, or onto another lease. `version` 0 is unguarded. Revives what lingers:
+    /// on no lease, where none is named.
     pub async fn confirm_with(
         &self,
         request: v1::ConfirmRequest,
@@ -419,31 +431,51 @@ impl Client {
 
     /// Once it has caught up: waits for that within the timeout.
     pub async fn member_promote(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
+        self.while_lagging(async |client| {
+            client.call(methods::MEMBER_PROMOTE, v1::MemberRequest { id }).await
+        })
+        .await
+    }
+
+    /// A change for which the leader waits until somebody has caught up, in each attempt; asked again
+    /// within the timeout.
+    async fn while_lagging(
+        &self,
+        change: impl AsyncFn(Client) -> Result<v1::ListMembersResponse, ClientError>,
+    ) -> Result<Vec<v1::Member>, ClientError> {
         let deadline = Instant::now() + self.timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let client = self.with_timeout(left.max(PROMOTE_TRY_MIN));
-            match client.call(methods::MEMBER_PROMOTE, v1::MemberRequest { id }).await {
+            match change(self.with_timeout(left.max(CATCH_UP_TRY_MIN))).await {
                 Err(error)
                     if error.reason() == Some(reason::LAGGING)
-                        && Instant::now() + PROMOTE_TRY_MIN < deadline => {}
+                        && Instant::now() + CATCH_UP_TRY_MIN < deadline => {}
                 answer => return Ok(answer?.members),
             }
         }
     }
 
-    /// For good. `force`: even if too few of those that are left are live.
+    /// For good; a leader hands over first, to one that has caught up. `force`: even if too few of
+    /// those that are left are live.
     pub async fn member_remove(
         &self,
         id: u64,
         force: bool,
     ) -> Result<Vec<v1::Member>, ClientError> {
-        let request = v1::RemoveMemberRequest { id, force };
-        Ok(self.call(methods::MEMBER_REMOVE, request).await?.members)
+        self.while_lagging(async |client| {
+            client.call(methods::MEMBER_REMOVE, v1::RemoveMemberRequest { id, force }).await
+        })
+        .await
     }
 
     pub async fn transfer_leader(&self, id: u64) -> Result<Vec<v1::Member>, ClientError> {
         Ok(self.call(methods::TRANSFER_LEADER, v1::MemberRequest { id }).await?.members)
+    }
+
+    /// Only upward, once every member knows it; answers with the one that there is.
+    pub async fn set_feature_level(&self, level: u32) -> Result<u32, ClientError> {
+        let request = v1::SetFeatureLevelRequest { level };
+        Ok(self.call(methods::SET_FEATURE_LEVEL, request).await?.feature_level)
     }
 
     async fn all_pages<T>(

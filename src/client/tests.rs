@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::net::TcpListener;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tonic::Code;
+use tonic::transport::Channel;
 
 use super::{Client, ClientError, Keeper, Options, Standing, StartError, Try};
-use crate::api::fake::{Fake, claim, fake};
+use crate::api::fake::{Fake, claim, fake, spec};
 use crate::api::{Api, Readiness, serve, tcp_incoming};
+use crate::core;
 use crate::node::{CallError, MemberReport};
 use crate::proto::v1;
 
@@ -27,6 +30,19 @@ async fn listen(api: Api, shutdown: impl Future<Output = ()> + Send + 'static) -
     readiness.set(true).await;
     tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), shutdown));
     address
+}
+
+/// The leader's timers find that it was not confirmed in time.
+fn miss_deadline(fake: &Fake, held: &v1::Allocation) {
+    let missed = core::Command::Reclaim {
+        name: held.name.parse().unwrap(),
+        token: core::Token(held.token),
+        version: core::Revision(held.version),
+        ground: core::Ground::Unconfirmed,
+        under: core::Leader::default(),
+    };
+    let origin = core::Origin::default();
+    core::apply(&mut fake.state.lock().unwrap(), &origin, &missed).0.outcome.unwrap();
 }
 
 /// An address where nobody listens.
@@ -71,7 +87,7 @@ async fn calls_go_over_the_wire_and_back() {
     let held = &granted.allocations[0];
     assert!(!held.uid.is_empty(), "the library gives a uid");
     assert_eq!(client.get("b", None).await.unwrap().allocation.as_ref(), Some(held));
-    client.confirm("b", held.token, held.version).await.unwrap();
+    client.confirm(held).await.unwrap();
     let request = v1::ListRequest { page_size: 1, ..Default::default() };
     let names: Vec<_> =
         client.list(request).await.unwrap().items.into_iter().map(|a| a.name).collect();
@@ -157,9 +173,10 @@ async fn a_refused_repeat_settles_a_doubt_only_under_a_token() {
     let silent = silent().await;
     let mut elsewhere = claim("b");
     elsewhere.placement = Some(v1::claim::Placement::Worker("nope".into()));
+    let other = v1::Allocation { name: "a".into(), token: 99, ..Default::default() };
     let error = client(&[&silent, &address]).allocate(vec![elsewhere]).await.unwrap_err();
     assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
-    let error = client(&[&silent, &address]).confirm("a", 99, 0).await.unwrap_err();
+    let error = client(&[&silent, &address]).confirm(&other).await.unwrap_err();
     assert_eq!(error.code(), Some(Code::FailedPrecondition), "{error}");
 }
 
@@ -282,6 +299,52 @@ async fn a_start_for_which_no_port_is_left_says_which_were_tried() {
     };
     assert!(error.reclaimed, "{error}");
     assert!(error.to_string().ends_with("tried 40010 (held)"), "{error}");
+}
+
+/// Its start took longer than its deadline: meanwhile it lingered, and came off its lease.
+#[tokio::test]
+async fn a_start_that_missed_its_deadline_is_confirmed_on_its_lease_again() {
+    let (fake, address) = node().await;
+    let client = client(&[&address]);
+    let identity = v1::Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 };
+    let watched = v1::WorkerSpec { identity: Some(identity), ..spec() };
+    client.worker_register("w", watched).await.unwrap();
+    let lease = client.lease_grant(Duration::from_secs(60)).await.unwrap().lease.unwrap().id;
+    let leased = v1::Claim { lease, ..claim("b") };
+    let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+    miss_deadline(&fake, &held);
+    let lingering = client.get("b", None).await.unwrap().allocation.unwrap();
+    assert_eq!((lingering.phase(), lingering.lease), (v1::Phase::Lingering, 0));
+
+    let revived = client.confirm(&held).await.unwrap().allocation.unwrap();
+    assert_eq!((revived.phase(), revived.lease), (v1::Phase::Bound, lease));
+    assert_eq!(revived.token, held.token);
+    // What changed otherwise is not overridden: its ports are others now.
+    let swapped = client.report_conflict("b", held.token, 0, held.ports[0].number).await.unwrap();
+    miss_deadline(&fake, &swapped.allocation.unwrap());
+    let refused = client.confirm(&held).await.unwrap_err();
+    assert_eq!(refused.code(), Some(Code::FailedPrecondition));
+}
+
+fn get_a(channel: &Channel) -> impl Future<Output = Result<(), tonic::Status>> + use<> {
+    let mut client = v1::allocator_client::AllocatorClient::new(channel.clone());
+    async move { client.get(v1::GetRequest { name: "a".into(), read: None }).await.map(drop) }
+}
+
+/// A node is held up, and most of its callers give up: the others' calls go on. (h2 closes a connection
+/// after 20 resets of what it has not looked at yet.)
+#[tokio::test]
+async fn calls_that_are_given_up_in_masses_break_no_other() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let channel = Client::endpoint(&address).unwrap().connect_lazy();
+    let patient = tokio::spawn(get_a(&channel));
+    let given_up = (0..60).map(|_| timeout(Duration::from_millis(200), get_a(&channel)));
+    assert!(join_all(given_up).await.iter().all(Result::is_err));
+    let readiness = Readiness::new().await;
+    readiness.set(true).await;
+    tokio::spawn(serve(fake().1, readiness, tcp_incoming(listener, 100), std::future::pending()));
+    patient.await.unwrap().unwrap();
 }
 
 #[tokio::test]

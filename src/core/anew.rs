@@ -12,6 +12,8 @@ use super::allocation::Allocation;
 use super::name::{Revision, Token};
 use super::state::State;
 use super::worker::{Worker, WorkerPhase};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 
 /// What a restore adds to the revision: more changes than a cluster makes in 30 years at 1000 a
 /// second, and little enough for programs that count in floats.
@@ -22,6 +24,11 @@ impl State {
     pub fn anew(&self) -> State {
         let mut state = self.clone();
         let revision = Revision(self.revision.0 + RESTORE_GAP);
+        #[cfg(planted)]
+        let revision = match planted::is(Bug::RestoreReusesTokens) {
+            true => self.revision,
+            false => revision,
+        };
         state.revision = revision;
         state.members = Default::default();
         for worker in self.workers.values() {

@@ -14,8 +14,10 @@ use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MA
 use super::name::{InstanceName, Invalid, LeaseId, Millis, Port, Revision, Token, WorkerName};
 use super::place::{Grant, place, take, take_ports};
 use super::ports::{Quarantine, Source, Taken};
-use super::state::{State, uuids};
+use super::state::{FEATURE_LEVEL, State, uuids};
 use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 
 /// Applies one command. Total and deterministic: it never fails, a refusal changes nothing, and a
 /// command that changes nothing takes no revision.
@@ -25,7 +27,10 @@ use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
 pub fn apply(state: &mut State, origin: &Origin, command: &Command) -> (Applied, Vec<Event>) {
     let revision = Revision(state.revision.0 + 1);
     let mut change = Change { revision, at: origin.at, state, events: Vec::new() };
-    let outcome = match command.under() {
+    let under = command.under();
+    #[cfg(planted)]
+    let under = under.filter(|_| !planted::is(Bug::DeposedExpiry));
+    let outcome = match under {
         Some(proposed) if proposed != origin.leader => {
             Err(Refusal::Deposed { proposed, leader: origin.leader })
         }
@@ -80,7 +85,16 @@ impl Change<'_> {
             Command::RevokeLease { id } => self.end_lease(*id, false),
             Command::ExpireLease { id, under: _ } => self.end_lease(*id, true),
             Command::Checkpoint(_) => Ok(Outcome::Noted),
+            Command::SetFeatureLevel { level } => self.set_feature_level(*level),
         }
+    }
+
+    fn set_feature_level(&mut self, asked: u32) -> Result<Outcome, Refusal> {
+        if rises(self.state.feature_level, asked, FEATURE_LEVEL)? {
+            self.state.feature_level = asked;
+            self.events.push(Event::FeatureLevel(asked));
+        }
+        Ok(Outcome::FeatureLevel(asked))
     }
 
     // Workers.
@@ -224,6 +238,8 @@ impl Change<'_> {
         for claim in claims {
             match self.grant(claim, within) {
                 Ok(granted) => allocations.push(granted),
+                #[cfg(planted)]
+                Err(_) if planted::is(Bug::GangInPart) && !allocations.is_empty() => break,
                 Err(refusal) => {
                     *self.state = before;
                     self.events.clear();
@@ -255,6 +271,8 @@ impl Change<'_> {
         }
         match found.first() {
             None => Ok(None),
+            #[cfg(planted)]
+            Some(_) if planted::is(Bug::RetryGrantsAnew) => Ok(None),
             Some(first) if found.len() < claims.len() => Err(taken(first, "gang")),
             Some(_) => Ok(Some(found)),
         }
@@ -414,7 +432,10 @@ impl Change<'_> {
         cause: Cause,
         reason: String,
     ) -> Result<Outcome, Refusal> {
-        if !self.worker(&held.worker)?.has_agent() {
+        let watched = self.worker(&held.worker)?.has_agent();
+        #[cfg(planted)]
+        let watched = watched && !planted::is(Bug::LeaseLossFrees);
+        if !watched {
             self.free(held, ReleaseReason::Reclaimed { cause, reason });
             return Ok(Outcome::Released(Some(held.clone())));
         }
@@ -436,6 +457,8 @@ impl Change<'_> {
         };
         let why = match authority {
             Authority::Holder(token) => {
+                #[cfg(planted)]
+                let token = if planted::is(Bug::ReleaseIgnoresToken) { &held.token } else { token };
                 check_token(&held, *token)?;
                 ReleaseReason::ByHolder
             }
@@ -713,6 +736,15 @@ fn swap(
         at.map_or_else(|| port.clone(), |at| given[at].clone())
     };
     Ok(held.ports.iter().map(replacement).collect())
+}
+
+/// Whether `asked` is above the level that is `held`; `known` is the highest of this build.
+pub(super) fn rises(held: u32, asked: u32, known: u32) -> Result<bool, Refusal> {
+    match asked {
+        _ if asked < held => Err(Refusal::FeatureLevelPassed { asked, held }),
+        _ if asked > known => Err(Refusal::FeatureLevelUnknown { asked, known }),
+        _ => Ok(asked > held),
+    }
 }
 
 pub(super) fn check_room(

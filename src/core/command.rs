@@ -113,6 +113,11 @@ pub enum Command {
     },
     /// Replicas prove that they agree. Changes nothing.
     Checkpoint(Checkpoint),
+    /// From here on `apply` does what this level does. Only upward; to be proposed once every member
+    /// knows it, for one that does not must stop here.
+    SetFeatureLevel {
+        level: u32,
+    },
 }
 
 /// On whose word something is done. What a leader's timers and sweeper propose counts only while it
@@ -221,7 +226,8 @@ impl Command {
             | Command::Reclaim { .. }
             | Command::RevokeLease { .. }
             | Command::ExpireLease { .. }
-            | Command::Checkpoint(_) => Ok(()),
+            | Command::Checkpoint(_)
+            | Command::SetFeatureLevel { .. } => Ok(()),
         }
     }
 
@@ -238,7 +244,7 @@ impl Command {
     }
 
     /// All that [`Command::kind`] may say.
-    pub const KINDS: [&str; 17] = [
+    pub const KINDS: [&str; 18] = [
         "register_worker",
         "update_worker",
         "set_worker_phase",
@@ -256,6 +262,7 @@ impl Command {
         "quarantine",
         "lift_quarantine",
         "checkpoint",
+        "set_feature_level",
     ];
 
     /// For metrics and traces.
@@ -278,6 +285,7 @@ impl Command {
             Command::Quarantine { .. } => "quarantine",
             Command::LiftQuarantine { .. } => "lift_quarantine",
             Command::Checkpoint(_) => "checkpoint",
+            Command::SetFeatureLevel { .. } => "set_feature_level",
         }
     }
 }
@@ -333,6 +341,8 @@ pub enum Outcome {
     LeaseEnded(Option<Arc<Lease>>),
     /// Of a checkpoint: it is in the log.
     Noted,
+    /// The one that there is now.
+    FeatureLevel(u32),
 }
 
 /// Why a command changed nothing.
@@ -375,6 +385,10 @@ pub enum Refusal {
     PortNotFree { worker: WorkerName, port: Port, taken: Taken },
     #[error("claim {name}: nothing fits: {shortage}")]
     NothingFits { name: InstanceName, shortage: Shortage },
+    #[error("the cluster has feature level {held}, and does not go back to {asked}")]
+    FeatureLevelPassed { asked: u32, held: u32 },
+    #[error("feature level {asked} is not known: this build knows 1 to {known}")]
+    FeatureLevelUnknown { asked: u32, known: u32 },
     #[error("the cluster is full: {what} {limit}")]
     TableFull { what: &'static str, limit: usize },
 }
@@ -551,4 +565,5 @@ pub enum Event {
         lease: Arc<Lease>,
         expired: bool,
     },
+    FeatureLevel(u32),
 }

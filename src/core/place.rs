@@ -46,7 +46,10 @@ pub(super) fn place(state: &State, claim: &Claim) -> Result<WorkerName, Refusal>
                     .candidates(least, *policy)
                     .take(PLACEMENT_CANDIDATES_MAX)
             };
-            search()
+            let found = search();
+            #[cfg(planted)]
+            let found = crate::planted::in_hash_order(found);
+            found
                 .filter_map(|name| state.worker(name))
                 .filter(|worker| selector.matches(&worker.spec.labels))
                 .find(|worker| fits(worker, claim).is_ok())

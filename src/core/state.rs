@@ -73,7 +73,8 @@ pub(super) enum Resource {
 impl Default for State {
     fn default() -> Self {
         State {
-            feature_level: FEATURE_LEVEL,
+            // Not the highest one: the nodes that begin a cluster need not all know that.
+            feature_level: 1,
             revision: Revision(0),
             workers: OrdMap::new(),
             allocations: OrdMap::new(),

@@ -14,6 +14,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::{NodeConfig, StartError};
+use crate::core::FEATURE_LEVEL;
 use crate::proto::peer;
 use crate::raft::{JoinError, Member, NodeId, PeerNetwork, Raft};
 
@@ -186,6 +187,7 @@ pub(super) async fn join(
             header: None,
             peer: config.advertise_peer.clone(),
             client: config.advertise.clone(),
+            feature_level_max: FEATURE_LEVEL,
         };
         let why = match network.join(&asked, request, JOIN_TIMEOUT).await {
             Ok(answer) if answer.leader_peer.is_empty() => {

@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use futures::future::join_all;
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::raft::Precondition;
@@ -26,6 +27,7 @@ use tracing::{info, warn};
 
 use super::outcome::{CallError, of_write};
 use super::{Deadline, Node};
+use crate::core::{Command, Refusal};
 use crate::proto::peer;
 use crate::raft::{LogId, Member, Metrics, NodeId, TypeConfig};
 
@@ -75,6 +77,10 @@ pub enum MemberChange {
     Transfer {
         id: NodeId,
     },
+    /// Not of the members themselves, but all of them must know it.
+    FeatureLevel {
+        level: u32,
+    },
 }
 
 /// Why the membership stays as it is.
@@ -103,7 +109,7 @@ pub enum NotChanged {
     )]
     Pending(NodeId),
     #[error(
-        "member {id} is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to be promoted): try again when it has caught up; `portwarden member list` shows its lag"
+        "member {id} is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to be promoted, or to lead): try again when it has caught up; `portwarden member list` shows its lag"
     )]
     Lagging { id: NodeId, lag: u64 },
     #[error("member {0} is the last voter: promote another one first")]
@@ -116,8 +122,24 @@ pub enum NotChanged {
     Learner(NodeId),
     #[error("member {0} cannot lead: it has not answered of late")]
     Dead(NodeId),
-    #[error("member {id} cannot lead yet: it is {lag} log entries behind")]
+    #[error(
+        "member {id} cannot lead yet: it is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to lead): try again when it has caught up"
+    )]
     Behind { id: NodeId, lag: u64 },
+    #[error(
+        "member {0} leads, and no other voter is there to lead after it: bring one back first, or stop member {0} and remove it then"
+    )]
+    NoSuccessor(NodeId),
+    #[error(
+        "member {0} does not say which feature levels it knows: every member must be up, or removed"
+    )]
+    LevelUntold(NodeId),
+    #[error(
+        "member {id} knows feature levels up to {known}, and not {asked}: upgrade it first, or remove it"
+    )]
+    LevelUnknown { id: NodeId, asked: u32, known: u32 },
+    #[error(transparent)]
+    Refused(Refusal),
 }
 
 /// The membership as the leader sees it.
@@ -164,6 +186,12 @@ impl Roll {
             })
     }
 
+    /// The live voter, other than the leader, that has the most of its log; and what that lacks.
+    pub fn next(&self) -> Option<(u64, NodeId)> {
+        let others = self.voters().into_iter().filter(|id| *id != self.metrics.id);
+        others.filter(|id| self.is_live(*id)).map(|id| (self.lag(id), id)).min()
+    }
+
     /// Entries of the leader's log that it does not have.
     pub fn lag(&self, id: NodeId) -> u64 {
         let matched = self.metrics.replication.as_ref().and_then(|all| all.get(&id));
@@ -205,6 +233,7 @@ impl Node {
             MemberChange::Promote { id } => self.promote(id, deadline).await,
             MemberChange::Remove { id, force } => self.remove(id, force, deadline).await,
             MemberChange::Transfer { id } => self.transfer(id, deadline).await,
+            MemberChange::FeatureLevel { level } => self.raise_level(level, deadline).await,
         }
     }
 
@@ -294,8 +323,7 @@ impl Node {
         }
         if id == self.id() {
             // The next leader removes this one.
-            let to =
-                self.successor().ok_or(NotChanged::NoQuorum { id, live, voters: left.len() })?;
+            let to = successor(|| self.roll(), deadline).await?;
             self.hand_over_to(to).await;
             return Err(CallError::NotLeader { leader: Some(to) }.into());
         }
@@ -340,6 +368,35 @@ impl Node {
             Ok(()) => Ok(()),
             Err(_) => Err(CallError::Unknown("it did not take over in time".into()).into()),
         }
+    }
+
+    async fn raise_level(&self, level: u32, deadline: Deadline) -> Result<(), NotChanged> {
+        let held = self.table().state.feature_level;
+        // What is so already must not come into the log: members of an older build could not read it.
+        if level == held {
+            return Ok(());
+        }
+        if level < held {
+            return Err(NotChanged::Refused(Refusal::FeatureLevelPassed { asked: level, held }));
+        }
+        let Ok(_alone) = self.inner.changing.try_lock() else { return Err(NotChanged::UnderWay) };
+        let roll = self.roll();
+        let told = roll.members().into_iter().map(|(id, member)| async move {
+            let answer = self.state_of(id, member).await;
+            (id, answer.map(|answer| answer.feature_level_max.max(1)))
+        });
+        all_know(level, join_all(told).await)?;
+        let raised = self.propose(Command::SetFeatureLevel { level }, deadline).await?;
+        raised.outcome.map(drop).map_err(NotChanged::Refused)
+    }
+
+    /// `None` where it does not answer.
+    async fn state_of(&self, id: NodeId, member: &Member) -> Option<peer::ProbeResponse> {
+        if id == self.id() {
+            return Some(self.own_state());
+        }
+        let request = peer::ProbeRequest::default();
+        self.inner.network.probe(id, &member.peer, request, ASK_TIMEOUT).await.ok()
     }
 
     /// One change on top of the membership of `roll`, and of no other.
@@ -397,7 +454,7 @@ impl Node {
         &self,
         request: peer::JoinRequest,
     ) -> Result<peer::JoinResponse, Status> {
-        let peer::JoinRequest { header, peer, client } = request;
+        let peer::JoinRequest { header, peer, client, feature_level_max } = request;
         let header = header.unwrap_or_default();
         if header.from == 0 || header.from_incarnation.is_empty() || peer.is_empty() {
             return Err(Status::invalid_argument(
@@ -412,6 +469,14 @@ impl Node {
             return Ok(peer::JoinResponse { leader_peer });
         }
         let (id, incarnation) = (header.from, header.from_incarnation);
+        let (level, known) = (self.table().state.feature_level, feature_level_max.max(1));
+        if known < level {
+            let why = format!(
+                "the cluster has feature level {level}, and node {id} knows 1 to {known}: start the \
+                 build that the other nodes run, or a newer one"
+            );
+            return Err(Status::failed_precondition(why));
+        }
         let add = MemberChange::Add { id, peer, client, incarnation };
         match self.change_members(add, deadline).await {
             Ok(()) => Ok(peer::JoinResponse::default()),
@@ -428,17 +493,8 @@ impl Node {
             if !member.incarnation.is_empty() && !member.client.is_empty() {
                 continue;
             }
-            let answer = match id == self.id() {
-                true => self.own_state(),
-                false => {
-                    let request = peer::ProbeRequest::default();
-                    let asked = self.inner.network.probe(id, &member.peer, request, ASK_TIMEOUT);
-                    match asked.await {
-                        Ok(answer) => answer,
-                        Err(_) => continue, // it has not come yet
-                    }
-                }
-            };
+            // Else it has not come yet.
+            let Some(answer) = self.state_of(id, member).await else { continue };
             let known = Member {
                 incarnation: answer.incarnation,
                 client: answer.client_endpoint,
@@ -449,6 +505,33 @@ impl Node {
             }
         }
         found
+    }
+}
+
+/// Does each member know the level, by its highest one?
+fn all_know(asked: u32, members: Vec<(NodeId, Option<u32>)>) -> Result<(), NotChanged> {
+    for (id, known) in members {
+        let known = known.ok_or(NotChanged::LevelUntold(id))?;
+        if known < asked {
+            return Err(NotChanged::LevelUnknown { id, asked, known });
+        }
+    }
+    Ok(())
+}
+
+/// The voter to lead after the one that looks; waits until one has caught up.
+async fn successor(look: impl Fn() -> Roll, deadline: Deadline) -> Result<NodeId, NotChanged> {
+    loop {
+        let roll = look();
+        if roll.metrics.state != ServerState::Leader {
+            return Err(CallError::NotLeader { leader: None }.into());
+        }
+        match roll.next() {
+            Some((lag, id)) if lag <= PROMOTE_LAG_MAX_ENTRIES => return Ok(id),
+            _ if Instant::now() + ANSWER_MARGIN < deadline => sleep(CATCH_UP_PAUSE).await,
+            Some((lag, id)) => return Err(NotChanged::Lagging { id, lag }),
+            None => return Err(NotChanged::NoSuccessor(roll.metrics.id)),
+        }
     }
 }
 
@@ -487,5 +570,87 @@ async fn farewell(node: Node, id: NodeId, member: Member) {
             Err(why) => tracing::debug!(id, why, "a removed member was not told yet"),
         }
         sleep(FAREWELL_PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use openraft::{Membership, StoredMembership};
+
+    use super::*;
+    use crate::raft::LeaderId;
+
+    /// As leader 1 of voters 1 to 3 with 1000 log entries sees it: what each follower lacks, and whether
+    /// it answers.
+    fn roll(followers: [(u64, bool); 2]) -> Roll {
+        use openraft::async_runtime::Instant as _;
+        let mut metrics = Metrics::new_initial(1);
+        metrics.state = ServerState::Leader;
+        metrics.last_log_index = Some(999);
+        let nodes: BTreeMap<_, _> = (1..=3).map(|id| (id, Member::default())).collect();
+        let membership = Membership::new(vec![[1, 2, 3].into()], nodes).unwrap();
+        metrics.membership_config = StoredMembership::new(None, membership).into();
+        let with_id = || followers.into_iter().zip(2..);
+        let leader = LeaderId { term: 1, node_id: 1 };
+        let at = |lag| LogId::new(leader, 999 - lag);
+        metrics.replication = Some(with_id().map(|((lag, _), id)| (id, Some(at(lag)))).collect());
+        let now = openraft::type_config::alias::InstantOf::<TypeConfig>::now();
+        let heard = with_id().map(|((_, live), id)| (id, live.then(|| now.into())));
+        metrics.heartbeat = Some(heard.collect());
+        Roll { metrics }
+    }
+
+    fn soon() -> Deadline {
+        Instant::now() + Duration::from_secs(2)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_most_of_the_log_leads_next_and_the_silent_never() {
+        assert_eq!(successor(|| roll([(7, true), (3, true)]), soon()).await, Ok(3));
+        assert_eq!(successor(|| roll([(7, true), (0, false)]), soon()).await, Ok(2));
+        let none = successor(|| roll([(0, false), (0, false)]), soon()).await;
+        assert_eq!(none, Err(NotChanged::NoSuccessor(1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_is_removed_waits_for_one_that_catches_up() {
+        let lag = Cell::new(PROMOTE_LAG_MAX_ENTRIES + 10);
+        let looked = || {
+            lag.set(lag.get() - 1);
+            roll([(lag.get(), true), (900, true)])
+        };
+        let began = Instant::now();
+        assert_eq!(successor(looked, soon()).await, Ok(2));
+        assert_eq!(began.elapsed(), CATCH_UP_PAUSE * 9);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_none_catches_up_the_lag_is_named_in_time() {
+        let deadline = soon();
+        let lag = PROMOTE_LAG_MAX_ENTRIES + 1;
+        let refused = successor(|| roll([(lag, true), (900, true)]), deadline).await.unwrap_err();
+        assert_eq!(refused, NotChanged::Lagging { id: 2, lag });
+        assert!(refused.to_string().contains("member 2 is 257 log entries behind"), "{refused}");
+        assert!(Instant::now() < deadline, "there is time left to say so");
+    }
+
+    #[test]
+    fn a_level_is_raised_only_once_every_member_knows_it() {
+        assert_eq!(all_know(2, vec![(1, Some(2)), (2, Some(3))]), Ok(()));
+        let unknown = Err(NotChanged::LevelUnknown { id: 2, asked: 2, known: 1 });
+        assert_eq!(all_know(2, vec![(1, Some(2)), (2, Some(1))]), unknown);
+        let untold = Err(NotChanged::LevelUntold(3));
+        assert_eq!(all_know(2, vec![(1, Some(2)), (3, None), (2, Some(1))]), untold);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_deposed_meanwhile_sends_the_caller_on() {
+        let mut deposed = roll([(0, true), (0, true)]);
+        deposed.metrics.state = ServerState::Follower;
+        let (metrics, not_leader) = (deposed.metrics, CallError::NotLeader { leader: None });
+        let look = || Roll { metrics: metrics.clone() };
+        assert_eq!(successor(look, soon()).await, Err(not_leader.into()));
     }
 }

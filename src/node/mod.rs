@@ -52,7 +52,8 @@ use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
     self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, PeerHooks,
-    PeerNetwork, Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service, raft_config,
+    PeerNetwork, Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service,
+    peer_transport, raft_config,
 };
 use crate::store::{DataDir, LogStore, StoreError};
 pub use agreement::DISAGREES_EXIT;
@@ -300,8 +301,7 @@ impl Node {
             let stopped = async move {
                 let _ = stop.wait_for(|stop| *stop).await;
             };
-            let served = tonic::transport::Server::builder()
-                .http2_keepalive_interval(Some(Duration::from_secs(5)))
+            let served = peer_transport()
                 .add_service(service)
                 .serve_with_incoming_shutdown(incoming, stopped)
                 .await;
@@ -686,10 +686,9 @@ impl Node {
     /// has nobody to lead after it. (openraft alpha.37 never clears a transfer: a dead target would
     /// stall the group.)
     fn successor(&self) -> Option<NodeId> {
-        let roll = self.roll();
-        let others = roll.voters().into_iter().filter(|id| *id != self.id() && roll.is_live(*id));
-        let caught_up = others.map(|id| (roll.lag(id), id)).filter(|(lag, _)| *lag <= 1);
-        caught_up.min().map(|(_, id)| id)
+        let next = self.roll().next();
+        // It takes over once it has every entry: what is on its way will be there.
+        next.filter(|(lag, _)| *lag <= members::PROMOTE_LAG_MAX_ENTRIES).map(|(_, id)| id)
     }
 
     /// Stops serving peers and ends Raft. What was acknowledged is on disk.

@@ -291,7 +291,7 @@ impl Entry {
                     matches!(error, CallError::NotLeader { .. }),
                     |_| ()
                 );
-                fail(groups, error)
+                fail(groups, error);
             }
         }
     }

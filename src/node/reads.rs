@@ -13,6 +13,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::outcome::{CallError, of_read};
 use crate::core::State;
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::raft::{Raft, TableView};
 
 /// Readers that may wait for the next round.
@@ -52,6 +54,12 @@ async fn rounds(raft: Raft, view: TableView, mut queue: mpsc::Receiver<Answer>) 
     while queue.recv_many(&mut readers, READERS_MAX).await > 0 {
         let started = Instant::now();
         let result = round(&raft, &view).await;
+        #[cfg(planted)]
+        while planted::is(Bug::ReadJoinsRound)
+            && let Ok(late) = queue.try_recv()
+        {
+            readers.push(late);
+        }
         metrics::histogram!("portwarden_read_round_seconds")
             .record(started.elapsed().as_secs_f64());
         metrics::histogram!("portwarden_read_round_readers").record(readers.len() as f64);
@@ -62,6 +70,10 @@ async fn rounds(raft: Raft, view: TableView, mut queue: mpsc::Receiver<Answer>) 
 }
 
 async fn round(raft: &Raft, view: &TableView) -> Result<State, CallError> {
+    #[cfg(planted)]
+    if planted::is(Bug::ReadWithoutRound) {
+        return Ok(view.table().state.clone());
+    }
     let confirmed = async {
         let linearizer = raft.get_read_linearizer(ReadPolicy::ReadIndex).await.map_err(of_read)?;
         let index = linearizer.read_log_id().index();

@@ -8,6 +8,7 @@ use openraft::ServerState;
 use tokio::time::Instant;
 
 use super::{Deadline, Node};
+use crate::core::{FEATURE_LEVEL, Phase};
 use crate::proto::peer;
 use crate::raft::{Member, NodeId};
 
@@ -158,15 +159,13 @@ impl Node {
     async fn table_problems(&self) -> Vec<String> {
         let mut problems = self.survey().await.problems();
         let table = self.table();
-        let mut lingering = table.state.lingering();
-        if let Some(example) = lingering.next() {
+        if let Some(example) = table.state.lingering().next() {
             let (name, worker) = (example.name(), &example.worker);
             let reason = example.reason.as_deref().unwrap_or_default();
-            problems.push(match lingering.count() {
-                0 => format!("{name} on worker {worker} is LINGERING ({reason})"),
-                more => format!(
-                    "{} allocations are LINGERING, {name} on worker {worker} among them ({reason})",
-                    more + 1
+            problems.push(match table.state.phase_count(Phase::Lingering) {
+                1 => format!("{name} on worker {worker} is LINGERING ({reason})"),
+                all => format!(
+                    "{all} allocations are LINGERING, {name} on worker {worker} among them ({reason})"
                 ),
             });
         }
@@ -201,6 +200,7 @@ impl Node {
                 _ => String::new(),
             },
             version: env!("CARGO_PKG_VERSION").into(),
+            feature_level_max: FEATURE_LEVEL,
             problems: self.inner.sweeper.problems(),
             digest: self.inner.agreement.latest().map(super::agreement::wire_taken),
         }

@@ -1,17 +1,21 @@
-//! How full the table is: counted now and then, on a clone and beside everything else, for metrics
-//! and for `status`. O(workers), which is why no request does it.
+//! How full the table is: counted on a clone and beside everything else, for metrics and for `status`.
+//! O(workers), which is why many who ask share one count, and a large table is counted once in
+//! [`LARGE_EVERY`] at most.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use metrics::gauge;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::sync::Mutex;
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::Node;
 use crate::blocking::blocking;
 use crate::core::{Pool, Revision, State, WorkerName, WorkerPhase};
 
 const EVERY: Duration = Duration::from_secs(5);
+/// With more workers than this, a count is good for [`LARGE_EVERY`].
+const SMALL_WORKERS: usize = 1000;
+const LARGE_EVERY: Duration = Duration::from_secs(1);
 /// A range of which less is free is nearly full: a tenth.
 const NEARLY_FULL_DIVISOR: u32 = 10;
 
@@ -131,23 +135,33 @@ impl Survey {
     }
 }
 
-/// The newest one.
+/// The newest one, and when it was counted.
 #[derive(Default)]
-pub(super) struct Surveys(Mutex<Survey>);
+pub(super) struct Surveys(Mutex<(Survey, Option<Instant>)>);
+
+impl Surveys {
+    /// Of the table that `now` gives once it is this caller's turn. Who comes while it is counted waits
+    /// for that.
+    async fn of(&self, now: impl FnOnce() -> State) -> Survey {
+        let mut newest = self.0.lock().await;
+        let (known, at) = &*newest;
+        let state = now();
+        let large = state.worker_count() > SMALL_WORKERS;
+        let rests = large && at.is_some_and(|at| at.elapsed() < LARGE_EVERY);
+        if known.revision != state.revision
+            && !rests
+            && let Ok(survey) = blocking(move || Survey::of(&state)).await
+        {
+            *newest = (survey, Some(Instant::now()));
+        }
+        newest.0.clone()
+    }
+}
 
 impl Node {
-    /// Of this node's own copy, as it is now.
+    /// Of this node's own copy.
     pub(super) async fn survey(&self) -> Survey {
-        let newest = || self.inner.surveys.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let table = self.table();
-        let known = newest();
-        if known.revision == table.state.revision {
-            return known;
-        }
-        let counted = blocking(move || Survey::of(&table.state)).await;
-        let Ok(survey) = counted else { return known };
-        *self.inner.surveys.0.lock().unwrap_or_else(PoisonError::into_inner) = survey.clone();
-        survey
+        self.inner.surveys.of(|| self.table().state.clone()).await
     }
 }
 
@@ -228,5 +242,18 @@ mod tests {
         take(&mut state, "b", "z", 1);
         let problems = Survey::of(&state).problems();
         assert_eq!(problems, ["2 ranges are full, range service of worker a among them"]);
+    }
+    #[tokio::test(start_paused = true)]
+    async fn a_small_table_is_counted_as_it_is_and_a_large_one_now_and_then() {
+        let surveys = Surveys::default();
+        let mut state = State::default();
+        register(&mut state, "w0", 1);
+        assert_eq!(surveys.of(|| state.clone()).await.free, 1);
+        register(&mut state, "w1", 1);
+        assert_eq!(surveys.of(|| state.clone()).await.free, 2);
+        (2..=SMALL_WORKERS).for_each(|i| register(&mut state, &format!("w{i}"), 1));
+        assert_eq!(surveys.of(|| state.clone()).await.free, 2, "it was counted just now");
+        tokio::time::advance(LARGE_EVERY).await;
+        assert_eq!(surveys.of(|| state.clone()).await.free, 1 + SMALL_WORKERS as u64);
     }
 }

@@ -39,6 +39,8 @@ use crate::core::{
     InstanceName, Leader, Liveness, Phase, Port, Revision, Source, State, Token, Worker,
     WorkerName, WorkerPhase,
 };
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::raft::ApplyObserver;
 
 /// Samples in a row that prove a handle gone, or the ports of a failed start closed.
@@ -180,6 +182,8 @@ fn verdict(
         return gone.then(|| (Proof::Samples(GONE_SAMPLES), format!("{liveness} is gone")));
     }
     let closed = !held.ports.iter().any(|port| sample.in_use.contains_key(&port.number));
+    #[cfg(planted)]
+    let closed = closed || planted::is(Bug::SweepWithoutEvidence);
     let processes = |gpu: &HeldGpu| sample.gpus.get(&gpu.index).copied();
     let idle = held.gpus.iter().all(|gpu| processes(gpu) == Some(0));
     let busy = held.gpus.iter().any(|gpu| processes(gpu) > Some(0));

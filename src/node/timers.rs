@@ -30,6 +30,8 @@ use crate::core::{
     Actor, Allocation, Applied, Command, Event, Ground, InstanceName, Leader, Lease, LeaseId,
     Millis, Phase, Port, Revision, Source, State, Worker, WorkerName, WorkerPhase,
 };
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::raft::ApplyObserver;
 
 /// How often deadlines are looked at.
@@ -127,6 +129,11 @@ impl Book {
             _ if self.reign.is_none() => Renewal::NotLeading,
             // Not in the books yet, or ended since the table was read.
             None => Renewal::NotLeading,
+            #[cfg(planted)]
+            Some(_) if planted::is(Bug::RenewedTooLate) => {
+                self.start_lease(lease);
+                Renewal::Renewed
+            }
             Some(deadline) if deadline.ending => Renewal::Ending,
             Some(_) => {
                 self.start_lease(lease);
@@ -237,6 +244,7 @@ impl Book {
             }
             Event::LeaseGranted(lease) => self.start_lease(lease),
             Event::LeaseEnded { lease, .. } => self.stop(&Key::Lease(lease.id)),
+            Event::FeatureLevel(_) => {}
             Event::Worker(worker) => self.follow_worker(worker),
             Event::WorkerRemoved(name) => {
                 self.stop(&Key::Silent(name.clone()));
@@ -363,6 +371,15 @@ impl Node {
         }
     }
 
+    #[cfg(planted)]
+    async fn apply_outside_log(&self, command: Command) {
+        let applied = self.inner.raft.with_state_machine(move |machine| {
+            machine.apply_outside_log(&command);
+            Box::pin(std::future::ready(()))
+        });
+        let _ = applied.await;
+    }
+
     /// What this node leads as, if it does.
     pub(super) fn leads(&self) -> Option<Leader> {
         let metrics = self.inner.metrics();
@@ -436,6 +453,10 @@ async fn act(node: &Node, timers: &Timers) {
     }
     let due = timers.book().take_due();
     join_all(due.into_iter().map(|(key, command)| async move {
+        #[cfg(planted)]
+        if planted::is(Bug::ExpiryOutsideLog) && matches!(key, Key::Lease(_)) {
+            return node.apply_outside_log(command).await;
+        }
         let by = Instant::now() + PROPOSAL_MAX;
         let answer = node.inner.proposer.propose(command.clone(), by).await;
         match &answer {

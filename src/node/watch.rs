@@ -236,7 +236,7 @@ fn worker_of(event: &Event) -> Option<&WorkerName> {
         Event::Allocated(allocation)
         | Event::Changed(allocation)
         | Event::Released { allocation, .. } => Some(&allocation.worker),
-        Event::LeaseGranted(_) | Event::LeaseEnded { .. } => None,
+        Event::LeaseGranted(_) | Event::LeaseEnded { .. } | Event::FeatureLevel(_) => None,
     }
 }
 

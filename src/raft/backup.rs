@@ -177,7 +177,7 @@ pub fn salvage(data: &DataDir) -> Result<Table, StoreError> {
                 path: data.path().to_path_buf(),
                 what: error.to_string(),
             })?;
-            machine.apply_alone(&entry);
+            machine.apply_alone(&entry)?;
         }
     }
     Ok(machine.table().clone())

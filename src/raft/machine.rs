@@ -26,6 +26,8 @@ use super::types::{
 };
 use crate::blocking::blocking;
 use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::store::{SnapshotFile, SnapshotStore, StoreError};
 
 /// Before a snapshot for which there was no room is tried again.
@@ -87,6 +89,9 @@ pub struct StateMachine {
     observer: Arc<dyn ApplyObserver>,
 }
 
+/// The first that this build does not know.
+const UNKNOWN_LEVEL: u32 = core::FEATURE_LEVEL + 1;
+
 impl StateMachine {
     /// Loads the newest good snapshot. Blocks on the disk.
     ///
@@ -118,15 +123,26 @@ impl StateMachine {
     }
 
     /// Outside of Raft: nobody is answered.
-    pub(super) fn apply_alone(&mut self, entry: &Entry) {
-        self.apply_one(entry.log_id, &entry.payload);
+    pub(super) fn apply_alone(&mut self, entry: &Entry) -> Result<(), StoreError> {
+        self.apply_one(entry.log_id, &entry.payload).map(drop)
     }
 
+    #[cfg(planted)]
+    pub fn apply_outside_log(&mut self, command: &Command) {
+        let Command::ExpireLease { under, .. } = command else { return };
+        let origin = Origin { leader: *under, ..Origin::default() };
+        let (applied, events) = core::apply(&mut self.table.state, &origin, command);
+        self.observer.applied(command, &applied, &events);
+        self.publish();
+        self.observer.published(&self.table.state);
+    }
+
+    /// Fails where the cluster goes on to what this build does not know.
     fn apply_one(
         &mut self,
         at: LogId,
         payload: &EntryPayload<Batch, u64, super::Member>,
-    ) -> BatchReply {
+    ) -> Result<BatchReply, StoreError> {
         self.table.applied = Some(at);
         if let Some(membership) = payload.get_membership() {
             for (id, member) in membership.nodes() {
@@ -134,38 +150,29 @@ impl StateMachine {
             }
             self.table.membership = StoredMembership::new(Some(at), membership);
         }
-        let EntryPayload::Normal(batch) = payload else { return BatchReply::default() };
+        let EntryPayload::Normal(batch) = payload else { return Ok(BatchReply::default()) };
         let leader = Leader { term: at.leader_id.term, node: at.leader_id.node_id };
         let origin = Origin { leader, at: batch.at() };
         let apply = |(command, number): (&Command, u32)| {
-            #[cfg(feature = "planted-bugs")]
-            let command = &planted_bug(command);
+            #[cfg(planted)]
+            let command = &planted::on_this_process(command);
+            if let Command::SetFeatureLevel { level: found @ UNKNOWN_LEVEL.. } = *command {
+                return Err(StoreError::FeatureLevel { found, known: core::FEATURE_LEVEL });
+            }
             let (applied, events) = core::apply(&mut self.table.state, &origin, command);
             self.observer.applied(command, &applied, &events);
             if let Command::Checkpoint(checkpoint) = command {
                 self.observer.checkpoint((at.index, number), checkpoint, &self.table.state);
             }
-            applied
+            Ok(applied)
         };
-        BatchReply(batch.commands().iter().zip(0..).map(apply).collect())
+        let all: Result<_, _> = batch.commands().iter().zip(0..).map(apply).collect();
+        all.map(BatchReply)
     }
 
     fn publish(&self) {
         self.published.send_replace(Arc::new(self.table.clone()));
     }
-}
-
-/// What must never be: a command that depends on the process. Only where the environment asks for
-/// it, in a build for the test that finds it (`tests/planted.rs`).
-#[cfg(feature = "planted-bugs")]
-fn planted_bug(command: &Command) -> Command {
-    let mut command = command.clone();
-    if let Command::Quarantine { reason, .. } = &mut command
-        && std::env::var_os("PORTWARDEN_PLANTED_BUG").is_some_and(|bug| bug == "process-id")
-    {
-        reason.push_str(&std::process::id().to_string());
-    }
-    command
 }
 
 /// What a snapshot file holds, checked.
@@ -215,6 +222,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        #[cfg(planted)]
+        if planted::is(Bug::AppliedTwice)
+            && let Some(at) = self.table.applied.filter(|at| at.index > 0)
+        {
+            let before = LogId { index: at.index - 1, ..at };
+            return Ok((Some(before), self.table.membership.clone()));
+        }
         Ok((self.table.applied, self.table.membership.clone()))
     }
 
@@ -226,7 +240,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut answers = Vec::new();
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
-            let reply = self.apply_one(entry.log_id, &entry.payload);
+            let reply = self.apply_one(entry.log_id, &entry.payload)?;
             answers.extend(responder.map(|responder| (responder, reply)));
         }
         self.publish();

@@ -1,15 +1,19 @@
 //! The calling side of the peer protocol: Raft's messages, probes and forwarded calls.
 //!
-//! One HTTP/2 connection to each peer address carries everything; it is made at the first call and
-//! again after it broke. Entries go over one stream a follower: requests are sent as openraft hands
+//! Three HTTP/2 connections lead to each peer address, one a [`Lane`]; each is made at its first call
+//! and again after it broke. Entries go over one stream a follower: requests are sent as openraft hands
 //! them out, answers come in their order. A snapshot is read from its file in chunks as they go out.
 //!
+//! - What breaks one lane leaves the others whole, and no lane waits behind another's burst: calls of
+//!   clients and probes come in masses, and are given up in masses.
+//! - Who stops waiting for an answer does not reset the stream: [`OUTLIVES`] says why.
 //! - Who cannot be reached, or refuses by name, is unreachable: openraft backs off. What broke on
 //!   the way is a network error and tried again soon.
 //! - Silence is bounded: connecting, each answer, each step of a snapshot.
 //! - [`ForwardError::NotSent`] only where the peer surely did not begin; any doubt is `Broken`.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::error::Error as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -63,6 +67,20 @@ pub(super) const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// Of which kind a refusal is: metadata beside FAILED_PRECONDITION.
 pub(super) const REFUSAL_KEY: &str = "portwarden-refusal";
 
+/// How long a call goes on after its caller has stopped waiting. A peer that is slow answers then, and
+/// the stream ends as it should: h2 closes a connection on which more than a few streams were reset
+/// before they were looked at, and the outcome of every write on it would be unknown.
+const OUTLIVES: Duration = Duration::from_secs(5);
+
+/// What shares a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Lane {
+    Raft,
+    /// Of clients, carried to the leader; and of nodes that join.
+    Calls,
+    Probes,
+}
+
 type Rejected = RPCError<TypeConfig>;
 
 /// What became of a forwarded call.
@@ -90,7 +108,7 @@ pub enum JoinError {
 #[derive(Debug, Clone)]
 pub struct PeerNetwork {
     pub(super) identities: Identities,
-    channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+    channels: Arc<Mutex<BTreeMap<(Lane, String), Channel>>>,
     dial: Dial,
     refusal: Arc<watch::Sender<Option<String>>>,
     removed: Arc<watch::Sender<bool>>,
@@ -183,10 +201,10 @@ impl PeerNetwork {
             return Err(ForwardError::NotSent(format!("a request of {bytes} bytes is too large")));
         }
         request.header = Some(self.identities.header(to));
-        let mut rpc = self.rpc(peer_addr).map_err(ForwardError::NotSent)?;
-        match tokio::time::timeout(left, rpc.forward(request)).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => {
+        let mut rpc = self.rpc(Lane::Calls, peer_addr).map_err(ForwardError::NotSent)?;
+        match self.answered(left, async move { rpc.forward(request).await }).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(status)) => {
                 let why = self.heard(to, peer_addr, &status);
                 // The service itself answers so only before it hands the call on.
                 let refused = status.metadata().contains_key(REFUSAL_KEY)
@@ -196,7 +214,7 @@ impl PeerNetwork {
                     false => Err(ForwardError::Broken(why)),
                 }
             }
-            Err(_) => Err(ForwardError::Broken(format!(
+            None => Err(ForwardError::Broken(format!(
                 "node {to} at {peer_addr} did not answer within {} ms",
                 left.as_millis()
             ))),
@@ -212,11 +230,11 @@ impl PeerNetwork {
         timeout: Duration,
     ) -> Result<proto::ProbeResponse, String> {
         request.header = Some(self.identities.header(to));
-        let mut rpc = self.rpc(peer_addr)?;
-        match tokio::time::timeout(timeout, rpc.probe(request)).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(self.heard(to, peer_addr, &status)),
-            Err(_) => Err(format!(
+        let mut rpc = self.rpc(Lane::Probes, peer_addr)?;
+        match self.answered(timeout, async move { rpc.probe(request).await }).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(status)) => Err(self.heard(to, peer_addr, &status)),
+            None => Err(format!(
                 "node {to} at {peer_addr} did not answer within {} ms",
                 timeout.as_millis()
             )),
@@ -231,21 +249,38 @@ impl PeerNetwork {
         timeout: Duration,
     ) -> Result<proto::JoinResponse, JoinError> {
         request.header = Some(self.identities.header(0));
-        let mut rpc = self.rpc(peer_addr).map_err(JoinError::NotNow)?;
-        match tokio::time::timeout(timeout, rpc.join(request)).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => {
+        let mut rpc = self.rpc(Lane::Calls, peer_addr).map_err(JoinError::NotNow)?;
+        match self.answered(timeout, async move { rpc.join(request).await }).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(status)) => {
                 let refused =
                     matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument);
                 let why = format!("the node at {peer_addr}: {}", describe(&status));
                 Err(if refused { JoinError::Refused(why) } else { JoinError::NotNow(why) })
             }
-            Err(_) => {
+            None => {
                 let ms = timeout.as_millis();
                 let why = format!("the node at {peer_addr} did not answer within {ms} ms");
                 Err(JoinError::NotNow(why))
             }
         }
+    }
+
+    /// Waits for an answer at most so long. The call goes on without its caller, for [`OUTLIVES`].
+    async fn answered<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        call: impl Future<Output = Result<Response<T>, Status>> + Send + 'static,
+    ) -> Option<Result<T, Status>> {
+        let network = self.clone();
+        let call = tokio::spawn(async move {
+            tokio::select! {
+                answer = tokio::time::timeout(limit + OUTLIVES, call) => answer.ok(),
+                () = network.closed() => Some(Err(Status::unavailable("this node is stopping"))),
+            }
+        });
+        let answer = tokio::time::timeout(limit, call).await.ok()?.ok()??;
+        Some(answer.map(Response::into_inner))
     }
 
     /// Ends every connection: two nodes in one process would keep each other's open for ever.
@@ -259,18 +294,14 @@ impl PeerNetwork {
         let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
     }
 
-    fn rpc(&self, peer_addr: &str) -> Result<Rpc<Channel>, String> {
+    fn rpc(&self, lane: Lane, peer_addr: &str) -> Result<Rpc<Channel>, String> {
         if *self.closed.borrow() {
             return Err("this node is stopping".into());
         }
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
-        let channel = match channels.get(peer_addr) {
-            Some(channel) => channel.clone(),
-            None => {
-                let channel = connect(peer_addr, &self.dial)?;
-                channels.insert(peer_addr.into(), channel.clone());
-                channel
-            }
+        let channel = match channels.entry((lane, peer_addr.into())) {
+            Entry::Occupied(held) => held.get().clone(),
+            Entry::Vacant(place) => place.insert(connect(peer_addr, &self.dial)?).clone(),
         };
         Ok(Rpc::new(channel)
             .max_decoding_message_size(PEER_MESSAGE_MAX_BYTES)
@@ -362,7 +393,9 @@ pub struct PeerClient {
 
 impl PeerClient {
     fn rpc(&self) -> Result<Rpc<Channel>, Rejected> {
-        self.network.rpc(&self.address).map_err(|why| Unreachable::from_string(why).into())
+        self.network
+            .rpc(Lane::Raft, &self.address)
+            .map_err(|why| Unreachable::from_string(why).into())
     }
 
     /// Raft may know the membership a moment before everybody else does.

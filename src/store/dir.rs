@@ -83,11 +83,19 @@ impl DataDir {
     /// Errors: another process uses it, it is another node's, its identity file cannot be read, or
     /// it has a log or snapshots but no identity.
     pub fn open(path: &Path, node_id: u64) -> Result<DataDir, StoreError> {
+        DataDir::open_under(path, node_id, take_lock)
+    }
+
+    fn open_under(
+        path: &Path,
+        node_id: u64,
+        lock: fn(&Path) -> Result<File, StoreError>,
+    ) -> Result<DataDir, StoreError> {
         fs::create_dir_all(path).map_err(StoreError::io(path, "cannot make the directory"))?;
         let whole = path.canonicalize().map_err(StoreError::io(path, "cannot be found"))?;
         sync_dir(whole.parent().unwrap_or(&whole))?;
         super::space::make_room(path)?;
-        let lock = Arc::new(Lock::new(take_lock(&path.join("LOCK"))?));
+        let lock = Arc::new(Lock::new(lock(&path.join("LOCK"))?));
         let file = path.join(IDENTITY);
         let identity = match fs::read_to_string(&file) {
             Ok(text) => {
@@ -122,13 +130,16 @@ impl DataDir {
         })
     }
 
-    /// As [`DataDir::open`], for a simulation: the log is on a disk of its own.
+    /// As [`DataDir::open`], for a simulation: the log is on a disk of its own, and nothing is locked,
+    /// since what is left of a simulated process that was killed would keep the lock.
     pub fn simulated(
         path: &Path,
         node_id: u64,
         disk: SimulatedDisk,
     ) -> Result<DataDir, StoreError> {
-        Ok(DataDir { disk: Some(disk), ..DataDir::open(path, node_id)? })
+        let unlocked =
+            |path: &Path| File::create(path).map_err(StoreError::io(path, "cannot be made"));
+        Ok(DataDir { disk: Some(disk), ..DataDir::open_under(path, node_id, unlocked)? })
     }
 
     /// The node that a directory is of.

@@ -21,6 +21,10 @@ pub enum StoreError {
     Damaged { path: PathBuf, what: String },
     #[error("{}: {what} has format version {found}, this build reads {supported}; start the build that wrote it, or a newer one", .path.display())]
     Version { path: PathBuf, what: &'static str, found: u32, supported: u32 },
+    #[error(
+        "the cluster has feature level {found}, this build knows 1 to {known}; start the build that the other nodes run, or a newer one"
+    )]
+    FeatureLevel { found: u32, known: u32 },
     #[error("{}: the log begins after entry {purged}, but {}; the entries between are lost: remove this node from the cluster and let it join on an empty data directory under a new id",
         .path.display(), describe_newest(.newest))]
     Gap { path: PathBuf, purged: Position, newest: Option<Position> },
@@ -57,6 +61,7 @@ impl StoreError {
             CodecError::Version { what, found, supported } => {
                 StoreError::Version { path, what, found, supported }
             }
+            CodecError::FeatureLevel { found, known } => StoreError::FeatureLevel { found, known },
             CodecError::Malformed { .. } => StoreError::Damaged { path, what: error.to_string() },
         }
     }

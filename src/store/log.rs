@@ -41,6 +41,8 @@ use super::disk::{Changes, Disk, Key, Sled};
 use super::mark::{Mark, Marked};
 use super::simulated::SimulatedDisk;
 use super::{StoreError, dir, fatal, sync};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 
 /// Largest encoded entry, in bytes.
 pub const ENTRY_MAX_BYTES: usize = 16 << 20;
@@ -390,6 +392,10 @@ impl LogStore {
         {
             let mut index = self.index();
             index.vote = Some(ballot);
+            #[cfg(planted)]
+            if planted::is(Bug::VoteNotDurable) {
+                return;
+            }
             self.send(Op::Vote { ballot, done });
         }
         self.written(saved).await;
@@ -603,6 +609,10 @@ impl Writer {
                 Some(op) => self.take(&mut round, op),
                 None => break,
             }
+        }
+        #[cfg(planted)]
+        if planted::is(Bug::AckedBeforeSync) {
+            round.appended.drain(..).for_each(|done| done());
         }
         round
     }

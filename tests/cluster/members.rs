@@ -1,5 +1,6 @@
 //! Changes of the membership, made from the command line while clients write.
 
+use portwarden::node::members::MEMBERS_MAX;
 use serde_json::Value;
 
 use crate::load::{failed_calls, under_load};
@@ -222,6 +223,31 @@ fn every_wrong_change_is_refused() {
 fn the_last_voter_stays() {
     let cluster = Cluster::start(1);
     cluster.cli(&["member", "remove", "1"]).refused(4, "is the last voter");
+}
+
+#[test]
+fn as_many_members_as_there_may_be_are_added_and_one_more_is_not() {
+    let cluster = Cluster::start(1);
+    let add = |id: u64| {
+        let (id, peer, client) = (id.to_string(), format!("127.0.0.1:{id}"), format!("h:{id}"));
+        cluster.cli(&["member", "add", &id, "--peer", &peer, "--client", &client])
+    };
+    (2..=MEMBERS_MAX as u64).for_each(|id| drop(add(id).ok()));
+    add(MEMBERS_MAX as u64 + 1).refused(4, "there are 16 members");
+    assert_eq!(ids(&cluster).len(), MEMBERS_MAX);
+}
+
+/// The cluster's level only rises, and only to what every member knows.
+#[test]
+fn the_feature_level_is_shown_and_rises_only_to_what_all_know() {
+    let cluster = Cluster::start(3);
+    let status = cluster.cli(&["status", "-o", "json"]).ok();
+    assert_eq!(status["feature_level"], 1);
+    let set = |level: &str| cluster.cli(&["member", "set-feature-level", level, "-o", "json"]);
+    assert_eq!(set("1").ok()["feature_level"], 1);
+    set("2").refused(4, "knows feature levels up to 1, and not 2: upgrade it first");
+    set("0").refused(2, "0");
+    assert_eq!(cluster.cli(&["status", "-o", "json"]).ok()["revision"], status["revision"]);
 }
 
 /// A learner that must be given everything as a snapshot catches up before it may vote.

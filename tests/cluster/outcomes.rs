@@ -97,8 +97,12 @@ impl Nodes<'_> {
     fn count_proposals(&self) -> Proposals {
         let proposals = Proposals::default();
         let (one_more, one_less) = (proposals.clone(), proposals.clone());
-        let handed = move || drop(one_more.fetch_add(1, Ordering::AcqRel));
-        let refused = move || drop(one_less.fetch_sub(1, Ordering::AcqRel));
+        let handed = move || {
+            one_more.fetch_add(1, Ordering::AcqRel);
+        };
+        let refused = move || {
+            one_less.fetch_sub(1, Ordering::AcqRel);
+        };
         fail::cfg_callback("propose", handed).unwrap();
         fail::cfg_callback("propose-refused", refused).unwrap();
         proposals

@@ -179,6 +179,10 @@ fn script() -> Vec<(&'static str, Vec<Command>)> {
                 remove("w1"),
             ],
         ),
+        (
+            "the feature level",
+            [1, 0, u32::MAX].map(|level| Command::SetFeatureLevel { level }).to_vec(),
+        ),
     ]
 }
 

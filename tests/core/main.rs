@@ -40,6 +40,7 @@ fn answer(outcome: &Result<Outcome, Refusal>) -> String {
         Ok(Outcome::Swapped(a)) => format!("swapped {}", granted(a)),
         Ok(Outcome::Reclaimed { allocation, .. }) => format!("reclaimed {}", allocation.name()),
         Ok(Outcome::Noted) => "noted".into(),
+        Ok(Outcome::FeatureLevel(level)) => format!("level {level}"),
         Err(refusal) => {
             let debug = format!("{refusal:?}");
             let variant = debug.split(|c: char| !c.is_alphanumeric()).next();

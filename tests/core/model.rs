@@ -210,6 +210,10 @@ impl Model {
                 Ok(if was { "ended true" } else { "ended false" })
             }
             Command::Checkpoint(_) => Ok("noted"),
+            // There is one, and it is the first.
+            Command::SetFeatureLevel { level: 0 } => Err("FeatureLevelPassed"),
+            Command::SetFeatureLevel { level: 1 } => Ok("level"),
+            Command::SetFeatureLevel { .. } => Err("FeatureLevelUnknown"),
         }
     }
 

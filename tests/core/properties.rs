@@ -348,6 +348,7 @@ fn any_worker_op() -> impl Strategy<Value = Op> {
         2 => (host(), select(vec![Ready, Ready, Cordoned, Draining]), operator).prop_map(set),
         5 => (host(), select(vec![Ready, Ready, Ready, Lost]), leader()).prop_map(set),
         3 => (host(), leader()).prop_map(verified),
+        1 => (0..3u32).prop_map(|level| Op::As(Command::SetFeatureLevel { level })),
         1 => host().prop_map(|w| Op::As(remove(w))),
         2 => host().prop_map(|w| Op::As(evict(w, "burned"))),
         2 => (host(), some_ports()).prop_map(|(w, ports)| Op::As(quarantine(w, &ports))),
@@ -421,6 +422,7 @@ fn is_in_table(
         ) => vec![a],
         Ok(Outcome::Released(a)) => a.iter().collect(),
         Ok(Outcome::Reclaimed { allocation, .. }) => vec![allocation],
+        Ok(Outcome::FeatureLevel(level)) => return after.feature_level == *level,
         Ok(Outcome::WorkerRemoved { .. } | Outcome::LeaseEnded(None) | Outcome::Noted) | Err(_) => {
             return true;
         }

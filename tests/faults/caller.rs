@@ -245,9 +245,7 @@ impl LibraryCaller {
         let client = &self.client;
         Ok(match request {
             Request::Allocate(m) => Response::Allocate(client.allocate(m.claims).await?),
-            Request::Confirm(m) => {
-                Response::Confirm(client.confirm(&m.name, m.token, m.version).await?)
-            }
+            Request::Confirm(m) => Response::Confirm(client.confirm_with(m.clone()).await?),
             Request::Release(m) => match m.authority {
                 Some(v1::release_request::Authority::Token(token)) => {
                     Response::Release(client.release(&m.name, token).await?)

@@ -20,10 +20,10 @@ use rand::{Rng as _, SeedableRng as _};
 
 use crate::history::{Record, Recorder};
 use crate::rig::net::{Host, Net};
+use crate::workload::REAL_WORKERS;
 
 /// Where an instance finds its harness.
 const SOCKET: &str = "PORTWARDEN_FAULTS_SOCKET";
-const WORKERS: usize = 2;
 const SLOTS: usize = 5;
 /// Few more than instances, so that ports come round quickly.
 const RANGE: &str = "service=20000-20011";
@@ -47,7 +47,7 @@ pub struct Site {
 }
 
 pub fn names() -> Vec<String> {
-    (0..WORKERS).map(|number| format!("real{number}")).collect()
+    REAL_WORKERS.map(String::from).to_vec()
 }
 
 impl Site {

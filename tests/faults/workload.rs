@@ -22,6 +22,8 @@ const MANY: usize = 6;
 const GPU_BYTES: u64 = 24 << 30;
 /// Names that several clients fight for.
 const SHARED_NAMES: u32 = 12;
+/// Workers with an agent, in runs that have them.
+pub const REAL_WORKERS: [&str; 2] = ["real0", "real1"];
 
 pub struct Workload {
     pub name: &'static str,
@@ -428,8 +430,7 @@ const PAPER_CONFIRM_WITHIN_MS: u64 = 5_000;
 /// Holds a port of a real worker on a lease, and uses it for nothing: an agent must find that out.
 async fn paper(a: &mut Actor) {
     let Some(lease) = grant_lease(a).await else { return };
-    let workers = crate::real::names();
-    let worker = workers[a.rng.random_range(0..workers.len())].clone();
+    let worker = REAL_WORKERS[a.rng.random_range(0..REAL_WORKERS.len())].to_string();
     let claim = v1::Claim {
         placement: Some(v1::claim::Placement::Worker(worker)),
         lease,
@@ -444,8 +445,7 @@ async fn paper(a: &mut Actor) {
 }
 
 async fn real_operators(a: &mut Actor) {
-    let workers = crate::real::names();
-    let name = workers[a.rng.random_range(0..workers.len())].clone();
+    let name = REAL_WORKERS[a.rng.random_range(0..REAL_WORKERS.len())].to_string();
     match a.rng.random_range(0..4) {
         0 => {
             for phase in [v1::WorkerPhase::Cordoned, v1::WorkerPhase::Ready] {

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use tokio::sync::Notify;
 use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::caller::Endpoints;
 use crate::world::{HostId, Net, World};
 
 /// Why the process of a node ended that was asked to.
@@ -71,6 +73,10 @@ impl Seat {
         self.stop.notify_one();
     }
 
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn peer(&self) -> String {
         peer_address(self.id)
     }
@@ -100,11 +106,11 @@ pub fn client_address(id: NodeId) -> String {
 }
 
 impl Cluster {
-    /// Nodes 1 to `count`, which do not run yet.
-    pub fn new(world: &mut World, dir: &Path, count: u64, settings: Settings) -> Cluster {
+    /// Nodes with these ids, which do not run yet.
+    pub fn new(world: &mut World, dir: &Path, ids: Range<NodeId>, settings: Settings) -> Cluster {
         let mut cluster = Cluster { seats: Vec::new(), settings, dir: dir.to_path_buf() };
-        let list: BTreeMap<NodeId, String> = (1..=count).map(|id| (id, peer_address(id))).collect();
-        for id in 1..=count {
+        let list: BTreeMap<NodeId, String> = ids.clone().map(|id| (id, peer_address(id))).collect();
+        for id in ids {
             cluster.seat(world, id, Entry::Begin(list.clone()));
         }
         cluster
@@ -131,10 +137,6 @@ impl Cluster {
     /// A node that is to join the others; it does not run yet.
     pub fn add(&mut self, world: &mut World, id: NodeId, through: NodeId) -> usize {
         self.seat(world, id, Entry::Join(peer_address(through)))
-    }
-
-    pub fn settings(&self) -> &Settings {
-        &self.settings
     }
 
     /// Of the nodes that may serve.
@@ -289,11 +291,22 @@ pub fn channel(net: &Net, from: HostId, endpoint: &Endpoint) -> Channel {
     endpoint.connect_with_connector_lazy(tower::service_fn(connect))
 }
 
-/// As the client library connects, from this host.
-pub fn client_channels(net: &Net, from: HostId, endpoints: &[String]) -> Vec<(String, Channel)> {
-    let made = |name: &String| {
-        let endpoint = Client::endpoint(name).expect("an endpoint");
-        (name.clone(), channel(net, from, &endpoint))
-    };
-    endpoints.iter().map(made).collect()
+/// The ways from a host to some nodes.
+#[derive(Clone)]
+pub struct Ways {
+    pub net: Net,
+    pub from: HostId,
+    pub endpoints: Vec<String>,
+}
+
+impl Ways {
+    /// As the client library connects. Channels belong to the runtime in which they are made: that of
+    /// the host.
+    pub fn open(&self) -> Endpoints {
+        let made = |name: &String| {
+            let endpoint = Client::endpoint(name).expect("an endpoint");
+            (name.clone(), channel(&self.net, self.from, &endpoint))
+        };
+        self.endpoints.iter().map(made).collect()
+    }
 }

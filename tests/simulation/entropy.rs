@@ -6,9 +6,7 @@
 //! call of the binary to them, whichever crate it is in. Once [`close`] was called, time is what the
 //! simulation says, and random bytes come from a generator with the run's seed.
 //!
-//! - A run has a process of its own: what a crate counts or caches for the whole process begins
-//!   anew with each.
-//! - There is one thread. `tests` below look whether each source is really closed.
+//! - There is one thread, and a process for each run.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

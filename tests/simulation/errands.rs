@@ -86,9 +86,10 @@ impl Sim {
         let site = &self.sites[at];
         let Some(host) = site.agent.filter(|host| !self.world.runs(*host)) else { return };
         let (kernel, worker) = (site.kernel.clone(), site.worker.clone());
-        let channels = self.channels(host);
+        let ways = self.ways(host);
         let seed = self.plan.seed ^ self.fresh_id();
-        self.world.start(host, || Box::pin(site::agent(kernel, worker, channels, seed)));
+        let agent = async move { site::agent(kernel, worker, ways.open(), seed).await };
+        self.world.start(host, || Box::pin(agent));
     }
 
     pub fn start_instances(&mut self, at: usize) {
@@ -97,16 +98,14 @@ impl Sim {
             return;
         }
         let numbers: Vec<u32> = (0..self.plan.instances).map(|_| self.fresh_process()).collect();
-        let endpoints = self.cluster.endpoints();
-        let net = self.world.net.clone();
+        let ways = self.ways(host);
         let (site, recorder) = (self.sites[at].clone(), self.recorder.clone());
         let seed = self.plan.seed;
         self.world.start(host, || {
             Box::pin(async move {
-                let channels = || crate::cluster::client_channels(&net, host, &endpoints);
                 let starter = |me: &u32| {
                     let seed = seed ^ (u64::from(*me) << 24);
-                    Starter::new(&site, recorder.clone(), channels(), *me, seed).work()
+                    Starter::new(&site, recorder.clone(), ways.open(), *me, seed).work()
                 };
                 let all = futures::future::join_all(numbers.iter().map(starter));
                 futures::join!(all, site::strangers(site.kernel.clone(), seed ^ host as u64));
@@ -128,8 +127,8 @@ impl Sim {
 
     /// Of calls that are in the history.
     pub fn operators_caller(&self) -> Caller {
-        let channels = self.channels(self.operator);
-        Caller::new(self.recorder.clone(), 0, channels, 0).with_timeout(Duration::from_secs(2))
+        let ways = self.operators_ways(self.cluster.endpoints());
+        Caller::new(self.recorder.clone(), 0, ways, 0).with_timeout(Duration::from_secs(2))
     }
 }
 

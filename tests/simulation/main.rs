@@ -1,7 +1,13 @@
 //! Whole clusters in one thread, with a network, disks and time of their own: docs/testing.md.
+//!
+//! Each seed runs in a process of its own: what a library counts or caches for the whole process
+//! begins anew with it. `scripts/simulate` puts its arguments into [`TOLD`]; without them this is a
+//! test to cargo.
 
+#[allow(dead_code)] // not all of it is of use here
 #[path = "../faults/caller.rs"]
 mod caller;
+#[allow(dead_code, unused_imports)] // its own tests run with the fault suite
 #[path = "../faults/checker/mod.rs"]
 mod checker;
 mod cluster;
@@ -9,57 +15,103 @@ mod entropy;
 mod errands;
 #[path = "../faults/history.rs"]
 mod history;
+#[cfg(planted)]
+mod hunt;
 mod invariants;
 mod nemesis;
 mod people;
 mod plan;
+mod restore;
 mod run;
+mod runner;
 mod sim;
 mod site;
 mod trace;
 #[path = "../faults/watcher.rs"]
 mod watcher;
+#[allow(dead_code)] // those for real workers
 #[path = "../faults/workload.rs"]
 mod workload;
 mod world;
 
-fn main() {
-    let seed: u64 = std::env::args().nth(1).and_then(|s| s.parse().ok()).unwrap_or(1);
-    let secs: u64 = std::env::args().nth(2).and_then(|s| s.parse().ok()).unwrap_or(10);
-    if std::env::var_os("LOG").is_some() {
-        tracing_subscriber::fmt()
-            .with_env_filter(tracing_subscriber::EnvFilter::from_env("LOG"))
-            .with_writer(std::io::stderr)
-            .with_ansi(false)
-            .init();
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use runner::{Args, Summary};
+
+/// The arguments of `scripts/simulate`.
+const TOLD: &str = "PORTWARDEN_SIMULATION";
+/// The arguments of `scripts/planted`.
+#[cfg(planted)]
+const HUNT: &str = "PORTWARDEN_HUNT";
+
+fn main() -> ExitCode {
+    #[cfg(planted)]
+    if let Ok(told) = std::env::var(HUNT) {
+        let told = std::iter::once("scripts/planted").chain(told.split_whitespace());
+        return match hunt::hunt(&hunt::HuntArgs::parse_from(told)) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(why) => {
+                println!("planted: {why}");
+                ExitCode::from(2)
+            }
+        };
     }
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let began = entropy::real_now();
-    entropy::close(seed);
-    portwarden::blocking::keep_inline();
-    portwarden::store::instead_of_exit(world::exit);
-    let plan = plan::Plan::of(seed, secs);
-    println!("{plan:?}");
-    let outcome = run::run(plan, dir.path(), String::new()).unwrap();
-    let took = entropy::real_now() - began;
-    for v in outcome.violations() {
-        println!("VIOLATION {v}");
+    let Ok(told) = std::env::var(TOLD) else { return as_test() };
+    let args = Args::parse_from(std::iter::once("scripts/simulate").chain(told.split_whitespace()));
+    if let Some(seed) = args.one {
+        return runner::run_one(&args, seed);
     }
-    for n in &outcome.report.notes {
-        println!("{n}");
+    match runner::run_all(&args) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(why) => {
+            println!("simulate: {why}");
+            ExitCode::from(2)
+        }
     }
-    println!(
-        "seed {seed} trace {} {} ok {} unknown {} refused, {} revisions, {:?} in {took:?}",
-        outcome.trace,
-        outcome.report.ok,
-        outcome.report.unknown,
-        outcome.report.refused,
-        outcome.revisions,
-        outcome.simulated
-    );
-    if !outcome.violations().is_empty() {
-        let kept = dir.keep();
-        println!("{}", kept.display());
+}
+
+type Test = (&'static str, fn());
+
+const TESTS: &[Test] = &[
+    ("one_seed_twice_in_two_processes_prints_the_same_trace", same_trace),
+    ("short_runs_with_fixed_seeds_hold", short_runs),
+];
+
+/// As other test binaries take them: names, or parts of them, choose among the tests.
+fn as_test() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let named: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
+    let is_chosen = |name: &str| named.is_empty() || named.iter().any(|n| name.contains(*n));
+    for (name, test) in TESTS.iter().filter(|(name, _)| is_chosen(name)) {
+        if args.iter().any(|arg| arg == "--list") {
+            println!("{name}: test");
+            continue;
+        }
+        test();
+        println!("test {name} ... ok");
     }
-    std::process::exit(0);
+    ExitCode::SUCCESS
+}
+
+fn short() -> Args {
+    Args::parse_from(["simulate", "--seconds", "2"])
+}
+
+fn same_trace() {
+    let seed = |seed| runner::in_a_process(&short(), seed, None).expect("a run");
+    let (once, again, other) = (seed(1), seed(1), seed(2));
+    assert_eq!(once.trace, again.trace, "one seed is one run, in whatever process");
+    assert_ne!(once.trace, other.trace, "another seed is another run");
+    for Summary { trace, .. } in [once, again] {
+        println!("seed 1: trace {trace}");
+    }
+}
+
+fn short_runs() {
+    let args = Args { seed: 100, seeds: 2, ..short() };
+    assert_eq!(runner::run_all(&args), Ok(0));
 }

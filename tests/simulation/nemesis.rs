@@ -396,6 +396,7 @@ fn lost_disk(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
     let old = sim.replaceable(rng)?;
     sim.kill(old, 0, false);
     sim.cluster.wipe(old);
+    sim.witness.monotonic.wiped(sim.cluster.seats[old].id);
     sim.cluster.seats[old].may_end = Some("it lost its disk");
     sim.start(old);
     let new = sim.take_in()?;

@@ -7,7 +7,7 @@ use futures::future::{LocalBoxFuture, join_all};
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
-use crate::caller::Caller;
+use crate::caller::{Caller, Endpoints};
 use crate::sim::Sim;
 use crate::watcher::Watcher;
 use crate::workload::{Actor, HOT, WORKLOADS};
@@ -19,10 +19,14 @@ const WATCHER_HOSTS: u32 = 2;
 /// Up to where each watcher was told.
 pub type Told = Vec<Arc<AtomicU64>>;
 
-fn start_together(sim: &mut Sim, host: HostId, work: Vec<LocalBoxFuture<'static, ()>>) {
+/// What somebody does with the ways to the nodes.
+type Work = Box<dyn FnOnce(Endpoints) -> LocalBoxFuture<'static, ()>>;
+
+fn start_together(sim: &mut Sim, host: HostId, work: Vec<Work>) {
+    let ways = sim.ways(host);
     sim.world.start(host, || {
         Box::pin(async move {
-            join_all(work).await;
+            join_all(work.into_iter().map(|work| work(ways.open()))).await;
             "nobody is left".to_string()
         })
     });
@@ -30,8 +34,7 @@ fn start_together(sim: &mut Sim, host: HostId, work: Vec<LocalBoxFuture<'static,
 
 /// Clients at their workloads, one of each and then again.
 pub fn start_clients(sim: &mut Sim) {
-    let mut work: Vec<Vec<LocalBoxFuture<'static, ()>>> =
-        (0..CLIENT_HOSTS).map(|_| Vec::new()).collect();
+    let mut work: Vec<Vec<Work>> = (0..CLIENT_HOSTS).map(|_| Vec::new()).collect();
     let hosts: Vec<_> =
         (0..CLIENT_HOSTS).map(|i| sim.world.add_host(&format!("clients{i}"))).collect();
     for number in 0..sim.plan.clients {
@@ -40,8 +43,10 @@ pub fn start_clients(sim: &mut Sim) {
         sim.fault(format!("process {me} is a client: {}", workload.name));
         let at = (number % CLIENT_HOSTS) as usize;
         let rng = StdRng::seed_from_u64(sim.plan.seed ^ (u64::from(me) << 32));
-        let actor = Actor::new(sim.recorder.clone(), me, sim.channels(hosts[at]), rng);
-        work[at].push(Box::pin(workload.run(actor, sim.plan.pace)));
+        let (recorder, pace) = (sim.recorder.clone(), sim.plan.pace);
+        work[at].push(Box::new(move |ways| {
+            Box::pin(workload.run(Actor::new(recorder, me, ways, rng), pace))
+        }));
     }
     for (host, work) in hosts.iter().zip(work) {
         start_together(sim, *host, work);
@@ -53,8 +58,7 @@ pub fn start_clients(sim: &mut Sim) {
 pub fn start_watchers(sim: &mut Sim) -> Told {
     let hosts: Vec<_> =
         (0..WATCHER_HOSTS).map(|i| sim.world.add_host(&format!("watchers{i}"))).collect();
-    let mut work: Vec<Vec<LocalBoxFuture<'static, ()>>> =
-        (0..WATCHER_HOSTS).map(|_| Vec::new()).collect();
+    let mut work: Vec<Vec<Work>> = (0..WATCHER_HOSTS).map(|_| Vec::new()).collect();
     let mut all = Told::new();
     for number in 0..=sim.plan.nodes as u32 {
         let worker = if u64::from(number) == sim.plan.nodes { HOT } else { "" }.to_string();
@@ -63,8 +67,9 @@ pub fn start_watchers(sim: &mut Sim) -> Told {
         let watcher = Watcher { recorder: recorder.clone(), number, worker, told: told.clone() };
         all.push(told);
         let at = (number % WATCHER_HOSTS) as usize;
-        let caller = Caller::new(recorder, 0, sim.channels(hosts[at]), number as usize);
-        work[at].push(Box::pin(watcher.follow(caller)));
+        work[at].push(Box::new(move |ways| {
+            Box::pin(watcher.follow(Caller::new(recorder, 0, ways, number as usize)))
+        }));
     }
     for (host, work) in hosts.iter().zip(work) {
         start_together(sim, *host, work);

@@ -80,9 +80,14 @@ impl Sim {
             self.start_instances(at);
         }
         nemesis::torment(self)?;
+        let backup = self.witness.tables.reference().state().clone();
         self.heal()?;
         self.settle_up()?;
-        self.until_told(&told)
+        self.until_told(&told)?;
+        if self.plan.restores {
+            self.restore(&backup)?;
+        }
+        Ok(())
     }
 
     fn register_workers(&mut self) -> Result<(), Broken> {
@@ -161,8 +166,7 @@ impl Sim {
     }
 
     fn serves(&mut self, endpoint: &str) -> Result<bool, Broken> {
-        let net = self.world.net.clone();
-        let one = crate::cluster::client_channels(&net, self.operator, &[endpoint.to_string()]);
+        let one = self.operators_ways(vec![endpoint.to_string()]);
         let mut caller = Caller::new(self.recorder.clone(), 0, one, 0).with_timeout(PROBE);
         self.operate(async move {
             let grant = Request::GrantLease(v1::GrantRequest { ttl_ms: 1000 });
@@ -272,8 +276,7 @@ impl Sim {
         for at in self.cluster.running().collect::<Vec<_>>() {
             let seat = &self.cluster.seats[at];
             let (node, endpoint) = (seat.id, seat.client());
-            let net = self.world.net.clone();
-            let one = crate::cluster::client_channels(&net, self.operator, &[endpoint]);
+            let one = self.operators_ways(vec![endpoint]);
             let mut caller = Caller::new(self.recorder.clone(), 0, one, 0);
             let read = Some(v1::ReadOptions { stale: true, min_revision });
             let list = v1::ListRequest { read, page_size: 10_000, ..Default::default() };

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 
 use crate::caller::Endpoints;
-use crate::cluster::{Cluster, Life, STOPPED, client_channels};
+use crate::cluster::{Cluster, Life, STOPPED, Ways};
 use crate::errands::Pending;
 use crate::history::{Record, Recorder};
 use crate::invariants::{Sight, Witness};
@@ -36,6 +36,10 @@ pub struct Sim {
     pub clients: Vec<HostId>,
     pub operator: HostId,
     pub witness: Witness,
+    /// Does the witness look at what runs?
+    pub watches_over: bool,
+    /// Of the data directories.
+    pub dir: PathBuf,
     pub trace: Trace,
     pub pending: Vec<Pending>,
     pub ambush: Option<Ambush>,
@@ -59,7 +63,7 @@ pub type Broken = String;
 impl Sim {
     pub fn new(plan: Plan, dir: &Path, recorder: Arc<Recorder>) -> Sim {
         let mut world = World::new(plan.seed);
-        let cluster = Cluster::new(&mut world, dir, plan.nodes, plan.settings.clone());
+        let cluster = Cluster::new(&mut world, dir, 1..plan.nodes + 1, plan.settings.clone());
         let operator = world.add_host(OPERATOR);
         world.start(operator, || Box::pin(std::future::pending()));
         world.net.set_default_quality(plan.network);
@@ -73,6 +77,8 @@ impl Sim {
             clients: Vec::new(),
             operator,
             witness: Witness::default(),
+            watches_over: true,
+            dir: dir.to_path_buf(),
             trace: Trace::default(),
             pending: Vec::new(),
             ambush: None,
@@ -174,8 +180,14 @@ impl Sim {
         errand
     }
 
-    pub fn channels(&self, from: HostId) -> Endpoints {
-        client_channels(&self.world.net, from, &self.cluster.endpoints())
+    pub fn ways(&self, from: HostId) -> Ways {
+        Ways { net: self.world.net.clone(), from, endpoints: self.cluster.endpoints() }
+    }
+
+    /// From the operator's host to these nodes.
+    pub fn operators_ways(&self, endpoints: Vec<String>) -> Endpoints {
+        let ways = Ways { endpoints, ..self.ways(self.operator) };
+        self.world.within(self.operator, || ways.open())
     }
 
     /// The client library on the operator's host. Its calls are not in the history: it must change
@@ -184,9 +196,10 @@ impl Sim {
         let options = Options {
             timeout: Duration::from_secs(8),
             attempt_timeout: Duration::from_secs(2),
-            seed: None,
+            ..Options::default()
         };
-        Client::over(self.channels(self.operator), options).expect("there are endpoints")
+        let endpoints = self.operators_ways(self.cluster.endpoints());
+        Client::over(endpoints, options).expect("there are endpoints")
     }
 
     fn ended(&mut self, exit: Exit) -> Result<(), Broken> {
@@ -230,6 +243,9 @@ impl Sim {
     }
 
     fn look(&mut self) -> Result<(), Broken> {
+        if !self.watches_over {
+            return Ok(());
+        }
         let disks: BTreeMap<u64, SimulatedDisk> =
             self.cluster.seats.iter().map(|seat| (seat.id, seat.disk.clone())).collect();
         let sights: Vec<Sight> = self

@@ -322,6 +322,54 @@ async fn forwarded_calls_say_whether_they_arrived() {
     assert!(matches!(broken, Err(ForwardError::Broken(_))), "{broken:?}");
 }
 
+/// What the others do from here on this build does not know: it must not go on as if it did.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_stops_where_its_cluster_rises_to_a_level_it_does_not_know() {
+    let Cluster { nodes, dirs } = cluster(1, 50_000).await;
+    write(&nodes, &[samples::register("w1", 0)]).await;
+    let raft = &nodes[0].raft;
+    let raise = |level| Batch::new(samples::ORIGIN.at, vec![Command::SetFeatureLevel { level }]);
+    raft.client_write(raise(1)).await.unwrap();
+    assert!(raft.client_write(raise(2)).await.is_err());
+    let stopped = raft.metrics().borrow_watched().running_state.clone().unwrap_err().to_string();
+    assert!(
+        stopped.contains("the cluster has feature level 2, this build knows 1 to 1"),
+        "{stopped}"
+    );
+    let table = nodes[0].view.table();
+    assert_eq!((table.state.feature_level, table.state.revision), (1, core::Revision(1)));
+    drop(dirs);
+}
+
+/// A peer is held up, and most of those who call it give up. (Each of them once reset its stream; h2
+/// closes a connection with more than 20 of those, and nobody knew what became of the other calls.)
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_are_given_up_in_masses_break_no_other() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let one = Node::start(one.path(), 1, listen().await, 50_000).await;
+    // Connections are made, and nothing on them is read yet.
+    let held_up = listen().await;
+    let address = held_up.local_addr().unwrap().to_string();
+    let call = |remaining_ms| {
+        let request = proto::ForwardRequest { remaining_ms, ..Default::default() };
+        let (network, address) = (one.network.clone(), address.clone());
+        async move { network.forward(2, &address, request).await }
+    };
+    let patient = tokio::spawn(call(30_000));
+    let given_up = futures::future::join_all((0..60).map(|_| call(200))).await;
+    let dropped = tokio::spawn(futures::future::join_all((0..30).map(|_| call(30_000))));
+    let probes = (0..60)
+        .map(|_| one.network.probe(2, &address, Default::default(), Duration::from_millis(200)));
+    assert!(futures::future::join_all(probes).await.iter().all(Result::is_err));
+    dropped.abort();
+    assert!(given_up.iter().all(|answer| matches!(answer, Err(ForwardError::Broken(_)))));
+    let _two = Node::start(two.path(), 2, held_up, 50_000).await;
+    // There is no cluster, of which it is told: it was heard.
+    let Err(ForwardError::NotSent(why)) = patient.await.unwrap() else { panic!("an answer") };
+    assert!(why.contains("has no cluster"), "{why}");
+    assert!(one.network.probe(2, &address, Default::default(), PATIENCE).await.is_ok());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_lost_its_disk_learns_that_it_is_refused() {
     let Cluster { mut nodes, dirs: _dirs } = cluster(3, 50_000).await;

@@ -173,6 +173,15 @@ fn an_unknown_version_is_named() {
     assert!(decode_payload(&Vec::new().into()).is_err());
 }
 
+/// A build that is too old for its cluster's table says so, and does not call it damaged.
+#[test]
+fn a_newer_feature_level_is_named() {
+    let mut blocks = blocks(&samples::state());
+    assert_eq!(blocks[0][..4], *b"R\x01\x00\x01", "kind, version, header, level");
+    blocks[0][3] = 2;
+    assert_eq!(decode(&blocks).unwrap_err(), CodecError::FeatureLevel { found: 2, known: 1 });
+}
+
 #[test]
 fn a_state_is_read_only_whole_and_in_order() {
     let whole = blocks(&samples::state());

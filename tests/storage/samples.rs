@@ -229,6 +229,7 @@ fn lifecycle() -> Vec<Command> {
         register_unwatched("w5"),
         one("p", "w5"),
         Command::RemoveWorker { name: worker("w5"), force: Some("it burned".into()) },
+        Command::SetFeatureLevel { level: 1 },
     ]
 }
 

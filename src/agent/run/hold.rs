@@ -200,3 +200,60 @@ impl Hold {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::api::fake::{Fake, claim, fake, spec};
+    use crate::api::{Readiness, serve, tcp_incoming};
+    use crate::client::Options;
+    use crate::core;
+
+    /// A node with a worker `w` that an agent watches.
+    async fn node() -> (std::sync::Arc<Fake>, Client) {
+        let (fake, api) = fake();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let readiness = Readiness::new().await;
+        readiness.set(true).await;
+        tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), pending()));
+        let client = Client::connect(vec![address], Options::default()).unwrap();
+        let identity = v1::Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 };
+        let watched = v1::WorkerSpec { identity: Some(identity), ..spec() };
+        client.worker_register("w", watched).await.unwrap();
+        (fake, client)
+    }
+
+    fn apply(fake: &Fake, command: core::Command) {
+        let origin = core::Origin::default();
+        core::apply(&mut fake.state.lock().unwrap(), &origin, &command).0.outcome.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_lingered_while_it_started_is_confirmed_on_its_lease() {
+        let (fake, client) = node().await;
+        let keeper = Keeper::start(client.clone());
+        let lease = keeper.grant(Duration::from_secs(60)).await.unwrap();
+        let id = lease.id();
+        let leased = v1::Claim { lease: id, ..claim("b") };
+        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+        apply(
+            &fake,
+            core::Command::Reclaim {
+                name: held.name.parse().unwrap(),
+                token: core::Token(held.token),
+                version: core::Revision(held.version),
+                ground: core::Ground::Unconfirmed,
+                under: core::Leader::default(),
+            },
+        );
+        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, held);
+        hold.confirm(None).await.unwrap();
+        let found = client.get("b", None).await.unwrap().allocation.unwrap();
+        assert_eq!((found.phase(), found.lease), (v1::Phase::Bound, id));
+    }
+}

@@ -85,7 +85,9 @@ impl Workload {
 }
 
 const RANGE_FIRST: u32 = 10_000;
-const RANGE_LAST: u32 = 59_999;
+/// Of the one worker that is hot, and of each of many.
+const RANGE_LAST_HOT: u32 = 29_999;
+const RANGE_LAST: u32 = 10_999;
 const WARM_UP: Duration = Duration::from_secs(1);
 /// Instances that the reads are spread over.
 const READ_INSTANCES: u32 = 64;
@@ -152,8 +154,8 @@ impl Bench {
     pub async fn register(&self, args: &Args) -> anyhow::Result<()> {
         let session = self.client()?;
         for name in self.workers(args) {
-            let range =
-                v1::PortRange { name: "bench".into(), first: RANGE_FIRST, last: RANGE_LAST };
+            let last = if args.hot { RANGE_LAST_HOT } else { RANGE_LAST };
+            let range = v1::PortRange { name: "bench".into(), first: RANGE_FIRST, last };
             let spec = v1::WorkerSpec {
                 address: "127.0.0.1".into(),
                 ranges: vec![range],

@@ -8,6 +8,7 @@ mod departures;
 mod explained;
 mod guards;
 mod leases;
+mod levels;
 mod life;
 mod limits_hold;
 mod lingering;

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::core::{Command, Millis, Restore, State};
+use crate::core::{Command, FEATURE_LEVEL, Millis, Restore, State};
 
 /// The version that this build writes, and the highest that it reads.
 pub const VERSION: u8 = 1;
@@ -28,6 +28,8 @@ const DECODED_MAX_BYTES: usize = 256 << 20;
 pub enum CodecError {
     #[error("{what} has format version {found}, this build reads {supported}")]
     Version { what: &'static str, found: u32, supported: u32 },
+    #[error("it has feature level {found}, this build knows 1 to {known}")]
+    FeatureLevel { found: u32, known: u32 },
     #[error("{what} cannot be read: {why}")]
     Malformed { what: &'static str, why: String },
 }
@@ -308,6 +310,9 @@ impl StateDecoder {
         while !rest.is_empty() {
             let record: v1::Record<'_>;
             (record, rest) = decode_part(kind, rest)?;
+            if let Some(found) = record.feature_level().filter(|level| *level > FEATURE_LEVEL) {
+                return Err(CodecError::FeatureLevel { found, known: FEATURE_LEVEL });
+            }
             v1::take_record(&mut self.progress, record).map_err(|why| kind.malformed(why))?;
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Version 1: the mirror structs, as bincode's standard configuration writes them (little endian,
 //! variable-length integers; an enum's variant by its place). Fields and variants are never
-//! reordered, added or removed here. Texts borrow from what is written or read.
+//! reordered or removed here. A variant is added, at the end, only where nothing writes it before all
+//! members can read it. Texts borrow from what is written or read.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,6 +10,8 @@ use bincode::{BorrowDecode, Decode, Encode};
 
 use super::{MemberRecord, MembershipRecord};
 use crate::core::{self as table, Invalid, LeaseId, Millis, Port, Quarantine, Revision, Token};
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 
 /// Why something that was read is not what it should be.
 #[derive(Debug)]
@@ -179,6 +182,7 @@ pub enum Command<'a> {
     ExpireLease { id: u64, under: Leader },
     TakeDigest,
     CompareDigest { entry: u64, command: u32, revision: u64, digest: [u8; 32] },
+    SetFeatureLevel { level: u32 },
 }
 
 /// The allocation that a command means.
@@ -403,6 +407,7 @@ impl<'a> From<&'a table::Command> for Command<'a> {
                 revision: revision.0,
                 digest: digest.0,
             },
+            table::Command::SetFeatureLevel { level } => Command::SetFeatureLevel { level: *level },
         }
     }
 }
@@ -503,6 +508,7 @@ impl Command<'_> {
                     digest: table::Digest(digest),
                 })
             }
+            Command::SetFeatureLevel { level } => table::Command::SetFeatureLevel { level },
         })
     }
 }
@@ -1189,12 +1195,14 @@ impl<'a> From<&'a table::Worker> for Worker<'a> {
 impl<'a> From<&'a table::Pool> for Pool<'a> {
     fn from(pool: &'a table::Pool) -> Self {
         let (cursor, next_freed) = pool.cursors();
+        let quarantines = pool.quarantines();
+        #[cfg(planted)]
+        let quarantines = quarantines.filter(|_| !planted::is(Bug::SnapshotWithoutQuarantines));
         Pool {
             cursor,
             next_freed,
             freed: pool.freed_order().collect(),
-            quarantined: pool
-                .quarantines()
+            quarantined: quarantines
                 .map(|(port, Quarantine { reason, source, since })| Quarantined {
                     port,
                     reason,
@@ -1478,17 +1486,21 @@ pub struct Progress {
     members: bool,
 }
 
+impl Record<'_> {
+    /// Says the header.
+    pub fn feature_level(&self) -> Option<u32> {
+        match self {
+            Record::Header { feature_level, .. } => Some(*feature_level),
+            _ => None,
+        }
+    }
+}
+
 /// Takes the next record; the first must be the header.
 pub fn take_record(progress: &mut Option<Progress>, record: Record<'_>) -> Checked<()> {
     let out_of_place = |what: &str| Err(Why(format!("{what} is out of place")));
     let progress = match (record, progress) {
         (Record::Header { feature_level, revision, counts }, slot @ None) => {
-            if feature_level > table::FEATURE_LEVEL {
-                return Err(Why(format!(
-                    "it has feature level {feature_level}, this build knows {}",
-                    table::FEATURE_LEVEL
-                )));
-            }
             *slot = Some(Progress {
                 restore: table::Restore::new(feature_level, Revision(revision)),
                 left: counts,

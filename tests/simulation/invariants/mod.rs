@@ -33,8 +33,6 @@ use portwarden::raft::{Metrics, Table};
 use portwarden::store::codec::Position;
 use portwarden::store::{LogRecord, SimulatedDisk};
 
-pub use tables::Reference;
-
 /// A leader by the term that it was elected in.
 pub type Leader = (u64, NodeId);
 
@@ -56,6 +54,10 @@ impl Sight {
     /// `None` where it has just begun.
     pub fn of(id: NodeId, process: usize, node: Node, disk: SimulatedDisk) -> Option<Sight> {
         let (metrics, table) = (node.raft_metrics(), node.table());
+        // Raft has not said anything yet.
+        if metrics.vote.leader_id.term == 0 && disk.durable_vote().is_some() {
+            return None;
+        }
         let (purged, last) = node.log().ok()?.bounds();
         Some(Sight { id, process, node, disk, metrics, table, last, purged })
     }

@@ -1,7 +1,8 @@
 //! Nothing goes back (Raft, figure 2): neither the term nor the vote, over restarts too; and while a
-//! process runs, neither what it knows to be committed, nor what it has applied, nor the revision.
+//! process runs, neither what it knows to be committed, nor what it has applied, nor the revision. Who
+//! has lost its disk has lost them all, and must not vote or take entries again under its id.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use portwarden::node::NodeId;
 
@@ -17,11 +18,21 @@ struct Known {
 }
 
 #[derive(Default)]
-pub struct Monotonic(BTreeMap<NodeId, Known>);
+pub struct Monotonic {
+    known: BTreeMap<NodeId, Known>,
+    /// They have lost their disks, and with them what they had promised.
+    wiped: BTreeSet<NodeId>,
+}
 
 impl Monotonic {
+    /// It must not take part any more.
+    pub fn wiped(&mut self, id: NodeId) {
+        self.known.remove(&id);
+        self.wiped.insert(id);
+    }
+
     pub fn ended(&mut self, id: NodeId) {
-        if let Some(known) = self.0.get_mut(&id) {
+        if let Some(known) = self.known.get_mut(&id) {
             *known = Known { vote: known.vote, ..Known::default() };
         }
     }
@@ -35,7 +46,11 @@ impl Monotonic {
             applied: table.applied.as_ref().map(|id| id.index),
             revision: table.state.revision.0,
         };
-        let known = self.0.entry(*id).or_default();
+        if self.wiped.contains(id) && (now.vote.0 > 0 || sight.last.is_some()) {
+            let vote = now.vote;
+            return Err(format!("node {id} has lost its disk, and takes part again: {vote:?}"));
+        }
+        let known = self.known.entry(*id).or_default();
         let back = |what: &str, now: &dyn std::fmt::Debug, before: &dyn std::fmt::Debug| {
             Err(format!("monotonic: the {what} of node {id} went from {before:?} back to {now:?}"))
         };

@@ -43,9 +43,9 @@ impl Reference {
                     self.state.remember_member(*id, &member.incarnation);
                 }
             }
-            Payload::Batch { at, commands } => {
-                for command in &commands {
-                    let origin = core::Origin { leader, at };
+            Payload::Batch(batch) => {
+                let origin = core::Origin { leader, at: batch.at() };
+                for command in batch.commands() {
                     core::apply(&mut self.state, &origin, command);
                 }
             }

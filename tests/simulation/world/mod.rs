@@ -172,6 +172,14 @@ impl World {
         as_host(host, *wall_skew, || running.tasks.spawn_local(work));
     }
 
+    /// Does something as a host that runs, in its runtime.
+    pub fn within<T>(&self, host: HostId, work: impl FnOnce() -> T) -> T {
+        let Host { running, wall_skew, .. } = &self.hosts[host];
+        let running = running.as_ref().expect("a host that runs");
+        let _entered = running.runtime.enter();
+        as_host(host, *wall_skew, work)
+    }
+
     /// One step of time. Processes that have ended by themselves are returned: nothing leaves them
     /// any more, and they are to be killed.
     pub fn step(&mut self) -> Vec<Exit> {
