@@ -7,8 +7,11 @@ use portwarden::proto::{peer, v1};
 use portwarden::store::codec;
 use prost::Message;
 
+/// What is done with the bytes of a fuzzer.
+pub type Target = fn(&[u8]);
+
 /// By the name of its corpus.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Target)] = &[
     ("requests", requests),
     ("peer_messages", peer_messages),
     ("log_entries", log_entries),

@@ -212,7 +212,7 @@ fn answered(id: u64, answer: Result<Answer, Status>) -> v1::SessionAnswer {
         Answer::Error(v1::SessionError {
             code: status.code().into(),
             message: status.message().into(),
-            details: status.details().to_vec().into(),
+            details: status.details().to_vec(),
         })
     });
     v1::SessionAnswer { id, answer: Some(answer) }

@@ -137,7 +137,7 @@ impl Proposer {
             self.urgent_full.fetch_or(urgent, Ordering::Relaxed);
             return Err(CallError::Overloaded { retry_after: RETRY_AFTER });
         };
-        for (kind, count) in commands.iter().map(Command::kind).counts() {
+        for (count, kind) in commands.iter().map(Command::kind).dedup_with_count() {
             metrics::counter!("portwarden_proposals_total", "command" => kind)
                 .increment(count as u64);
         }

@@ -35,7 +35,9 @@ impl Moving {
     fn start(&mut self, cluster: &Cluster) {
         let name = format!("moving-{}", self.started);
         self.started += 1;
-        let flags = ["--ports", "1", "--lease-ttl", "3s", "--timeout", "30s"];
+        // One that is killed before it confirmed is judged once its deadline has passed.
+        let ttl = ["--lease-ttl", "3s", "--confirm-within", "5s"];
+        let flags = [&ttl[..], &["--ports", "1", "--timeout", "30s"]].concat();
         let run = run_server(cluster, &name, &flags);
         self.runs.insert(name, run);
     }
