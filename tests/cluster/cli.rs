@@ -195,14 +195,22 @@ fn json_has_the_documented_shapes() {
         let state = m["state"].as_str().expect("a state");
         assert!(["leader", "follower", "candidate", "unreachable"].contains(&state), "{m}");
     }
-    let latency = json!({"p50_ms": "decimal", "p99_ms": "decimal", "max_ms": "decimal"});
+    let latency = json!({
+        "calls": "number", "p50_ms": "decimal", "p90_ms": "decimal", "p99_ms": "decimal",
+        "max_ms": "decimal",
+    });
     let bench = json!({
-        "mode": "string", "clients": "number", "workers": "number", "seconds": "decimal",
-        "pairs": "number", "errors": "number", "example_error": "string?",
-        "calls_per_second": "decimal", "allocate": latency, "release": latency,
+        "workload": "string", "clients": "number", "seconds": "decimal", "operations": "number",
+        "operations_per_second": "decimal", "ports_per_second": "decimal", "errors": "number",
+        "example_error": "string?",
+        "latency": {"all": latency, "allocate": latency, "release": latency},
     });
     let report = ok(&["bench", "--clients", "4", "--seconds", "1", "--workers", "2"]);
     assert_shape(&report, &bench, "bench");
+    assert_eq!(report["errors"], 0, "{report}");
+    let session = ["bench", "--workload", "session", "--batch", "300", "--gang", "2"];
+    let report = ok(&[&session[..], &["--clients", "2", "--seconds", "1"]].concat());
+    assert_shape(&report, &bench, "bench of sessions");
     assert_eq!(report["errors"], 0, "{report}");
     assert_eq!(ok(&["worker", "list"]), json!([]), "a benchmark leaves nothing behind");
 }

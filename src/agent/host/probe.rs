@@ -132,11 +132,13 @@ mod tests {
         assert!(why.contains(&format!("by process {}", std::process::id())), "{why}");
         drop(listener);
         let listener = TcpListener::bind(("::1", port)).unwrap();
-        assert!(in_use(&probe(port), "TCP [::]"));
+        let found = probe(port);
+        assert!(in_use(&found, "TCP [::]"), "{found:?}");
         drop(listener);
         for (address, shown) in [("127.0.0.1", "UDP 0.0.0.0"), ("::1", "UDP [::]")] {
             let socket = UdpSocket::bind((address, port)).unwrap();
-            assert!(in_use(&probe(port), shown), "{shown}");
+            let found = probe(port);
+            assert!(in_use(&found, shown), "{found:?}");
             drop(socket);
         }
         assert_eq!(probe(port), Probe::Free);
