@@ -418,7 +418,6 @@ pub struct Status {
     pub cluster_id: String,
     pub leader: Option<u64>,
     pub revision: u64,
-    pub feature_level: u32,
     pub members: Vec<Member>,
     pub problems: Vec<String>,
 }
@@ -446,7 +445,6 @@ impl From<v1::StatusResponse> for Status {
             cluster_id: s.cluster_id,
             leader: Some(s.leader).filter(|id| *id != 0),
             revision: s.revision,
-            feature_level: s.feature_level,
             members: s.members.into_iter().map(Member::from).collect(),
             problems: s.problems,
         }

@@ -243,14 +243,13 @@ fn the_json_of_the_status_is_that_of_the_design() {
         cluster_id: "c".into(),
         leader: 1,
         revision: 4,
-        feature_level: 2,
         members: vec![member],
         problems: vec!["p".into()],
         ..Default::default()
     };
     let shown = serde_json::to_value(output::Status::from(status.clone())).unwrap();
     let expected = json!({
-        "cluster_id": "c", "leader": 1, "revision": 4, "feature_level": 2,
+        "cluster_id": "c", "leader": 1, "revision": 4,
         "members": [{"id": 1, "role": "voter", "state": "leader", "endpoint": "a:1",
                      "applied": 5, "lag": 0}],
         "problems": ["p"],

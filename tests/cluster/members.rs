@@ -241,13 +241,14 @@ fn as_many_members_as_there_may_be_are_added_and_one_more_is_not() {
 #[test]
 fn the_feature_level_is_shown_and_rises_only_to_what_all_know() {
     let cluster = Cluster::start(3);
-    let status = cluster.cli(&["status", "-o", "json"]).ok();
-    assert_eq!(status["feature_level"], 1);
+    let revision = || cluster.cli(&["status", "-o", "json"]).ok()["revision"].clone();
+    let (shown, before) = (cluster.cli(&["status"]).stdout(), revision());
+    assert!(shown.contains("\nlevel:        1\n"), "{shown}");
     let set = |level: &str| cluster.cli(&["member", "set-feature-level", level, "-o", "json"]);
     assert_eq!(set("1").ok()["feature_level"], 1);
     set("2").refused(4, "knows feature levels up to 1, and not 2: upgrade it first");
     set("0").refused(2, "0");
-    assert_eq!(cluster.cli(&["status", "-o", "json"]).ok()["revision"], status["revision"]);
+    assert_eq!(revision(), before);
 }
 
 /// A learner that must be given everything as a snapshot catches up before it may vote.
