@@ -4,7 +4,7 @@
 //! begins anew with it. `scripts/simulate` puts its arguments into [`TOLD`]; without them this is a
 //! test to cargo.
 
-#[allow(dead_code)] // not all of it is of use here
+#[allow(dead_code)] // its way over real sockets
 #[path = "../faults/caller.rs"]
 mod caller;
 #[allow(dead_code, unused_imports)] // its own tests run with the fault suite

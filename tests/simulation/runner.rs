@@ -80,7 +80,7 @@ pub fn run_one(args: &Args, seed: u64) -> ExitCode {
     let dir = data_dir();
     // Paths are the same for every process.
     std::env::set_current_dir(dir.path()).expect("a directory that was just made");
-    let began = entropy::real_now();
+    let began = entropy::processor_time();
     entropy::close(seed);
     portwarden::blocking::keep_inline();
     portwarden::store::instead_of_exit(world::exit);
@@ -98,7 +98,7 @@ pub fn run_one(args: &Args, seed: u64) -> ExitCode {
         unknown: report.unknown,
         revisions: outcome.revisions,
         simulated: outcome.simulated,
-        took: entropy::real_now() - began,
+        took: entropy::processor_time() - began,
         trace: outcome.trace,
     };
     if !summary.violations.is_empty() {

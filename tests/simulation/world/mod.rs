@@ -13,6 +13,7 @@
 pub mod net;
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
@@ -189,7 +190,11 @@ impl World {
         for host in 0..self.hosts.len() {
             self.run(host);
         }
-        EXITS.with_borrow_mut(std::mem::take)
+        // A process ends once: what still ran of it in this step would not have run.
+        let mut exits = EXITS.with_borrow_mut(std::mem::take);
+        let mut ended = BTreeSet::new();
+        exits.retain(|exit| ended.insert(exit.host));
+        exits
     }
 
     fn run(&mut self, host: HostId) {
