@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::sleep;
 
@@ -89,6 +90,8 @@ const RANGE_FIRST: u32 = 10_000;
 const RANGE_LAST_HOT: u32 = 29_999;
 const RANGE_LAST: u32 = 10_999;
 const WARM_UP: Duration = Duration::from_secs(1);
+/// Workers that are registered, or removed, at a time.
+const AT_ONCE: usize = 64;
 /// Instances that the reads are spread over.
 const READ_INSTANCES: u32 = 64;
 
@@ -152,18 +155,22 @@ impl Bench {
     }
 
     pub async fn register(&self, args: &Args) -> anyhow::Result<()> {
-        let session = self.client()?;
-        for name in self.workers(args) {
-            let last = if args.hot { RANGE_LAST_HOT } else { RANGE_LAST };
-            let range = v1::PortRange { name: "bench".into(), first: RANGE_FIRST, last };
-            let spec = v1::WorkerSpec {
-                address: "127.0.0.1".into(),
-                ranges: vec![range],
-                ..Default::default()
-            };
-            session.worker_register(&name, spec).await?;
-        }
-        Ok(())
+        let client = self.client()?;
+        let last = if args.hot { RANGE_LAST_HOT } else { RANGE_LAST };
+        let register = |name: String| {
+            let client = client.clone();
+            async move {
+                let range = v1::PortRange { name: "bench".into(), first: RANGE_FIRST, last };
+                let spec = v1::WorkerSpec {
+                    address: "127.0.0.1".into(),
+                    ranges: vec![range],
+                    ..Default::default()
+                };
+                client.worker_register(&name, spec).await.map(drop)
+            }
+        };
+        let all = stream::iter(self.workers(args)).map(register);
+        Ok(all.buffer_unordered(AT_ONCE).try_collect().await?)
     }
 
     pub async fn callers(&self, args: &Args) -> anyhow::Result<Vec<Box<dyn Caller>>> {
@@ -219,10 +226,12 @@ impl Bench {
         for released in client.session().all(left.iter().map(release).collect()).await {
             released?;
         }
-        for worker in self.workers(args) {
-            client.worker_remove(&worker).await?;
-        }
-        Ok(())
+        let remove = |name: String| {
+            let client = client.clone();
+            async move { client.worker_remove(&name).await.map(drop) }
+        };
+        let all = stream::iter(self.workers(args)).map(remove);
+        Ok(all.buffer_unordered(AT_ONCE).try_collect().await?)
     }
 }
 
