@@ -13,6 +13,59 @@ pub mod peer {
 /// All descriptors, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
+/// What one message of a session may have: the node refuses more, and the client library sends no more.
+pub mod session {
+    use super::v1::port_request::Ports;
+    use super::v1::session_command::Command;
+
+    pub const SESSION_COMMANDS_MAX: usize = 256;
+    pub const SESSION_CLAIMS_MAX: usize = 1024;
+    /// As many as the largest gang asks for.
+    pub const SESSION_PORTS_MAX: u64 = 16_384;
+
+    /// How much of it is there.
+    #[derive(Debug, Clone, Copy, Default)]
+    pub struct Size {
+        commands: usize,
+        claims: usize,
+        ports: u64,
+    }
+
+    impl Size {
+        /// Of one command; `None` is one that is missing.
+        pub fn of(command: Option<&Command>) -> Size {
+            let Some(Command::Allocate(request)) = command else {
+                return Size { commands: 1, ..Size::default() };
+            };
+            let claims = &request.claims;
+            let ports = claims.iter().flat_map(|claim| &claim.ports).map(|port| match port.ports {
+                Some(Ports::Count(count)) | Some(Ports::Contiguous(count)) => u64::from(count),
+                _ => 1,
+            });
+            Size { commands: 1, claims: claims.len(), ports: ports.sum() }
+        }
+
+        pub fn and(self, other: Size) -> Size {
+            Size {
+                commands: self.commands + other.commands,
+                claims: self.claims + other.claims,
+                ports: self.ports.saturating_add(other.ports),
+            }
+        }
+
+        /// The first limit that it is beyond: the field, what it has, and how much there may be.
+        pub fn beyond(self) -> Option<(&'static str, u64, u64)> {
+            [
+                ("commands", self.commands as u64, SESSION_COMMANDS_MAX as u64),
+                ("claims", self.claims as u64, SESSION_CLAIMS_MAX as u64),
+                ("ports", self.ports, SESSION_PORTS_MAX),
+            ]
+            .into_iter()
+            .find(|(_, given, limit)| given > limit)
+        }
+    }
+}
+
 /// Domain of every `google.rpc.ErrorInfo` that portwarden sends.
 pub const DOMAIN: &str = "portwarden";
 

@@ -34,6 +34,4 @@ pub use dispatch::{Api, Backend, CALLS_IN_FLIGHT_MAX};
 pub use observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX, code_name, describe_metrics};
 pub use pages::{PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX};
 pub use server::{ANSWER_MAX_BYTES, REQUEST_MAX_BYTES, Readiness, serve};
-pub use session::{
-    SESSION_CLAIMS_MAX, SESSION_COMMANDS_MAX, SESSION_MESSAGES_AT_ONCE, SESSION_PORTS_MAX,
-};
+pub use session::SESSION_MESSAGES_AT_ONCE;

@@ -17,16 +17,11 @@ use super::observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX};
 use super::{convert, errors};
 use crate::core::{Applied, Command, InstanceName, Invalid, Millis, Outcome, State};
 use crate::node::{CallError, Deadline};
+use crate::proto::session::Size;
 use crate::proto::v1;
 use v1::session_answer::Answer;
 use v1::session_command::Command as Asked;
 
-/// Most commands in one message.
-pub const SESSION_COMMANDS_MAX: usize = 256;
-/// Most claims in one message.
-pub const SESSION_CLAIMS_MAX: usize = 1024;
-/// Most ports that the claims of one message may ask for: as many as the largest gang.
-pub const SESSION_PORTS_MAX: u64 = 16_384;
 /// Messages of one stream that are worked on at a time.
 pub const SESSION_MESSAGES_AT_ONCE: usize = 64;
 /// Answers go in messages of about this size; a larger one goes alone.
@@ -112,32 +107,16 @@ impl Step {
 }
 
 fn check_bounds(request: &v1::SessionRequest) -> Result<(), Status> {
-    let claims = || {
-        request.commands.iter().filter_map(|asked| asked.command.as_ref()).flat_map(|command| {
-            match command {
-                Asked::Allocate(allocate) => allocate.claims.as_slice(),
-                _ => &[],
-            }
-        })
-    };
-    let ports = |request: &v1::PortRequest| match request.ports {
-        Some(v1::port_request::Ports::Count(count))
-        | Some(v1::port_request::Ports::Contiguous(count)) => u64::from(count),
-        _ => 1,
-    };
-    let longest = TIMEOUT_MAX.as_millis() as u64;
-    for (field, given, limit) in [
-        ("commands", request.commands.len() as u64, SESSION_COMMANDS_MAX as u64),
-        ("claims", claims().count() as u64, SESSION_CLAIMS_MAX as u64),
-        ("ports", claims().flat_map(|claim| &claim.ports).map(ports).sum(), SESSION_PORTS_MAX),
-        ("timeout_ms", u64::from(request.timeout_ms), longest),
-    ] {
-        if given > limit {
+    let sizes = request.commands.iter().map(|asked| Size::of(asked.command.as_ref()));
+    let (timeout_ms, longest) = (u64::from(request.timeout_ms), TIMEOUT_MAX.as_millis() as u64);
+    let late = (timeout_ms > longest).then_some(("timeout_ms", timeout_ms, longest));
+    match sizes.fold(Size::default(), Size::and).beyond().or(late) {
+        Some((field, given, limit)) => {
             let limit = format!("at most {limit} in one message");
-            return Err(errors::invalid(Invalid::new(field, given, limit)));
+            Err(errors::invalid(Invalid::new(field, given, limit)))
         }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn step(asked: &v1::SessionCommand) -> Result<Step, Status> {

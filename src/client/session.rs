@@ -16,15 +16,12 @@ use tonic::{Status, Streaming};
 use super::Client;
 use super::call::{Tour, by, methods};
 use super::error::{ClientError, Verdict, judge};
+use crate::proto::session::{SESSION_COMMANDS_MAX, Size};
 use crate::proto::v1;
 pub use v1::session_answer::Answer;
 pub use v1::session_command::Command;
 
 const PATH: &str = "/portwarden.v1.Allocator/Session";
-/// What one message may have, of what a node takes.
-const COMMANDS_MAX: usize = 256;
-const CLAIMS_MAX: usize = 1024;
-const PORTS_MAX: u64 = 16_384;
 /// Commands under way on one stream; what comes then waits for the answers.
 const WINDOW: usize = 8192;
 /// Calls that may wait for their turn.
@@ -111,10 +108,12 @@ impl Session {
         let mut waiting = Vec::new();
         let mut commands = commands.into_iter().peekable();
         while let Some(first) = commands.next() {
-            let mut size = Size::of(&first);
+            let mut size = Size::of(Some(&first));
             let mut part = vec![first];
-            while let Some(next) = commands.next_if(|next| size.and(Size::of(next)).fits()) {
-                size = size.and(Size::of(&next));
+            while let Some(next) =
+                commands.next_if(|next| size.and(Size::of(Some(next))).beyond().is_none())
+            {
+                size = size.and(Size::of(Some(&next)));
                 part.push(next);
             }
             waiting.push(self.submit(part, size).await);
@@ -133,8 +132,8 @@ impl Session {
         size: Size,
     ) -> (Vec<Command>, impl Future<Output = Result<Vec<Answer>, Unsettled>> + use<>) {
         let (done, settled) = oneshot::channel();
-        let sent = match size.fits() {
-            true => {
+        let sent = match size.beyond() {
+            None => {
                 let numbered = |command: &Command| v1::SessionCommand {
                     id: 0,
                     command: Some(command.clone()),
@@ -143,7 +142,7 @@ impl Session {
                 self.jobs.send(job).await.is_ok()
             }
             // A node refuses it, with the reason, as a call of its own.
-            false => false,
+            Some(_) => false,
         };
         let settled = async move {
             match sent {
@@ -228,42 +227,6 @@ pub fn release(name: &str, token: u64) -> Command {
     Command::Release(v1::ReleaseRequest { name: name.into(), authority })
 }
 
-/// What of a message's limits it takes.
-#[derive(Debug, Clone, Copy, Default)]
-struct Size {
-    commands: usize,
-    claims: usize,
-    ports: u64,
-}
-
-impl Size {
-    fn of(command: &Command) -> Size {
-        let Command::Allocate(request) = command else {
-            return Size { commands: 1, ..Size::default() };
-        };
-        let ports = |request: &v1::PortRequest| match request.ports {
-            Some(v1::port_request::Ports::Count(count))
-            | Some(v1::port_request::Ports::Contiguous(count)) => u64::from(count),
-            _ => 1,
-        };
-        let claims = &request.claims;
-        let ports = claims.iter().flat_map(|claim| &claim.ports).map(ports).sum();
-        Size { commands: 1, claims: claims.len(), ports }
-    }
-
-    fn and(self, other: Size) -> Size {
-        Size {
-            commands: self.commands + other.commands,
-            claims: self.claims + other.claims,
-            ports: self.ports.saturating_add(other.ports),
-        }
-    }
-
-    fn fits(self) -> bool {
-        self.commands <= COMMANDS_MAX && self.claims <= CLAIMS_MAX && self.ports <= PORTS_MAX
-    }
-}
-
 /// A stream, and what is under way on it.
 struct Line {
     messages: mpsc::UnboundedSender<v1::SessionRequest>,
@@ -331,7 +294,7 @@ impl Line {
                     Ok(None) => return Some("the node ended the session".into()),
                     Err(status) => return Some(status.message().to_string()),
                 },
-                taken = queue.recv_many(&mut jobs, COMMANDS_MAX), if room => {
+                taken = queue.recv_many(&mut jobs, SESSION_COMMANDS_MAX), if room => {
                     over = taken == 0;
                     self.send(std::mem::take(&mut jobs));
                 }
@@ -348,7 +311,7 @@ impl Line {
         let mut message = Vec::new();
         let mut size = Size::default();
         for job in jobs {
-            if !size.and(job.size).fits() {
+            if size.and(job.size).beyond().is_some() {
                 self.dispatch(std::mem::take(&mut message));
                 size = Size::default();
             }
