@@ -571,7 +571,8 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         let sent = Arc::new(AtomicU64::new(0));
         let mut header = client.header();
         let counter = sent.clone();
-        let mut requests = input.map(move |request| {
+        // Both this and tonic's encoder ask once more after the end.
+        let mut requests = input.fuse().map(move |request| {
             counter.fetch_add(1, Ordering::Relaxed);
             wire_append(header.take(), &request)
         });

@@ -34,6 +34,7 @@ impl Watcher {
             {
                 // What came between is not kept there. Another node may still have it.
                 caller.go_elsewhere();
+                from = from.max(self.told.load(Ordering::Acquire) + 1);
                 if let Err(Some(other)) = self.one_stream(&caller, from).await {
                     from = oldest.min(other);
                     self.told.fetch_max(from - 1, Ordering::AcqRel);
