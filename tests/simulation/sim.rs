@@ -23,6 +23,9 @@ use crate::site::Site;
 use crate::trace::Trace;
 use crate::world::{Exit, HostId, World};
 
+/// A watcher that is told of everything: the others may be cut off, and begin again where somebody
+/// still knows what came between.
+const THE_LOG: u32 = u32::MAX;
 /// The host of whoever looks after the cluster.
 const OPERATOR: &str = "operator";
 
@@ -68,6 +71,13 @@ impl Sim {
         world.start(operator, || Box::pin(std::future::pending()));
         world.net.set_default_quality(plan.network);
         let next_id = plan.nodes + 1;
+        recorder.put(|at| Record::WatchBegins {
+            at,
+            watcher: THE_LOG,
+            endpoint: "the log".into(),
+            from: 1,
+            worker: String::new(),
+        });
         Sim {
             plan,
             world,
@@ -258,6 +268,9 @@ impl Sim {
         let mut news = Vec::new();
         let looked = self.witness.look(&sights, &disks, &mut news);
         self.trace.note(self.world.now(), &news);
+        for message in self.witness.tables.changes() {
+            self.recorder.put(|at| Record::Watched { at, watcher: THE_LOG, message });
+        }
         looked
     }
 }

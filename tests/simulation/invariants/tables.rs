@@ -8,8 +8,10 @@
 
 use std::collections::BTreeMap;
 
+use portwarden::api::meaning;
 use portwarden::core::{self, State, check_invariants};
 use portwarden::node::NodeId;
+use portwarden::proto::v1;
 use portwarden::store::LogRecord;
 use portwarden::store::codec::{self, Payload};
 
@@ -26,6 +28,7 @@ const INVARIANTS_EVERY: u64 = 16;
 pub struct Reference {
     state: State,
     next: u64,
+    untold: Vec<v1::WatchResponse>,
 }
 
 impl Reference {
@@ -46,7 +49,12 @@ impl Reference {
             Payload::Batch(batch) => {
                 let origin = core::Origin { leader, at: batch.at() };
                 for command in batch.commands() {
-                    core::apply(&mut self.state, &origin, command);
+                    let (applied, events) = core::apply(&mut self.state, &origin, command);
+                    if !events.is_empty() {
+                        let events = meaning::shown(&events, applied.revision, &self.state);
+                        let revision = applied.revision.0;
+                        self.untold.push(v1::WatchResponse { revision, events, partial: false });
+                    }
                 }
             }
         }
@@ -69,6 +77,11 @@ pub struct Tables {
 impl Tables {
     pub fn reference(&self) -> &Reference {
         &self.reference
+    }
+
+    /// What has changed since this was asked last: all that a watcher may be told.
+    pub fn changes(&mut self) -> Vec<v1::WatchResponse> {
+        std::mem::take(&mut self.reference.untold)
     }
 
     pub fn ended(&mut self, id: NodeId) {

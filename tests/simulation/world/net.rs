@@ -10,7 +10,7 @@
 //! - Nothing arrives within the step of time in which it was sent, so that within one the hosts are
 //!   independent of each other.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -311,8 +311,13 @@ impl State {
         self.put_on_the_way(segment, delay);
     }
 
+    /// What was sent after them waits for them.
     fn send_again(&mut self, segments: Vec<Segment>) {
-        for segment in segments {
+        let way = |segment: &Segment| (segment.connection, segment.side);
+        let late: BTreeSet<_> = segments.iter().map(way).collect();
+        let behind = self.on_the_way.extract_if(.., |_, segment| late.contains(&way(segment)));
+        let behind: Vec<Segment> = behind.map(|(_, segment)| segment).collect();
+        for segment in segments.into_iter().chain(behind) {
             let delay = self.rng.random_range(Duration::ZERO..RETRANSMIT_MAX);
             self.put_on_the_way(segment, delay);
         }
