@@ -27,20 +27,20 @@ pub struct Watcher {
 impl Watcher {
     /// Never ends: who wants no more drops it.
     pub async fn follow(self, mut caller: Caller) {
-        let mut from = 1;
+        // What it wants next is not kept by a node, which has this one first. Another may have it.
+        let mut compacted: Option<(u64, u64)> = None;
         loop {
-            if let Err(oldest) = self.one_stream(&caller, from).await
-                && let Some(oldest) = oldest
-            {
-                // What came between is not kept there. Another node may still have it.
-                caller.go_elsewhere();
-                from = from.max(self.told.load(Ordering::Acquire) + 1);
-                if let Err(Some(other)) = self.one_stream(&caller, from).await {
-                    from = oldest.min(other);
-                    self.told.fetch_max(from - 1, Ordering::AcqRel);
-                }
+            let from = self.told.load(Ordering::Acquire) + 1;
+            if let Err(Some(oldest)) = self.one_stream(&caller, from).await {
+                let from = self.told.load(Ordering::Acquire) + 1;
+                compacted = match compacted.filter(|(wanted, _)| *wanted == from) {
+                    Some((_, other)) => {
+                        self.told.fetch_max(oldest.min(other) - 1, Ordering::AcqRel);
+                        None
+                    }
+                    None => Some((from, oldest)),
+                };
             }
-            from = from.max(self.told.load(Ordering::Acquire) + 1);
             caller.go_elsewhere();
             sleep(Duration::from_millis(100)).await;
         }

@@ -54,18 +54,27 @@ pub struct Seat {
     /// How often it was started.
     pub starts: usize,
     pub disk: SimulatedDisk,
+    /// The one that it had before: what it acknowledged was on it.
+    lost: Option<SimulatedDisk>,
     dir: PathBuf,
     entry: Entry,
     node: Rc<RefCell<Option<Node>>>,
     stop: Rc<Notify>,
     /// Its process may end by itself, for this reason.
     pub may_end: Option<&'static str>,
+    /// The same, once for each time that it was started.
+    pub disk_fails: bool,
 }
 
 impl Seat {
     /// While it runs, and has begun to.
     pub fn node(&self) -> Option<Node> {
         self.node.borrow().clone()
+    }
+
+    /// On which what it acknowledged under this id must be.
+    pub fn first_disk(&self) -> SimulatedDisk {
+        self.lost.as_ref().unwrap_or(&self.disk).clone()
     }
 
     /// As SIGTERM does.
@@ -125,11 +134,13 @@ impl Cluster {
             life: Life::Down { silent: false },
             starts: 0,
             disk,
+            lost: None,
             dir: self.dir.join(format!("node-{id}")),
             entry,
             node: Rc::default(),
             stop: Rc::default(),
             may_end: None,
+            disk_fails: false,
         });
         self.seats.len() - 1
     }
@@ -215,7 +226,8 @@ impl Cluster {
     pub fn wipe(&mut self, at: usize) {
         let seat = &mut self.seats[at];
         assert!(matches!(seat.life, Life::Down { .. }), "node {} runs", seat.id);
-        seat.disk = SimulatedDisk::default();
+        let lost = std::mem::take(&mut seat.disk);
+        seat.lost.get_or_insert(lost);
         seat.disk.set_latency(self.settings.disk_latency);
         std::fs::remove_dir_all(&seat.dir).expect("its directory");
     }

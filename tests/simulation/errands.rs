@@ -19,6 +19,7 @@ use crate::site::{self, Starter};
 const PAUSE: Duration = Duration::from_millis(300);
 
 /// What is under way, and what is to be done when it is over.
+#[derive(Debug)]
 pub enum Pending {
     /// The new member is a voter, and the old one is none any more.
     Replace { old: usize, done: Errand<()> },
@@ -66,7 +67,7 @@ impl Sim {
     pub fn take_in(&mut self) -> Option<usize> {
         let through = self.cluster.running().find_map(|at| {
             let seat = &self.cluster.seats[at];
-            (seat.may_end.is_none() && seat.node().is_some()).then_some(seat.id)
+            (seat.may_end.is_none() && !seat.disk_fails && seat.node().is_some()).then_some(seat.id)
         })?;
         let id = self.fresh_id();
         let new = self.cluster.add(&mut self.world, id, through);

@@ -11,6 +11,7 @@ use rand::seq::{IndexedRandom as _, IteratorRandom as _};
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::cluster::Life;
+use crate::errands::Pending;
 use crate::sim::{Ambush, Broken, Sim};
 use crate::world::HostId;
 use crate::world::net::Quality;
@@ -352,11 +353,11 @@ fn slow_disk(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
 /// The next write fails, and the process ends.
 fn broken_disk(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
     let at = *some(sim, rng, 1).first()?;
-    sim.cluster.seats[at].may_end = Some("its disk fails");
+    sim.cluster.seats[at].disk_fails = true;
     sim.cluster.seats[at].disk.fail();
     let end = move |sim: &mut Sim| {
         sim.kill(at, 0, false);
-        sim.cluster.seats[at].may_end = None;
+        sim.cluster.seats[at].disk_fails = false;
         start_again(vec![at])(sim);
     };
     Some((ids(sim, &[at]), Box::new(end)))
@@ -447,6 +448,10 @@ fn orphans(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
 fn reboot(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
     let at = site(sim, rng)?;
     let agent = sim.sites[at].agent?;
+    let booting = |pending: &Pending| matches!(pending, Pending::Boot { site, .. } if *site == at);
+    if sim.pending.iter().any(booting) {
+        return None;
+    }
     sim.world.kill(agent);
     sim.world.kill(sim.sites[at].starter);
     sim.sites[at].kernel.reboot();

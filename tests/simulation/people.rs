@@ -78,6 +78,9 @@ pub fn start_watchers(sim: &mut Sim) -> Told {
     all
 }
 
-pub fn all_were_told(told: &Told, revision: u64) -> bool {
-    told.iter().all(|told| told.load(Ordering::Acquire) >= revision)
+/// Who was not told all up to there.
+pub fn behind(told: &Told, revision: u64) -> Vec<String> {
+    let told = told.iter().map(|told| told.load(Ordering::Acquire)).enumerate();
+    let behind = told.filter(|(_, told)| *told < revision);
+    behind.map(|(watcher, told)| format!("watcher {watcher} is at {told}")).collect()
 }

@@ -19,7 +19,7 @@ use crate::errands::Pending;
 use crate::history::{Record, Recorder};
 use crate::invariants::{Sight, Witness};
 use crate::plan::Plan;
-use crate::site::Site;
+use crate::site::{self, Site};
 use crate::trace::Trace;
 use crate::world::{Exit, HostId, World};
 
@@ -215,6 +215,12 @@ impl Sim {
     fn ended(&mut self, exit: Exit) -> Result<(), Broken> {
         let Exit { host, code, why } = exit;
         let Some(at) = self.cluster.at(host) else {
+            let site = self.sites.iter().position(|site| site.agent == Some(host));
+            if let (Some(site), true) = (site, why.starts_with(site::TAKEN)) {
+                self.fault(format!("the agent of {} has ended: {why}", self.sites[site].worker));
+                self.begin_to_boot(site);
+                return Ok(());
+            }
             return Err(format!("{} ended: {why}", self.world.name(host)));
         };
         let kept = if why == STOPPED { usize::MAX } else { 0 };
@@ -224,7 +230,7 @@ impl Sim {
         self.witness.ended(node);
         let expected = match (code, seat.may_end) {
             (None, _) if why == STOPPED => true,
-            (Some(FATAL_EXIT), Some("its disk fails")) => true,
+            (Some(FATAL_EXIT), _) if seat.disk_fails => true,
             (None, Some("it was removed" | "it lost its disk")) => {
                 seat.life = Life::Gone;
                 true
@@ -257,7 +263,7 @@ impl Sim {
             return Ok(());
         }
         let disks: BTreeMap<u64, SimulatedDisk> =
-            self.cluster.seats.iter().map(|seat| (seat.id, seat.disk.clone())).collect();
+            self.cluster.seats.iter().map(|seat| (seat.id, seat.first_disk())).collect();
         let sights: Vec<Sight> = self
             .cluster
             .seats
@@ -276,6 +282,7 @@ impl Sim {
 }
 
 /// Something that is under way.
+#[derive(Debug)]
 pub struct Errand<T>(Rc<RefCell<Option<T>>>);
 
 impl<T> Default for Errand<T> {

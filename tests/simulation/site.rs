@@ -30,6 +30,9 @@ use crate::world::HostId;
 
 const FIRST_PORT: u32 = 41_000;
 const PORTS: u32 = 24;
+/// How an agent ends that finds its worker named by another boot: a call may come late, and its
+/// service is started again.
+pub const TAKEN: &str = "another agent has made worker";
 const AGENT_INTERVAL: Duration = Duration::from_millis(700);
 
 /// The hosts of one machine: its agent and its instances fail apart.
