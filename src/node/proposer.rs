@@ -327,3 +327,31 @@ fn weight_bytes(command: &Command) -> usize {
     };
     BASE + items * ITEM
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+    use crate::core::{LeaseId, Millis};
+
+    #[tokio::test]
+    async fn one_command_more_than_may_wait_is_overloaded_and_the_urgent_lane_has_its_own_room() {
+        let (urgent, _urgent_queue) = Lane::new();
+        let (normal, mut queue) = Lane::new();
+        let proposer = Proposer { urgent, normal, urgent_full: Arc::default() };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let propose = |command| proposer.propose(command, deadline).now_or_never();
+        let grant = || Command::GrantLease { ttl: Millis(1000) };
+        for _ in 0..LANE_COMMANDS_MAX {
+            assert!(propose(grant()).is_none());
+        }
+        let refused = propose(grant());
+        assert!(matches!(refused, Some(Err(CallError::Overloaded { .. }))), "{refused:?}");
+        assert!(!proposer.turned_urgent_away());
+        assert!(propose(Command::RevokeLease { id: LeaseId(1) }).is_none());
+        // What is packed makes room.
+        drop(queue.recv().await);
+        assert!(propose(grant()).is_none());
+    }
+}

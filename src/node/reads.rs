@@ -33,7 +33,11 @@ impl Reads {
     /// The returned future runs the rounds until every sender is gone.
     pub fn new(raft: Raft, view: TableView) -> (Reads, impl Future<Output = ()> + Send) {
         let (waiting, queue) = mpsc::channel(READERS_MAX);
-        (Reads { waiting }, rounds(raft, view, queue))
+        let round = move || {
+            let (raft, view) = (raft.clone(), view.clone());
+            async move { round(&raft, &view).await }
+        };
+        (Reads { waiting }, rounds(round, queue))
     }
 
     pub async fn read(&self, deadline: Instant) -> Result<State, CallError> {
@@ -49,11 +53,14 @@ impl Reads {
     }
 }
 
-async fn rounds(raft: Raft, view: TableView, mut queue: mpsc::Receiver<Answer>) {
+async fn rounds<R>(mut round: impl FnMut() -> R, mut queue: mpsc::Receiver<Answer>)
+where
+    R: Future<Output = Result<State, CallError>>,
+{
     let mut readers = Vec::new();
     while queue.recv_many(&mut readers, READERS_MAX).await > 0 {
         let started = Instant::now();
-        let result = round(&raft, &view).await;
+        let result = round().await;
         #[cfg(planted)]
         while planted::is(Bug::ReadJoinsRound)
             && let Ok(late) = queue.try_recv()
@@ -83,5 +90,59 @@ async fn round(raft: &Raft, view: &TableView) -> Result<State, CallError> {
     match timeout(ROUND_MAX, confirmed).await {
         Ok(result) => result,
         Err(_) => Err(CallError::NotLeader { leader: None }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+    use crate::core::{Restore, Revision};
+
+    fn at(revision: u64) -> State {
+        Restore::new(1, Revision(revision)).finish().unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_reader_more_than_may_wait_is_overloaded_until_a_round_has_begun() {
+        let (waiting, mut queue) = mpsc::channel(READERS_MAX);
+        let reads = Reads { waiting };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        for _ in 0..READERS_MAX {
+            assert!(reads.read(deadline).now_or_never().is_none());
+        }
+        let refused = reads.read(deadline).now_or_never();
+        assert!(matches!(refused, Some(Err(CallError::Overloaded { .. }))), "{refused:?}");
+        assert_eq!(queue.recv_many(&mut Vec::new(), READERS_MAX).await, READERS_MAX);
+        assert!(reads.read(deadline).now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn who_comes_while_a_round_is_under_way_waits_for_the_next() {
+        let (waiting, queue) = mpsc::channel(READERS_MAX);
+        let reads = Reads { waiting };
+        let (begun, mut rounds_begun) = mpsc::unbounded_channel();
+        let round = move || {
+            let (end, ended) = oneshot::channel();
+            begun.send(end).unwrap();
+            async move { Ok(ended.await.unwrap()) }
+        };
+        tokio::spawn(rounds(round, queue));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let read = || {
+            let reads = reads.clone();
+            tokio::spawn(async move { reads.read(deadline).await.unwrap().revision.0 })
+        };
+        let first = read();
+        let first_round = rounds_begun.recv().await.unwrap();
+        let second = reads.read(deadline);
+        tokio::pin!(second);
+        assert!(second.as_mut().now_or_never().is_none(), "it has come");
+        first_round.send(at(7)).unwrap();
+        let begins = timeout(Duration::from_secs(30), rounds_begun.recv());
+        let second_round = begins.await.expect("a second round").unwrap();
+        second_round.send(at(9)).unwrap();
+        assert_eq!((first.await.unwrap(), second.await.unwrap().revision.0), (7, 9));
     }
 }

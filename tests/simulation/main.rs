@@ -47,19 +47,8 @@ const TOLD: &str = "PORTWARDEN_SIMULATION";
 const HUNT: &str = "PORTWARDEN_HUNT";
 
 fn main() -> ExitCode {
-    #[cfg(planted)]
-    if let Ok(told) = std::env::var(HUNT) {
-        let told = std::iter::once("scripts/planted").chain(told.split_whitespace());
-        return match hunt::hunt(&hunt::HuntArgs::parse_from(told)) {
-            Ok(true) => ExitCode::SUCCESS,
-            Ok(false) => ExitCode::FAILURE,
-            Err(why) => {
-                println!("planted: {why}");
-                ExitCode::from(2)
-            }
-        };
-    }
-    let Ok(told) = std::env::var(TOLD) else { return as_test() };
+    // The processes of a hunt are told what to simulate, and have what the hunter was told too.
+    let Ok(told) = std::env::var(TOLD) else { return otherwise() };
     let args = Args::parse_from(std::iter::once("scripts/simulate").chain(told.split_whitespace()));
     if let Some(seed) = args.one {
         return runner::run_one(&args, seed);
@@ -69,6 +58,25 @@ fn main() -> ExitCode {
         Ok(_) => ExitCode::FAILURE,
         Err(why) => {
             println!("simulate: {why}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+#[cfg(not(planted))]
+fn otherwise() -> ExitCode {
+    as_test()
+}
+
+#[cfg(planted)]
+fn otherwise() -> ExitCode {
+    let Ok(told) = std::env::var(HUNT) else { return as_test() };
+    let told = std::iter::once("scripts/planted").chain(told.split_whitespace());
+    match hunt::hunt(&hunt::HuntArgs::parse_from(told)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(why) => {
+            println!("planted: {why}");
             ExitCode::from(2)
         }
     }
