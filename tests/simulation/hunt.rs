@@ -109,21 +109,23 @@ fn by_simulation(args: &Args, bug: &str, budget: Duration) -> Option<String> {
     found.into_inner().expect("nobody panics")
 }
 
-/// The first test that fails with the bug; the whole binary must pass without it.
+/// The first test that fails with the bug, alone too, and passes alone without it.
 fn by_tests(binaries: &[PathBuf], bug: &str) -> Option<String> {
-    let run = |binary: &Path, bug: &str| {
-        let ran = Command::new(binary).env(CHOSEN, bug).stdin(Stdio::null()).output().ok()?;
-        let said = String::from_utf8_lossy(&ran.stdout).into_owned();
-        let failed = said.lines().find_map(|line| {
-            line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED"))
-        });
-        Some((ran.status.success(), failed.unwrap_or("a test").to_string()))
+    let run = |binary: &Path, bug: &str, args: &[&str]| {
+        Command::new(binary).args(args).env(CHOSEN, bug).stdin(Stdio::null()).output().ok()
+    };
+    let passes = |binary: &Path, bug: &str, test: &str| {
+        run(binary, bug, &[test, "--exact"]).is_some_and(|ran| ran.status.success())
     };
     binaries.iter().find_map(|binary| {
-        let (passed, test) = run(binary, bug)?;
-        let holds = !passed && run(binary, "")?.0;
+        let said = run(binary, bug, &[])?.stdout;
+        let said = String::from_utf8_lossy(&said);
+        let mut failed = said.lines().filter_map(|line| {
+            line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED"))
+        });
+        let test = failed.find(|test| !passes(binary, bug, test) && passes(binary, "", test))?;
         let name = binary.file_name()?.to_string_lossy();
         let name = name.rsplit_once('-').map_or(name.as_ref(), |(name, _)| name);
-        holds.then(|| format!("the tests of {name}: {test}"))
+        Some(format!("the tests of {name}: {test}"))
     })
 }
