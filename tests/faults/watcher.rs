@@ -14,6 +14,9 @@ use crate::history::{Record, Recorder};
 
 /// Progress comes every few seconds; a stream that is silent for longer is left.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// A node that does not begin to tell for so long is left: the longer nobody is told, the more is not
+/// kept any more, and must be guessed by the checker.
+const OPEN_MAX: Duration = Duration::from_secs(1);
 
 pub struct Watcher {
     pub recorder: Arc<Recorder>,
@@ -51,7 +54,7 @@ impl Watcher {
         let mut client = AllocatorClient::new(caller.channel()).max_decoding_message_size(16 << 20);
         let worker = self.worker.clone();
         let request = v1::WatchRequest { from_revision: from, worker, ..Default::default() };
-        let opened = timeout(SILENCE_MAX, client.watch(request)).await.map_err(|_| None)?;
+        let opened = timeout(OPEN_MAX, client.watch(request)).await.map_err(|_| None)?;
         let mut stream = opened.map_err(|status| oldest(&status))?.into_inner();
         let (watcher, endpoint) = (self.number, caller.endpoint().to_string());
         let worker = self.worker.clone();

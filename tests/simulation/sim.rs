@@ -275,6 +275,12 @@ impl Sim {
         let looked = self.witness.look(&sights, &disks, &mut news);
         self.trace.note(self.world.now(), &news);
         for message in self.witness.tables.changes() {
+            let events = message.events.iter();
+            for held in
+                events.filter(|e| e.r#type == "reclaimed").filter_map(|e| e.allocation.as_ref())
+            {
+                self.sites.iter().try_for_each(|site| site.kernel.is_over(held))?;
+            }
             self.recorder.put(|at| Record::Watched { at, watcher: THE_LOG, message });
         }
         looked

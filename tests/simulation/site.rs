@@ -158,6 +158,20 @@ impl Kernel {
         None
     }
 
+    /// What the system took must have ended: an agent saw it go, or its holder gave up its lease.
+    pub fn is_over(&self, reclaimed: &v1::Allocation) -> Result<(), String> {
+        let machine = self.machine();
+        let own = (reclaimed.name.clone(), reclaimed.token);
+        let runs = |p: &Running| p.confirmed && p.of.as_ref() == Some(&own);
+        match machine.worker == reclaimed.worker && machine.processes.values().any(runs) {
+            true => Err(format!(
+                "reclaimed while it runs: {} (token {}) of {} on ports {:?}",
+                own.0, own.1, machine.worker, reclaimed.ports
+            )),
+            false => Ok(()),
+        }
+    }
+
     fn start(&self, ports: Vec<u16>, of: Option<(String, u64)>, lives: Option<Duration>) -> u32 {
         let mut machine = self.machine();
         machine.next_pid += 1;

@@ -7,6 +7,7 @@
 //! | holding | [`holding`] | no port, GPU byte or exclusive GPU is held by two at once |
 //! | linear | [`replay`] | all answers are those of the core, in an order that real time allows |
 //! | growth | [`growth`] | revisions and tokens only grow; no (name, token) names two grants |
+//! | whole | [`whole`] | what is granted is all that was asked for |
 //! | survival | [`survival`] | what was acknowledged stays, what was released is gone, a lease that was renewed lives |
 //! | watches | [`watches`] | no stream has a gap or tells anything twice; all agree, and with the table |
 //! | replicas | [`replicas`] | the nodes' own copies are equal at equal revisions |
@@ -26,6 +27,7 @@ mod survival;
 #[cfg(test)]
 mod tests;
 mod watches;
+mod whole;
 
 use std::fmt;
 
@@ -36,6 +38,7 @@ pub enum Rule {
     Holding,
     Linear,
     Growth,
+    Whole,
     Survival,
     Watches,
     Replicas,
@@ -82,6 +85,7 @@ pub fn check(history: &History) -> Report {
     for (rule, broken) in [
         (Rule::Holding, holding::check(history)),
         (Rule::Growth, growth::check(history)),
+        (Rule::Whole, whole::check(history)),
         (Rule::Survival, survival::check(history)),
         (Rule::Watches, watches::check(history)),
         (Rule::Replicas, replicas::check(history)),
