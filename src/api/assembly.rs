@@ -2,6 +2,7 @@
 //!
 //! `serve` runs one, `dev` and `demo` run three in one process, tests as many as they like.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use axum::routing::get;
 use futures::Stream;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{interval, timeout};
@@ -27,9 +28,16 @@ const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How often readiness is looked at.
 const READINESS_EVERY: Duration = Duration::from_millis(200);
 
+/// Connections of clients that wait to be accepted.
+const BACKLOG: u32 = 1024;
+
 /// Sockets that are bound already: a port of 0 is known by then.
+///
+/// Clients are not listened for until they can be served. The kernel would take their connections and
+/// calls meanwhile, and a call would be done seconds after its caller went elsewhere with it, even
+/// after what it was granted there was released.
 pub struct Listeners {
-    pub clients: TcpListener,
+    pub clients: TcpSocket,
     pub peers: TcpListener,
     pub http: Option<TcpListener>,
 }
@@ -40,21 +48,31 @@ impl Listeners {
         clients: SocketAddr,
         peers: SocketAddr,
         http: Option<SocketAddr>,
-    ) -> Result<Listeners, std::io::Error> {
-        let bind = |what: &'static str, addr: SocketAddr| async move {
-            TcpListener::bind(addr).await.map_err(|e| {
-                std::io::Error::new(e.kind(), format!("cannot listen for {what} on {addr}: {e}"))
-            })
+    ) -> io::Result<Listeners> {
+        let named = |what: &'static str, addr: SocketAddr| {
+            move |e: io::Error| {
+                io::Error::new(e.kind(), format!("cannot listen for {what} on {addr}: {e}"))
+            }
+        };
+        let listen = |what: &'static str, addr: SocketAddr| async move {
+            TcpListener::bind(addr).await.map_err(named(what, addr))
         };
         Ok(Listeners {
-            clients: bind("clients", clients).await?,
-            peers: bind("peers", peers).await?,
+            clients: bound(clients).map_err(named("clients", clients))?,
+            peers: listen("peers", peers).await?,
             http: match http {
-                Some(addr) => Some(bind("HTTP", addr).await?),
+                Some(addr) => Some(listen("HTTP", addr).await?),
                 None => None,
             },
         })
     }
+}
+
+fn bound(addr: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?; // as `TcpListener::bind` does
+    socket.bind(addr)?;
+    Ok(socket)
 }
 
 /// A running server.
@@ -71,7 +89,12 @@ impl Server {
     pub async fn start(config: NodeConfig, listeners: Listeners) -> Result<Server, StartError> {
         let metrics = recorder();
         let Listeners { clients, peers, http: http_listener } = listeners;
+        let addr = clients.local_addr().map_err(StartError::ListenForClients)?;
         let node = Node::start(config, peers).await?;
+        let clients = clients.listen(BACKLOG).map_err(|error| {
+            let why = format!("cannot listen for clients on {addr}: {error}");
+            StartError::ListenForClients(io::Error::new(error.kind(), why))
+        })?;
         let mut server = Server::of(node, tcp_incoming(clients, make_room())).await;
         if let Some(listener) = http_listener {
             let app = http(server.node.clone(), metrics);
@@ -205,4 +228,29 @@ fn recorder() -> PrometheusHandle {
             handle
         })
         .clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn clients_are_not_listened_for_until_they_can_be_served() {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listeners = Listeners::bind(any, any, None).await.unwrap();
+        let addr = listeners.clients.local_addr().unwrap();
+        let refused = tokio::net::TcpStream::connect(addr).await.map(drop);
+        assert_eq!(refused.map_err(|e| e.kind()), Err(io::ErrorKind::ConnectionRefused));
+        let taken = Listeners::bind(any, listeners.peers.local_addr().unwrap(), None).await;
+        assert!(
+            taken.err().is_some_and(|e| e.to_string().starts_with("cannot listen for peers on"))
+        );
+        let listener = listeners.clients.listen(BACKLOG).unwrap();
+        let connected = tokio::net::TcpStream::connect(addr).await.map(drop);
+        assert!(connected.is_ok());
+        let taken = Listeners::bind(listener.local_addr().unwrap(), any, None).await;
+        assert!(
+            taken.err().is_some_and(|e| e.to_string().starts_with("cannot listen for clients"))
+        );
+    }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use prost::Message as _;
 use tokio::time::Instant;
 use tonic::{Code, Request, Status};
@@ -335,6 +336,18 @@ async fn what_was_surely_not_done_is_tried_again() {
     let response = api.allocate(allocate("b")).await.unwrap().into_inner();
     assert_eq!(response.allocations.len(), 1);
     assert_eq!(*fake.proposed.lock().unwrap(), 2);
+}
+
+#[tokio::test]
+async fn a_write_that_was_given_up_before_it_could_be_looked_at_is_not_done() {
+    let (fake, api) = fake();
+    assert!(
+        api.allocate(allocate("b")).now_or_never().is_none(),
+        "it is dropped at its first rest"
+    );
+    assert_eq!(*fake.proposed.lock().unwrap(), 0);
+    api.allocate(allocate("b")).await.unwrap();
+    assert_eq!(*fake.proposed.lock().unwrap(), 1);
 }
 
 #[tokio::test]

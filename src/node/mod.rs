@@ -154,6 +154,8 @@ pub enum StartError {
     Store(#[from] StoreError),
     #[error("cannot listen for peers on {addr}: {source}")]
     Listen { addr: SocketAddr, source: std::io::Error },
+    #[error(transparent)]
+    ListenForClients(std::io::Error),
     #[error("Raft does not start: {0}")]
     Raft(String),
     #[error(transparent)]

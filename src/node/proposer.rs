@@ -9,7 +9,7 @@
 //! - Admission never waits: a full lane is [`CallError::Overloaded`].
 //! - The urgent lane (what confirms, frees or moves on) has its own room and goes first, so that a
 //!   flood of allocations cannot keep ports from being given back.
-//! - A command whose caller's deadline has passed is dropped unproposed. Whether it was proposed is
+//! - A command whose caller's deadline has passed, or who is gone, is dropped unproposed. Whether it was proposed is
 //!   settled by one atomic step between caller and packer, so that "nothing was changed" is true
 //!   whenever it is said.
 
@@ -253,7 +253,8 @@ impl Entry {
 
     /// Takes a group in, unless nobody waits for it any more.
     fn add(&mut self, group: Group) {
-        if group.deadline <= Instant::now() || !decide(&group.fate, PROPOSED) {
+        let wanted = group.deadline > Instant::now() && !group.answer.is_closed();
+        if !wanted || !decide(&group.fate, PROPOSED) {
             let _ = group.answer.send(Err(CallError::Expired));
             return;
         }
@@ -353,5 +354,23 @@ mod tests {
         // What is packed makes room.
         drop(queue.recv().await);
         assert!(propose(grant()).is_none());
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_any_more_is_not_proposed() {
+        let (lane, mut queue) = Lane::new();
+        let (urgent, _urgent_queue) = Lane::new();
+        let proposer = Proposer { urgent, normal: lane, urgent_full: Arc::default() };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut entry = Entry::default();
+        let grant = || Command::GrantLease { ttl: Millis(1000) };
+        assert!(proposer.propose(grant(), deadline).now_or_never().is_none(), "and is given up");
+        entry.add(queue.recv().await.unwrap());
+        assert!(entry.commands.is_empty());
+        let waits = proposer.propose(grant(), deadline);
+        tokio::pin!(waits);
+        assert!(waits.as_mut().now_or_never().is_none());
+        entry.add(queue.recv().await.unwrap());
+        assert_eq!(entry.commands, [grant()]);
     }
 }

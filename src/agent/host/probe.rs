@@ -103,8 +103,10 @@ fn by_whom(port: u16) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fmt::Debug;
     use std::net::{TcpListener, TcpStream, UdpSocket};
     use std::sync::atomic::{AtomicU16, Ordering};
+    use std::time::{Duration, Instant};
 
     fn in_use(probe: &Probe, shown: &str) -> bool {
         matches!(probe, Probe::InUse(why) if why.starts_with(shown))
@@ -122,34 +124,51 @@ mod tests {
         }
     }
 
-    /// Another test may be starting a program: until that runs, it has what is open here.
-    fn closed<T>(socket: T, port: u16) {
-        drop(socket);
-        let began = std::time::Instant::now();
-        while probe(port) != Probe::Free {
-            assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", probe(port));
-            std::thread::yield_now();
+    /// Another test may be starting a program: until that runs, it has what is open here, also the
+    /// sockets of a probe.
+    fn eventually<T, E: Debug>(mut attempt: impl FnMut() -> Result<T, E>) -> T {
+        let began = Instant::now();
+        loop {
+            match attempt() {
+                Ok(done) => return done,
+                Err(error) if began.elapsed() > Duration::from_secs(20) => panic!("{error:?}"),
+                Err(_) => std::thread::yield_now(),
+            }
         }
+    }
+
+    fn until(port: u16, wanted: Probe) {
+        eventually(|| match probe(port) {
+            found if found == wanted => Ok(()),
+            found => Err(found),
+        });
+    }
+
+    fn listen(address: &str, port: u16) -> TcpListener {
+        eventually(|| TcpListener::bind((address, port)))
     }
 
     #[test]
     fn whatever_has_a_port_is_found_and_named() {
         let port = free_port();
-        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let listener = listen("127.0.0.1", port);
         let found = probe(port);
         assert!(in_use(&found, "TCP 0.0.0.0: Address"), "{found:?}");
         let Probe::InUse(why) = &found else { panic!("{found:?}") };
         assert!(why.contains(&format!("by process {}", std::process::id())), "{why}");
-        closed(listener, port);
-        let listener = TcpListener::bind(("::1", port)).unwrap();
+        drop(listener);
+        until(port, Probe::Free);
+        let listener = listen("::1", port);
         let found = probe(port);
         assert!(in_use(&found, "TCP [::]"), "{found:?}");
-        closed(listener, port);
+        drop(listener);
+        until(port, Probe::Free);
         for (address, shown) in [("127.0.0.1", "UDP 0.0.0.0"), ("::1", "UDP [::]")] {
-            let socket = UdpSocket::bind((address, port)).unwrap();
+            let socket = eventually(|| UdpSocket::bind((address, port)));
             let found = probe(port);
             assert!(in_use(&found, shown), "{found:?}");
-            closed(socket, port);
+            drop(socket);
+            until(port, Probe::Free);
         }
     }
 
@@ -159,14 +178,14 @@ mod tests {
         let port = free_port();
         let bound = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
         sockopt::set_socket_reuseaddr(&bound, true).unwrap();
-        bind(&bound, &SocketAddr::from(([127, 0, 0, 1], port))).unwrap();
+        eventually(|| bind(&bound, &SocketAddr::from(([127, 0, 0, 1], port))));
         assert!(in_use(&probe(port), "TCP 0.0.0.0"));
     }
 
     #[test]
     fn a_port_with_remains_of_connections_is_closing_and_no_conflict() {
         let port = free_port();
-        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let listener = listen("127.0.0.1", port);
         let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
         let (server, _) = listener.accept().unwrap();
         // Its side closes first, and so waits.
@@ -174,8 +193,8 @@ mod tests {
         drop(client);
         let left = sockets().unwrap();
         assert!(left.iter().any(|s| s.port == port && s.state == State::Closing), "{left:?}");
-        assert_eq!(probe(port), Probe::Closing);
-        TcpListener::bind(("127.0.0.1", port)).unwrap(); // std asks for SO_REUSEADDR
+        until(port, Probe::Closing);
+        listen("127.0.0.1", port); // std asks for SO_REUSEADDR
     }
 
     /// Field failure gpustack-4557 in the small: the local port of an outgoing connection.
