@@ -410,7 +410,6 @@ fn a_port_that_was_released_meanwhile_may_be_given() {
 
 fn with_gpu(response: Response, memory_bytes: u64, exclusive: bool) -> Response {
     let Response::Allocate(mut r) = response else { panic!("{response:?}") };
-    r.allocations[0].ports.clear();
     r.allocations[0].gpus = vec![v1::Gpu { memory_bytes, exclusive, ..Default::default() }];
     Response::Allocate(r)
 }
@@ -420,8 +419,8 @@ fn more_of_a_gpu_than_there_is() {
     let with = |b: u64, exclusive| {
         let mut s = Script::torn();
         s.worker("w", 40_000);
-        s.answered(allocate("a"), with_gpu(made_up("a", "u", 5, 0), 60, false));
-        s.answered(allocate("b"), with_gpu(made_up("b", "v", 6, 0), b, exclusive));
+        s.answered(allocate("a"), with_gpu(made_up("a", "u", 5, 40_001), 60, false));
+        s.answered(allocate("b"), with_gpu(made_up("b", "v", 6, 40_002), b, exclusive));
         s
     };
     with(40, false).good();
