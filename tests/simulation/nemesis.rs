@@ -395,12 +395,15 @@ fn replace(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
 /// A node loses its disk and is started anew under its id: it must be refused, and is replaced.
 fn lost_disk(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
     let old = sim.replaceable(rng)?;
+    sim.cluster.seats[old].may_end = Some("it lost its disk");
+    let Some(new) = sim.take_in() else {
+        sim.cluster.seats[old].may_end = None;
+        return None;
+    };
     sim.kill(old, 0, false);
     sim.cluster.wipe(old);
     sim.witness.monotonic.wiped(sim.cluster.seats[old].id);
-    sim.cluster.seats[old].may_end = Some("it lost its disk");
     sim.start(old);
-    let new = sim.take_in()?;
     let what = format!("{} by {}", ids(sim, &[old]), ids(sim, &[new]));
     sim.begin_to_replace(old, new);
     Some((what, Box::new(|_| ())))

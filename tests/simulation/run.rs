@@ -159,11 +159,15 @@ impl Sim {
         let began = self.now();
         for at in 0..self.cluster.seats.len() {
             let seat = &self.cluster.seats[at];
-            if seat.life != Life::Runs || seat.may_end.is_some() {
+            if seat.life == Life::Gone || seat.may_end.is_some() {
                 continue;
             }
             let endpoint = seat.client();
             while !self.serves(&endpoint)? {
+                // It may have been asked to stop long ago, and have ended just now.
+                if let Life::Down { .. } = self.cluster.seats[at].life {
+                    self.start(at);
+                }
                 if self.now() - began > AVAILABLE_WITHIN {
                     return Err(format!("liveness: {endpoint} does not serve: {}", self.state()));
                 }
