@@ -121,10 +121,8 @@ impl Sim {
             self.world.pause(host, false);
             self.world.set_wall_skew(host, 0);
             self.cluster.seats[at].disk.set_latency(self.plan.settings.disk_latency);
-            if let Life::Down { .. } = self.cluster.seats[at].life {
-                self.start(at);
-            }
         }
+        self.start_what_is_down();
         self.recorder.put(|at| Record::Healed { at });
         self.until_available()?;
         self.recorder.put(|at| Record::Available { at });
@@ -164,10 +162,7 @@ impl Sim {
             }
             let endpoint = seat.client();
             while !self.serves(&endpoint)? {
-                // It may have been asked to stop long ago, and have ended just now.
-                if let Life::Down { .. } = self.cluster.seats[at].life {
-                    self.start(at);
-                }
+                self.start_what_is_down();
                 if self.now() - began > AVAILABLE_WITHIN {
                     return Err(format!("liveness: {endpoint} does not serve: {}", self.state()));
                 }
@@ -175,6 +170,15 @@ impl Sim {
             }
         }
         Ok(())
+    }
+
+    /// Also who was asked to stop long ago, and has ended just now.
+    fn start_what_is_down(&mut self) {
+        for at in 0..self.cluster.seats.len() {
+            if let Life::Down { .. } = self.cluster.seats[at].life {
+                self.start(at);
+            }
+        }
     }
 
     fn serves(&mut self, endpoint: &str) -> Result<bool, Broken> {
