@@ -49,16 +49,11 @@ impl Listeners {
         peers: SocketAddr,
         http: Option<SocketAddr>,
     ) -> io::Result<Listeners> {
-        let named = |what: &'static str, addr: SocketAddr| {
-            move |e: io::Error| {
-                io::Error::new(e.kind(), format!("cannot listen for {what} on {addr}: {e}"))
-            }
-        };
         let listen = |what: &'static str, addr: SocketAddr| async move {
-            TcpListener::bind(addr).await.map_err(named(what, addr))
+            TcpListener::bind(addr).await.map_err(cannot_listen(what, addr))
         };
         Ok(Listeners {
-            clients: bound(clients).map_err(named("clients", clients))?,
+            clients: bound(clients).map_err(cannot_listen("clients", clients))?,
             peers: listen("peers", peers).await?,
             http: match http {
                 Some(addr) => Some(listen("HTTP", addr).await?),
@@ -68,11 +63,20 @@ impl Listeners {
     }
 }
 
+fn cannot_listen(what: &'static str, addr: SocketAddr) -> impl FnOnce(io::Error) -> io::Error {
+    move |e| io::Error::new(e.kind(), format!("cannot listen for {what} on {addr}: {e}"))
+}
+
 fn bound(addr: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?; // as `TcpListener::bind` does
     socket.bind(addr)?;
     Ok(socket)
+}
+
+fn listen_for_clients(socket: TcpSocket) -> io::Result<TcpListener> {
+    let addr = socket.local_addr()?;
+    socket.listen(BACKLOG).map_err(cannot_listen("clients", addr))
 }
 
 /// A running server.
@@ -89,12 +93,8 @@ impl Server {
     pub async fn start(config: NodeConfig, listeners: Listeners) -> Result<Server, StartError> {
         let metrics = recorder();
         let Listeners { clients, peers, http: http_listener } = listeners;
-        let addr = clients.local_addr().map_err(StartError::ListenForClients)?;
         let node = Node::start(config, peers).await?;
-        let clients = clients.listen(BACKLOG).map_err(|error| {
-            let why = format!("cannot listen for clients on {addr}: {error}");
-            StartError::ListenForClients(io::Error::new(error.kind(), why))
-        })?;
+        let clients = listen_for_clients(clients).map_err(StartError::Listen)?;
         let mut server = Server::of(node, tcp_incoming(clients, make_room())).await;
         if let Some(listener) = http_listener {
             let app = http(server.node.clone(), metrics);
@@ -245,7 +245,7 @@ mod tests {
         assert!(
             taken.err().is_some_and(|e| e.to_string().starts_with("cannot listen for peers on"))
         );
-        let listener = listeners.clients.listen(BACKLOG).unwrap();
+        let listener = listen_for_clients(listeners.clients).unwrap();
         let connected = tokio::net::TcpStream::connect(addr).await.map(drop);
         assert!(connected.is_ok());
         let taken = Listeners::bind(listener.local_addr().unwrap(), any, None).await;

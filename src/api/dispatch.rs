@@ -407,16 +407,7 @@ impl Api {
         metadata: &MetadataMap,
         message: M::Request,
     ) -> Result<Response<M::Response>, Status> {
-        self.observed(M::PATH, metadata, |deadline| async move {
-            // What a caller has given up by the time at which it is read here (this process was
-            // stopped, or had no processor) must not be done any more: the caller may be through
-            // with it, by way of another node. The server drops this future then, at the latest here.
-            if M::WRITES {
-                tokio::task::yield_now().await;
-            }
-            self.dispatch::<M>(message, deadline).await
-        })
-        .await
+        self.observed(M::PATH, metadata, |deadline| self.dispatch::<M>(message, deadline)).await
     }
 
     pub(super) async fn dispatch<M: Method>(
@@ -425,6 +416,12 @@ impl Api {
         deadline: Deadline,
     ) -> Result<M::Response, Status> {
         let parsed = M::parse(&request)?;
+        // What a caller has given up by the time at which it is read here (this process was stopped,
+        // or had no processor) must not be done any more: the caller may be through with it, by way
+        // of another node. The server drops this future then, at the latest here.
+        if M::WRITES {
+            tokio::task::yield_now().await;
+        }
         if M::runs_anywhere(&parsed) {
             return M::run(self, &parsed, deadline).await.map_err(Failure::into_status);
         }

@@ -12,6 +12,7 @@ use tonic_types::StatusExt as _;
 use super::dispatch::CALLS_IN_FLIGHT_MAX;
 use super::fake::{claim, count, fake, request, spec, table};
 use super::pages::{PAGE_SIZE_MAX, PAGE_SOFT_BYTES, SCAN_MAX, fill, page_size};
+use super::session::Session;
 use super::{convert, errors};
 use crate::core::{
     self, Command, Invalid, LeaseId, Millis, Origin, Refusal, Revision, apply, limits,
@@ -345,6 +346,11 @@ async fn a_write_that_was_given_up_before_it_could_be_looked_at_is_not_done() {
         api.allocate(allocate("b")).now_or_never().is_none(),
         "it is dropped at its first rest"
     );
+    let asked = v1::session_command::Command::Allocate(allocate("b").into_inner());
+    let commands = vec![v1::SessionCommand { id: 1, command: Some(asked) }];
+    let message = v1::SessionRequest { commands, timeout_ms: 0 };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    assert!(api.dispatch::<Session>(message, deadline).now_or_never().is_none());
     assert_eq!(*fake.proposed.lock().unwrap(), 0);
     api.allocate(allocate("b")).await.unwrap();
     assert_eq!(*fake.proposed.lock().unwrap(), 1);

@@ -29,7 +29,6 @@ mod wall_clock;
 pub mod watch;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -152,10 +151,8 @@ impl Default for Upkeep {
 pub enum StartError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("cannot listen for peers on {addr}: {source}")]
-    Listen { addr: SocketAddr, source: std::io::Error },
     #[error(transparent)]
-    ListenForClients(std::io::Error),
+    Listen(std::io::Error),
     #[error("Raft does not start: {0}")]
     Raft(String),
     #[error(transparent)]

@@ -569,22 +569,20 @@ fn a_gang_that_is_granted_in_part() {
         let claims = names.into_iter().flat_map(|name| wants(name, true).claims).collect();
         Request::Allocate(v1::AllocateRequest { claims, dry_run: false })
     };
-    let both = |port: u32| {
-        let Response::Allocate(mut r) = made_up("a", "u", 9, 40_000) else { panic!() };
-        let Response::Allocate(b) = made_up("b", "v", 9, port) else { panic!() };
-        r.allocations.extend(b.allocations);
-        r
+    let Response::Allocate(mut whole) = made_up("a", "u", 9, 40_000) else { panic!() };
+    let Response::Allocate(b) = made_up("b", "v", 9, 40_001) else { panic!() };
+    whole.allocations.extend(b.allocations);
+    let (mut without_b, mut without_its_port) = (whole.clone(), whole.clone());
+    without_b.allocations.pop();
+    without_its_port.allocations[1].ports.clear();
+    let answered = |answer| {
+        let mut s = Script::torn();
+        s.answered(gang(["a", "b"]), Response::Allocate(answer));
+        s
     };
-    let mut s = Script::torn();
-    s.answered(gang(["a", "b"]), Response::Allocate(both(40_001)));
-    s.good();
-    for leave_out in [(|r| drop(r.allocations.pop())) as fn(&mut v1::AllocateResponse), |r| {
-        r.allocations[1].ports.clear()
-    }] {
-        let (mut s, mut part) = (Script::torn(), both(40_001));
-        leave_out(&mut part);
-        s.answered(gang(["a", "b"]), Response::Allocate(part));
-        assert!(s.breaks(Rule::Whole).contains("asked for"));
+    answered(whole).good();
+    for part in [without_b, without_its_port] {
+        assert!(answered(part).breaks(Rule::Whole).contains("asked for"));
     }
 }
 
