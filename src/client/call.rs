@@ -1,5 +1,6 @@
 //! One call over as many attempts as it takes.
 
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -135,7 +136,8 @@ impl Client {
         let deadline = Instant::now() + self.timeout;
         let request_id = AsciiMetadataValue::try_from(self.fresh_uid()).ok();
         let mut tour = self.tour();
-        let mut last = String::from("the timeout is too short for one attempt");
+        // Of each endpoint what was last heard: the one that runs knows more than the one that does not.
+        let mut heard = BTreeMap::new();
         for attempt in 1.. {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -155,28 +157,35 @@ impl Client {
                     return Err(after_doubt(method.effect, doubt, refused));
                 }
                 Err(Verdict::NotDone { why, pause }) => {
-                    last = by(tour.door(), why);
+                    heard.insert(tour.door().name.clone(), why);
                     pause
                 }
                 Err(Verdict::Doubtful { why }) => {
-                    last = by(tour.door(), why);
+                    let from = by(tour.door(), why.clone());
+                    heard.insert(tour.door().name.clone(), why);
                     match method.effect {
                         Effect::Read => {}
-                        Effect::Once => return Err(ClientError::OutcomeUnknown { why: last }),
+                        Effect::Once => return Err(ClientError::OutcomeUnknown { why: from }),
                         Effect::Fenced | Effect::Expiring | Effect::Repeatable => {
-                            doubt = Some(last.clone());
+                            doubt = Some(from);
                         }
                     }
                     None
                 }
             };
-            tracing::debug!(method = method.path, attempt, last, "no answer");
+            tracing::debug!(method = method.path, attempt, ?heard, "no answer");
             let pause = tour.move_on(asked_pause);
             sleep(pause.min(deadline.saturating_duration_since(Instant::now()))).await;
         }
         Err(match doubt {
             Some(doubt) => ClientError::OutcomeUnknown { why: doubt },
-            None => ClientError::Unavailable { why: last },
+            None if heard.is_empty() => {
+                ClientError::Unavailable { why: "the timeout is too short for one attempt".into() }
+            }
+            None => {
+                let each = heard.iter().map(|(endpoint, why)| format!("{endpoint}: {why}"));
+                ClientError::Unavailable { why: each.collect::<Vec<_>>().join("; ") }
+            }
         })
     }
 
