@@ -25,9 +25,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io;
 use std::ops::{Bound, Range};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -520,7 +522,7 @@ impl Tail {
 }
 
 /// The thread that writes. The adapter to a library that blocks: the one place with a thread of its
-/// own (two, with that of [`Mark`]).
+/// own.
 struct Writer {
     path: PathBuf,
     disk: Arc<dyn Disk>,
@@ -569,19 +571,19 @@ impl Writer {
 
     fn run(mut self, ops: &mpsc::Receiver<Op>) {
         let _guard = EndsProcess;
-        while let Some(op) = self.next(ops) {
-            match op {
-                Some(first) => {
+        loop {
+            match self.next(ops) {
+                Ok(first) => {
                     let round = self.gather(first, || ops.try_recv().ok());
                     self.finish(round);
                 }
-                None => self.purge_slice(),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if self.purging.is_some() => self.purge_slice(),
+                Err(RecvTimeoutError::Timeout) => self.mark(Mark::sync),
             }
         }
         self.must(self.disk.flush());
-        if let Some(mark) = &mut self.mark {
-            mark.end();
-        }
+        self.mark(Mark::sync);
     }
 
     /// The same, where time is the runtime's.
@@ -617,15 +619,15 @@ impl Writer {
         round
     }
 
-    /// Outer `None`: everybody has left. Inner `None`: nothing waits, and there is a purge to do.
-    fn next(&self, ops: &mpsc::Receiver<Op>) -> Option<Option<Op>> {
-        if self.purging.is_none() {
-            return ops.recv().ok().map(Some);
-        }
-        match ops.try_recv() {
-            Ok(op) => Some(Some(op)),
-            Err(mpsc::TryRecvError::Empty) => Some(None),
-            Err(mpsc::TryRecvError::Disconnected) => None,
+    /// A timeout: nothing waits, and there is a purge to do or the mark to sync.
+    fn next(&self, ops: &mpsc::Receiver<Op>) -> Result<Op, RecvTimeoutError> {
+        let idle = match self.purging {
+            Some(_) => Some(Duration::ZERO),
+            None => self.mark.as_ref().and_then(Mark::due),
+        };
+        match idle {
+            Some(idle) => ops.recv_timeout(idle),
+            None => ops.recv().map_err(|mpsc::RecvError| RecvTimeoutError::Disconnected),
         }
     }
 
@@ -673,10 +675,6 @@ impl Writer {
         let began = Instant::now();
         self.must(self.disk.flush());
         histogram!("portwarden_log_flush_seconds").record(began.elapsed().as_secs_f64());
-        // That of the round before: it had this round's time.
-        if let Some(mark) = &mut self.mark {
-            mark.end();
-        }
         self.durable = round.ends;
         {
             let mut index = guard(&self.index);
@@ -689,10 +687,8 @@ impl Writer {
         for done in round.changed {
             let _ = done.send(()); // who asked may have gone
         }
-        // Nobody waits for it: only the next round's answers do.
-        if let Some(mark) = &mut self.mark {
-            mark.begin(self.durable);
-        }
+        let durable = self.durable;
+        self.mark(|mark| mark.note(durable));
     }
 
     /// Writes a value after all that came before it.
@@ -712,9 +708,8 @@ impl Writer {
         if self.durable.last.map(|at| at.index) > last.map(|at| at.index) {
             self.durable.last = last;
         }
-        if let Some(mark) = &mut self.mark {
-            mark.lower(self.durable);
-        }
+        let durable = self.durable;
+        self.mark(|mark| mark.lower(durable));
         round.ends.last = last;
         self.remove(self.disk.range((Bound::Included(key(end, 0)), Bound::Unbounded)));
     }
@@ -735,6 +730,11 @@ impl Writer {
         let count = gone.len();
         self.must(self.disk.write(gone));
         count
+    }
+
+    fn mark(&mut self, step: impl FnOnce(&mut Mark) -> io::Result<()>) {
+        let done = self.mark.as_mut().map_or(Ok(()), step);
+        self.must(done);
     }
 
     fn must<T, E: std::fmt::Display>(&self, result: Result<T, E>) -> T {

@@ -1,21 +1,24 @@
 //! How far the log had come: its last entry and its vote beside sled, so that a tail that sled drops
 //! without a word (it skips what it finds damaged) is noticed at the next start.
 //!
-//! Two slots of a page each, written in turn, each with a sequence number and a checksum: a torn
-//! write leaves the other one. A round of the log's writer is marked as soon as it is on the disk,
-//! on a thread of its own, and the answers of the *next* round wait for that. So the mark never
-//! promises more than the log holds, and misses at most what was answered since the last mark: the
-//! last round of a process that was killed within a fraction of a millisecond of it. Before entries
-//! are truncated it is lowered.
+//! Two slots of a page each, with a sequence number and a checksum each. Every round of the log's
+//! writer is written into one of them once it is on the disk, which costs no sync: a process that is
+//! killed leaves it. The slot is synced every [`SYNC_EVERY`], with a vote at once, and the next write
+//! goes to the other one. So there is always a synced slot that nobody writes to, and a torn write
+//! leaves it; the mark never promises more than the log holds; and after a power cut it misses at most
+//! what was answered within [`SYNC_EVERY`] before. Before entries are truncated it is lowered, durably.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
+use super::StoreError;
 use super::codec::{Ballot, Position};
-use super::{StoreError, fatal};
 
+/// For how long what is written may be without a sync.
+const SYNC_EVERY: Duration = Duration::from_millis(50);
 const SLOT_BYTES: u64 = 4096;
 const MAGIC: &[u8; 4] = b"PWMK";
 const VERSION: u8 = 2;
@@ -71,13 +74,13 @@ impl Marked {
 
 #[derive(Debug)]
 pub(super) struct Mark {
-    /// What was last handed over.
+    file: File,
+    /// What was last written.
     written: Marked,
+    /// Of the slot that is written to. Grows with each sync: the slots take turns.
     sequence: u64,
-    slots: mpsc::Sender<(u64, Record)>,
-    results: mpsc::Receiver<()>,
-    /// A write was handed over and not waited for.
-    begun: bool,
+    /// Since when what was written is not synced.
+    unsynced: Option<Instant>,
 }
 
 impl Mark {
@@ -132,53 +135,56 @@ impl Mark {
             return Err(StoreError::damaged(path, "no slot of it can be read"));
         }
         let (sequence, marked) = newest.unwrap_or_default();
-        let (slots, todo) = mpsc::channel::<(u64, Record)>();
-        let (done, results) = mpsc::channel();
-        let name = path.display().to_string();
-        let write = move || {
-            for (offset, bytes) in todo {
-                let result = file.write_all_at(&bytes, offset).and_then(|()| file.sync_data());
-                if let Err(error) = result {
-                    fatal(&format!("{name} cannot be written"), &error);
-                }
-                if done.send(()).is_err() {
-                    return;
-                }
+        // What a killed process left may be in no sync yet, and the other slot is written to next.
+        file.sync_data().map_err(StoreError::io(path, "cannot be synced"))?;
+        let mark = Mark { file, written: marked, sequence: sequence + 1, unsynced: None };
+        Ok((mark, marked))
+    }
+
+    /// What is on the disk now; it is so at once for whoever kills this process.
+    pub fn note(&mut self, marked: Marked) -> io::Result<()> {
+        if marked != self.written {
+            let votes = marked.vote != self.written.vote;
+            self.write(marked)?;
+            if votes {
+                self.sync()?;
             }
-        };
-        std::thread::Builder::new()
-            .name("log-mark".into())
-            .spawn(write)
-            .map_err(StoreError::io(path, "cannot start its thread"))?;
-        Ok((Mark { written: marked, sequence, slots, results, begun: false }, marked))
+        }
+        match self.due() {
+            Some(due) if due.is_zero() => self.sync(),
+            _ => Ok(()),
+        }
     }
 
-    /// Hands the mark over to be written and synced; [`Mark::end`] waits for it.
-    pub fn begin(&mut self, marked: Marked) {
-        if marked == self.written {
-            return;
-        }
-        self.end();
-        self.sequence += 1;
-        let slot = (self.sequence % 2 * SLOT_BYTES, encode(self.sequence, &marked));
-        // Without its thread the process has ended.
-        self.begun = self.slots.send(slot).is_ok();
-        self.written = marked;
-    }
-
-    pub fn end(&mut self) {
-        if std::mem::take(&mut self.begun) && self.results.recv().is_err() {
-            fatal("the thread that writes the log's mark is gone", &"see above");
-        }
+    /// When the mark is to be synced; `None`: it is.
+    pub fn due(&self) -> Option<Duration> {
+        self.unsynced.map(|since| SYNC_EVERY.saturating_sub(since.elapsed()))
     }
 
     /// Brings the mark down to `marked`, durably, where it says more.
-    pub fn lower(&mut self, marked: Marked) {
+    pub fn lower(&mut self, marked: Marked) -> io::Result<()> {
         let index = |marked: &Marked| marked.last.map(|at| at.index);
         if index(&self.written) > index(&marked) {
-            self.begin(marked);
+            // The synced slot says more too: the lower one must be the newer, and durable.
+            self.write(marked)?;
         }
-        self.end();
+        self.sync()
+    }
+
+    fn write(&mut self, marked: Marked) -> io::Result<()> {
+        let offset = self.sequence % 2 * SLOT_BYTES;
+        self.file.write_all_at(&encode(self.sequence, &marked), offset)?;
+        self.written = marked;
+        self.unsynced.get_or_insert_with(Instant::now);
+        Ok(())
+    }
+
+    pub fn sync(&mut self) -> io::Result<()> {
+        if self.unsynced.take().is_some() {
+            self.file.sync_data()?;
+            self.sequence += 1;
+        }
+        Ok(())
     }
 }
 
@@ -240,8 +246,8 @@ mod tests {
         let path = dir.path().join("mark");
         let write = |marked| {
             let (mut mark, _) = Mark::open(&path).unwrap();
-            mark.begin(marked);
-            mark.end();
+            mark.note(marked).unwrap();
+            mark.sync().unwrap();
         };
         let read = || Mark::open(&path).map(|(_, marked)| marked);
         assert_eq!(read().unwrap(), Marked::default());
