@@ -8,6 +8,7 @@
 //!
 //! Time, tasks and timers are tokio's; the network and the disk lie behind `raft` and `store`.
 
+mod absence;
 mod agreement;
 pub mod backups;
 mod bootstrap;
@@ -356,6 +357,7 @@ impl Node {
         tokio::spawn(telemetry::report(node.clone()));
         tokio::spawn(survey::report(node.clone()));
         tokio::spawn(members::tidy(node.clone()));
+        tokio::spawn(absence::watch(node.clone()));
         tokio::spawn(timers::run(node.clone()));
         tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
         if let Some(plan) = backup_plan {

@@ -33,7 +33,7 @@ use openraft::raft::{
 };
 use openraft::type_config::alias::WatchReceiverOf;
 use openraft::{OptionalSend, RPCTypes};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
@@ -57,6 +57,8 @@ pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a follower may take to write what it was sent. openraft's own limit is a heartbeat,
 /// which a slow disk exceeds; a dead peer is found out by the keepalive.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a peer has to show that it is alive, once its stream has ended.
+const GONE_TIMEOUT: Duration = Duration::from_millis(500);
 const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
 /// Chunks that were read and not sent yet.
 const SNAPSHOT_CHUNKS_AHEAD: usize = 4;
@@ -113,6 +115,7 @@ pub struct PeerNetwork {
     refusal: Arc<watch::Sender<Option<String>>>,
     removed: Arc<watch::Sender<bool>>,
     led: Arc<AtomicBool>,
+    parted: Arc<Notify>,
     closed: Arc<watch::Sender<bool>>,
 }
 
@@ -129,6 +132,7 @@ impl PeerNetwork {
             refusal: Arc::new(watch::channel(None).0),
             removed: Arc::new(watch::channel(false).0),
             led: Arc::default(),
+            parted: Arc::default(),
             closed: Arc::new(watch::channel(false).0),
         }
     }
@@ -158,6 +162,15 @@ impl PeerNetwork {
 
     pub(super) fn is_led(&self) {
         self.led.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns when a stream of entries has ended, a peer's process perhaps with it. One may wait.
+    pub async fn parted(&self) {
+        self.parted.notified().await;
+    }
+
+    pub(super) fn parts(&self) {
+        self.parted.notify_one();
     }
 
     pub(super) fn was_removed(&self) {
@@ -241,6 +254,24 @@ impl PeerNetwork {
         }
     }
 
+    /// Is the process that was this member surely gone? Its host says that nobody listens at its
+    /// address, or another process answers there. Silence proves nothing.
+    pub async fn is_gone(&self, peer: NodeId, peer_addr: &str) -> bool {
+        // The first attempt may find out no more than that the old connection is broken.
+        for _ in 0..2 {
+            let Ok(mut rpc) = self.rpc(Lane::Probes, peer_addr) else { return false };
+            let header = Some(self.identities.header(peer));
+            let request = proto::ProbeRequest { header, ..Default::default() };
+            match self.answered(GONE_TIMEOUT, async move { rpc.probe(request).await }).await {
+                Some(Ok(answer)) => return !self.identities.runs_as(peer, &answer.session),
+                Some(Err(status)) if nobody_listens(&status) => return true,
+                Some(Err(_)) => {}
+                None => return false,
+            }
+        }
+        false
+    }
+
     /// Asks the node at this address to take this one in. The header is filled in here.
     pub async fn join(
         &self,
@@ -290,7 +321,7 @@ impl PeerNetwork {
     }
 
     /// Resolves when this node stops.
-    pub(super) async fn closed(&self) {
+    pub async fn closed(&self) {
         let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
     }
 
@@ -353,6 +384,20 @@ fn never_connected(status: &Status) -> bool {
     let mut cause = status.source();
     while let Some(error) = cause {
         if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// The host answered for the process: there is none.
+fn nobody_listens(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<std::io::Error>()
+            && error.kind() == std::io::ErrorKind::ConnectionRefused
+        {
             return true;
         }
         cause = error.source();

@@ -198,6 +198,15 @@ async fn check_session(network: &PeerNetwork, header: &proto::Header) -> Result<
     Ok(())
 }
 
+/// A peer's stream of entries, for as long as it is there.
+struct HeldStream(PeerNetwork);
+
+impl Drop for HeldStream {
+    fn drop(&mut self) {
+        self.0.parts();
+    }
+}
+
 #[tonic::async_trait]
 impl Peer for PeerService {
     async fn vote(&self, request: Request<proto::VoteRequest>) -> Answer<proto::VoteResponse> {
@@ -237,6 +246,7 @@ impl Peer for PeerService {
             let Some(first) = messages.message().await? else { return Ok(stream::empty().boxed()) };
             admit_member(&network, first.header.as_ref()).await?;
             network.is_led();
+            let stream = HeldStream(network.clone());
             let requests = stream::once(ready(Ok(first)))
                 .chain(messages)
                 .map(|message| message.and_then(|message| read_append(message).map_err(malformed)));
@@ -250,6 +260,7 @@ impl Peer for PeerService {
             let requests = requests.take_until(has_stopped(raft.clone()));
             let mut incarnation = network.identities.local.incarnation.clone();
             let answers = raft.stream_append(requests).map(move |answer| {
+                let _held = &stream;
                 Ok(wire_answer(answer.map_err(stopped)?, std::mem::take(&mut incarnation)))
             });
             Ok::<_, Status>(answers.boxed())

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::load::under_load;
-use crate::support::{BINARY, Cluster, assert_unique, ports};
+use crate::support::{BINARY, Cluster, assert_unique, ports, wait_for};
 
 /// Eight clients allocate two ports each, over and over, and release every third allocation, while
 /// the leader is killed twice. No acknowledged allocation is lost, none that was released comes
@@ -22,6 +22,31 @@ fn two_leaders_die_under_eight_clients() {
             eprintln!("kill {kill}: node {} is back", cluster.nodes[leader].id);
         }
     });
+}
+
+/// Where the leader's process has ended the others find that out by asking at its address, and need not
+/// wait; where it is only silent they wait for the timeout.
+#[test]
+fn a_leader_that_is_gone_is_told_from_one_that_is_silent() {
+    let mut cluster = Cluster::start(3);
+    cluster.worker("w", 40063);
+    let told = |cluster: &Cluster, at: usize| cluster.log(at).contains("leader's process is gone");
+    let silent = cluster.leader();
+    let others = |but: usize| (0..3).filter(move |at| *at != but);
+    cluster.signal(silent, "STOP");
+    let second = wait_for("another leader", || {
+        let led = |at: &usize| cluster.metric(*at, "portwarden_is_leader") == Some(1.0);
+        others(silent).find(led)
+    });
+    assert!(others(silent).all(|at| !told(&cluster, at)), "silence proves nothing");
+    cluster.signal(silent, "CONT");
+    cluster.cli(&["allocate", "a", "--worker", "w", "--ports", "1"]).ok();
+    cluster.kill(second);
+    cluster.cli(&["allocate", "b", "--worker", "w", "--ports", "1"]).ok();
+    wait_for("somebody to have noticed", || {
+        others(second).any(|at| told(&cluster, at)).then_some(())
+    });
+    assert_unique(&cluster.list());
 }
 
 /// `kill -9` of all nodes at once, then a restart: everything is as it was.
