@@ -42,6 +42,7 @@ impl Sim {
                     self.fault(format!("node {id} is replaced"));
                 }
                 (Some(()), Pending::Boot { site, .. }) => {
+                    self.sites[site].booting = false;
                     self.start_agent(site);
                     self.start_instances(site);
                 }
@@ -85,6 +86,9 @@ impl Sim {
 
     pub fn start_agent(&mut self, at: usize) {
         let site = &self.sites[at];
+        if site.booting {
+            return;
+        }
         let Some(host) = site.agent.filter(|host| !self.world.runs(*host)) else { return };
         let (kernel, worker) = (site.kernel.clone(), site.worker.clone());
         let ways = self.ways(host);
@@ -95,7 +99,7 @@ impl Sim {
 
     pub fn start_instances(&mut self, at: usize) {
         let host = self.sites[at].starter;
-        if self.world.runs(host) {
+        if self.sites[at].booting || self.world.runs(host) {
             return;
         }
         let numbers: Vec<u32> = (0..self.plan.instances).map(|_| self.fresh_process()).collect();

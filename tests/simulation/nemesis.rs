@@ -11,7 +11,7 @@ use rand::seq::{IndexedRandom as _, IteratorRandom as _};
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::cluster::Life;
-use crate::errands::Pending;
+
 use crate::sim::{Ambush, Broken, Sim};
 use crate::world::HostId;
 use crate::world::net::Quality;
@@ -451,8 +451,7 @@ fn orphans(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
 fn reboot(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
     let at = site(sim, rng)?;
     let agent = sim.sites[at].agent?;
-    let booting = |pending: &Pending| matches!(pending, Pending::Boot { site, .. } if *site == at);
-    if sim.pending.iter().any(booting) {
+    if std::mem::replace(&mut sim.sites[at].booting, true) {
         return None;
     }
     sim.world.kill(agent);

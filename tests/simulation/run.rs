@@ -99,7 +99,7 @@ impl Sim {
                 (number < self.plan.sites).then(|| self.world.add_host(&format!("agent{number}")));
             let starter = self.world.add_host(&format!("starter{number}"));
             let kernel = Kernel::new(&worker, self.recorder.clone());
-            self.sites.push(Site { worker, kernel, agent, starter });
+            self.sites.push(Site { worker, kernel, agent, starter, booting: false });
         }
         let sites = self.sites.iter();
         let sites = sites.map(|site| (site.worker.clone(), site.spec()));

@@ -42,6 +42,8 @@ pub struct Site {
     pub kernel: Kernel,
     pub agent: Option<HostId>,
     pub starter: HostId,
+    /// It was rebooted, and the table does not know yet: nothing is started on it before.
+    pub booting: bool,
 }
 
 impl Site {
