@@ -12,7 +12,14 @@ const PROTOS: [&str; 5] = [
     "portwarden/peer/v1/peer.proto",
 ];
 
+/// Set, it plants what must never be: src/planted.rs. A build without assertions refuses it.
+const PLANT: &str = "PORTWARDEN_PLANTABLE";
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-env-changed={PLANT}");
+    if std::env::var_os(PLANT).is_some() {
+        println!("cargo:rustc-cfg=planted");
+    }
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(PROTOS, ["proto"])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);

@@ -8,6 +8,10 @@ pub mod cli;
 pub mod client;
 pub mod core;
 pub mod node;
+#[cfg(all(planted, not(debug_assertions)))]
+compile_error!(
+    "PORTWARDEN_PLANTABLE is set: planted bugs are for tests, and this is no test build"
+);
 #[cfg(planted)]
 pub mod planted;
 pub mod proto;

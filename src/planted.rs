@@ -1,7 +1,8 @@
 //! Bugs that must never be, for the tests that must find them (docs/testing.md, `scripts/planted`).
 //!
-//! Compiled under `--cfg planted` alone, so never in a normal build. Which of them is in the process
-//! is said by the environment when it starts; each is one line at its place in the source.
+//! Compiled under `cfg(planted)` alone, which build.rs sets where it is told to: never in a normal build,
+//! and not in one without assertions. Which of them is in the process is said by the environment when it
+//! starts; each is one line at its place in the source.
 
 use std::collections::HashMap;
 use std::hash::Hash;

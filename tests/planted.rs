@@ -1,5 +1,5 @@
 //! A bug that only processes of their own show, planted in one of them, and found by the cluster:
-//! `scripts/planted`. Without `--cfg planted` there is nothing here.
+//! `scripts/planted`. Without `cfg(planted)` there is nothing here.
 #![cfg(planted)]
 
 #[allow(dead_code)] // shared with `cluster`
