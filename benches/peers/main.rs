@@ -7,12 +7,13 @@
 
 mod etcd;
 mod failover;
+mod growth;
 mod ours;
 mod postgres;
 mod processes;
 mod report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -45,6 +46,10 @@ struct Args {
     /// Runs only the workloads with this in their names
     #[arg(long)]
     only: Option<String>,
+    /// In place of the comparison: portwarden alone, with more and more leases, watchers, callers and
+    /// allocations
+    #[arg(long)]
+    growth: bool,
     /// As cargo passes it
     #[arg(long, hide = true)]
     bench: bool,
@@ -121,6 +126,9 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let (rounds, seconds) = if args.quick { (3, 3) } else { (5, 10) };
     let temporary = tempfile::Builder::new().prefix("portwarden-bench-").tempdir_in("/var/tmp")?;
     let dir = args.dir.clone().unwrap_or_else(|| temporary.path().to_path_buf());
+    if args.growth {
+        return grow(&args, &dir).await;
+    }
     let mut whole = Whole::begin(&dir, rounds, seconds)?;
     let ours = Ours::start(&args.binary, &dir).await?;
     let etcd = Etcd::start(&dir).await?;
@@ -170,5 +178,17 @@ async fn run(args: Args) -> anyhow::Result<()> {
         "json" => println!("{}", serde_json::to_string_pretty(&whole)?),
         _ => println!("{}", whole.text()),
     }
+    Ok(())
+}
+
+/// Each table has ten times the workers and allocations of the one before.
+const SIZES: [(u32, u64); 3] = [(1_000, 10_000), (10_000, 100_000), (100_000, 1_000_000)];
+const LEASES: usize = 10_000;
+
+async fn grow(args: &Args, dir: &Path) -> anyhow::Result<()> {
+    let mut ours = Ours::start(&args.binary, dir).await?;
+    let sizes = if args.quick { &SIZES[..2] } else { &SIZES[..] };
+    let growth = growth::of(&mut ours, LEASES, sizes).await?;
+    println!("{}", serde_json::to_string_pretty(&growth)?);
     Ok(())
 }

@@ -9,13 +9,16 @@ use portwarden::cli::bench::{Args, Bench, Workload, leader_first};
 use portwarden::client::{Client, Options};
 use portwarden::proto::v1;
 
-use super::processes::{Process, free_ports};
+use procfs::process::Process;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::processes::{self, free_ports};
 
 pub struct Ours {
     binary: PathBuf,
     dir: PathBuf,
     ports: Vec<u16>,
-    nodes: Vec<Process>,
+    nodes: Vec<processes::Process>,
 }
 
 /// What a workload left in the table.
@@ -24,9 +27,16 @@ pub struct Left {
     args: Args,
 }
 
+impl Left {
+    /// Of the names of all that it made.
+    pub fn prefix(&self) -> &str {
+        &self.bench.prefix
+    }
+}
+
 impl Ours {
     pub async fn start(binary: &Path, dir: &Path) -> anyhow::Result<Ours> {
-        let ports = free_ports(6)?;
+        let ports = free_ports(9)?;
         let (binary, dir) = (binary.to_path_buf(), dir.to_path_buf());
         let mut ours = Ours { binary, dir, ports, nodes: Vec::new() };
         for at in 0..3 {
@@ -37,20 +47,78 @@ impl Ours {
         Ok(ours)
     }
 
-    fn start_node(&self, at: usize) -> anyhow::Result<Process> {
+    fn start_node(&self, at: usize) -> anyhow::Result<processes::Process> {
         let peer = |at: usize| format!("127.0.0.1:{}", self.ports[3 + at]);
         let all = (0..3).map(|at| format!("{}={}", at + 1, peer(at))).collect::<Vec<_>>();
         let mut command = Command::new(&self.binary);
         command
             .args(["serve", "--id", &(at + 1).to_string(), "--listen", &self.endpoints()[at]])
             .args(["--listen-peer", &peer(at), "--initial-cluster", &all.join(",")])
+            .args(["--listen-http", &self.http(at)])
             .args(["--log-level", "warn", "--data-dir"])
             .arg(self.dir.join(format!("portwarden-{at}")));
-        Process::start(&mut command, &self.dir.join(format!("portwarden-{at}.log")))
+        processes::Process::start(&mut command, &self.dir.join(format!("portwarden-{at}.log")))
     }
 
     pub fn endpoints(&self) -> Vec<String> {
         self.ports[..3].iter().map(|port| format!("127.0.0.1:{port}")).collect()
+    }
+
+    fn http(&self, at: usize) -> String {
+        format!("127.0.0.1:{}", self.ports[6 + at])
+    }
+
+    /// Of this node alone.
+    pub fn client_at(&self, at: usize) -> anyhow::Result<Client> {
+        Ok(Client::connect(vec![self.endpoints()[at].clone()], Options::default())?)
+    }
+
+    /// The sum over all labels.
+    pub async fn metric(&self, at: usize, name: &str) -> anyhow::Result<f64> {
+        let text = self.http_get(at, "/metrics").await?;
+        let of = |line: &str| {
+            let (series, value) = line.rsplit_once(' ')?;
+            (series.split('{').next() == Some(name)).then(|| value.parse::<f64>().ok())?
+        };
+        Ok(text.lines().filter_map(of).sum())
+    }
+
+    async fn http_get(&self, at: usize, path: &str) -> anyhow::Result<String> {
+        let mut stream = tokio::net::TcpStream::connect(self.http(at)).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        anyhow::ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer:.40}");
+        Ok(answer)
+    }
+
+    /// Processor time that the node has used.
+    pub fn cpu_seconds(&self, at: usize) -> anyhow::Result<f64> {
+        let stat = Process::new(self.nodes[at].pid()).and_then(|process| process.stat())?;
+        Ok((stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64)
+    }
+
+    pub fn resident_bytes(&self, at: usize) -> anyhow::Result<f64> {
+        let stat = Process::new(self.nodes[at].pid()).and_then(|process| process.stat())?;
+        Ok((stat.rss * procfs::page_size()) as f64)
+    }
+
+    /// Of the node's data directory.
+    pub fn disk_bytes(&self, at: usize) -> anyhow::Result<f64> {
+        let mut dirs = vec![self.dir.join(format!("portwarden-{at}"))];
+        let mut bytes = 0;
+        while let Some(dir) = dirs.pop() {
+            for item in std::fs::read_dir(dir)? {
+                let item = item?;
+                match item.metadata() {
+                    Ok(found) if found.is_dir() => dirs.push(item.path()),
+                    Ok(found) => bytes += found.len(),
+                    Err(_) => {} // it was purged meanwhile
+                }
+            }
+        }
+        Ok(bytes as f64)
     }
 
     pub fn client(&self) -> anyhow::Result<Client> {
@@ -82,6 +150,18 @@ impl Ours {
         self.nodes[at].kill();
     }
 
+    /// Returns when the node says that it is ready.
+    pub async fn restart_until_ready(&mut self, at: usize) -> anyhow::Result<()> {
+        self.nodes[at] = self.start_node(at)?;
+        for _ in 0..6000 {
+            if self.http_get(at, "/readyz").await.is_ok() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        anyhow::bail!("node {} is not ready after two minutes", at + 1)
+    }
+
     pub async fn restart(&mut self, at: usize) -> anyhow::Result<()> {
         self.nodes[at] = self.start_node(at)?;
         self.healthy().await.map(drop)
@@ -101,7 +181,8 @@ impl Ours {
         // Sessions: `clients` commands are under way in all.
         let (callers, batch) = match (name, clients) {
             ("session", 256) => (4, 64),
-            ("session", _) => (8, clients / 8),
+            ("session", ..=4096) => (8, clients / 8),
+            ("session", _) => (clients / 256, 256),
             ("gang8" | "gang64", _) => (8, clients / 8),
             _ => (clients, 1),
         };

@@ -21,6 +21,10 @@ impl Process {
         Ok(Process(child))
     }
 
+    pub fn pid(&self) -> i32 {
+        self.0.id() as i32
+    }
+
     /// As `kill -9`.
     pub fn kill(&mut self) {
         let _ = self.0.kill();

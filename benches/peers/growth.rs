@@ -1,0 +1,321 @@
+//! What grows: leases that are kept alive, watchers, callers beyond what can be served, and the table
+//! itself. `scripts/bench --growth`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use portwarden::cli::bench::load::{self, Report};
+use portwarden::client::session::{Answer, Command};
+use portwarden::client::{Client, Keeper, Standing};
+use portwarden::proto::v1;
+use serde::Serialize;
+use tokio::time::{Instant, sleep};
+
+use super::ours::Ours;
+
+#[derive(Debug, Serialize)]
+pub struct Growth {
+    pub leases: Leases,
+    pub watchers: Watchers,
+    pub overload: Vec<Overload>,
+    pub table: Vec<Size>,
+}
+
+/// Leases with a time to live of 30 s, on one stream, each kept alive when a third of it has passed.
+#[derive(Debug, Serialize)]
+pub struct Leases {
+    pub leases: usize,
+    /// Hundredths of a core that the leader used, and the three nodes together.
+    pub leader_percent: f64,
+    pub nodes_percent: f64,
+    /// The same without any lease.
+    pub idle_nodes_percent: f64,
+    pub lost: usize,
+}
+
+/// Writers with so many watchers, each of one worker, and without.
+#[derive(Debug, Serialize)]
+pub struct Watchers {
+    pub watchers: usize,
+    pub without_per_second: Vec<f64>,
+    pub with_per_second: Vec<f64>,
+    pub events_heard: u64,
+}
+
+/// Commands under way on sessions, far more than can be served at once.
+#[derive(Debug, Serialize)]
+pub struct Overload {
+    pub under_way: u32,
+    pub per_second: f64,
+    pub refused: u64,
+    pub example_error: Option<String>,
+    pub p99_ms: f64,
+    pub leader_resident_mib: f64,
+    /// The leader is another one than before.
+    pub leader_moved: bool,
+}
+
+/// A table of one size.
+#[derive(Debug, Serialize)]
+pub struct Size {
+    pub workers: u32,
+    pub allocations: u64,
+    /// Allocations a second while it was filled.
+    pub filled_per_second: f64,
+    /// Of the leader, for each command of pairs of allocate and release on sessions.
+    pub apply_us: f64,
+    pub pairs_per_second: f64,
+    pub p50_ms: f64,
+    pub p99_ms: f64,
+    /// Of the leader: all of its memory by the live allocations.
+    pub resident_bytes_an_allocation: f64,
+    pub disk_mib: f64,
+    /// The same pairs while a backup is read from the leader.
+    pub p99_in_backup_ms: f64,
+    pub backup_mib: f64,
+    pub backup_seconds: f64,
+    /// A follower that was killed: from its start until it says that it is ready.
+    pub restart_seconds: f64,
+    /// All allocations, page by page.
+    pub list_seconds: f64,
+}
+
+const MIB: f64 = 1_048_576.0;
+const TTL: Duration = Duration::from_secs(30);
+const AT_ONCE: usize = 256;
+/// Ports of a worker that is part of a large table.
+const WORKER_PORTS: u32 = 100;
+/// Commands under way while a table is filled: on each of so many sessions.
+const SESSIONS: usize = 8;
+const BATCH: usize = 256;
+const MEASURED: Duration = Duration::from_secs(5);
+
+pub async fn of(ours: &mut Ours, leases: usize, steps: &[(u32, u64)]) -> anyhow::Result<Growth> {
+    let leases = kept_leases(ours, leases).await?;
+    eprintln!("{leases:?}");
+    let watchers = watched(ours, 1000).await?;
+    eprintln!("{watchers:?}");
+    let mut overload = Vec::new();
+    for under_way in [2048, 20_480] {
+        overload.push(overloaded(ours, under_way).await?);
+        eprintln!("{:?}", overload.last());
+    }
+    let mut table = Vec::new();
+    let mut has = (0, 0);
+    for to in steps {
+        table.push(grown(ours, has, *to).await?);
+        eprintln!("{:?}", table.last());
+        has = *to;
+    }
+    Ok(Growth { leases, watchers, overload, table })
+}
+
+async fn kept_leases(ours: &Ours, count: usize) -> anyhow::Result<Leases> {
+    let lead = ours.leader().await?;
+    let used = || -> anyhow::Result<Vec<f64>> { (0..3).map(|at| ours.cpu_seconds(at)).collect() };
+    let over = async |time: Duration| -> anyhow::Result<Vec<f64>> {
+        let (before, began) = (used()?, Instant::now());
+        sleep(time).await;
+        let seconds = began.elapsed().as_secs_f64();
+        Ok(used()?.iter().zip(before).map(|(now, was)| (now - was) / seconds * 100.0).collect())
+    };
+    let idle = over(Duration::from_secs(5)).await?;
+    let client = ours.client()?;
+    let keeper = Keeper::start(client.clone());
+    let holdings: Vec<_> = stream::iter(0..count)
+        .map(|_| keeper.grant(TTL))
+        .buffer_unordered(AT_ONCE)
+        .try_collect()
+        .await?;
+    // Each was renewed once.
+    sleep(TTL / 3).await;
+    let busy = over(Duration::from_secs(20)).await?;
+    let held = |standing| matches!(standing, Standing::Held { .. });
+    let lost = holdings.iter().filter(|holding| !held(holding.standing())).count();
+    stream::iter(&holdings)
+        .map(|holding| client.lease_revoke(holding.id()))
+        .buffer_unordered(AT_ONCE)
+        .try_for_each(|_| async { Ok(()) })
+        .await?;
+    Ok(Leases {
+        leases: count,
+        leader_percent: busy[lead],
+        nodes_percent: busy.iter().sum(),
+        idle_nodes_percent: idle.iter().sum(),
+        lost,
+    })
+}
+
+async fn driven(ours: &Ours, name: &str, clients: u32, time: Duration) -> anyhow::Result<Report> {
+    let (callers, left) = ours.callers(name, clients).await?;
+    let report = load::drive(name, callers, Duration::from_secs(1), sleep(time)).await;
+    ours.clean_up(left).await?;
+    report
+}
+
+async fn watched(ours: &Ours, count: usize) -> anyhow::Result<Watchers> {
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    let heard = Arc::new(AtomicU64::new(0));
+    for _ in 0..3 {
+        without.push(driven(ours, "allocate", 64, MEASURED).await?.operations_per_second);
+        let (callers, left) = ours.callers("allocate", 64).await?;
+        let clients: Vec<Client> =
+            (0..3).map(|at| ours.client_at(at)).collect::<anyhow::Result<_>>()?;
+        let prefix = left.as_ref().context("a bench")?.prefix().to_string();
+        let watches: Vec<_> = (0..count)
+            .map(|i| {
+                let worker = format!("{prefix}w{i}");
+                let request = v1::WatchRequest { worker, ..Default::default() };
+                let (mut watch, heard) = (clients[i % 3].watch(request), heard.clone());
+                tokio::spawn(async move {
+                    while let Ok(told) = watch.next().await {
+                        heard.fetch_add(told.events.len() as u64, Ordering::Relaxed);
+                    }
+                })
+            })
+            .collect();
+        sleep(Duration::from_secs(1)).await;
+        let report =
+            load::drive("allocate", callers, Duration::from_secs(1), sleep(MEASURED)).await?;
+        with.push(report.operations_per_second);
+        watches.iter().for_each(|watch| watch.abort());
+        ours.clean_up(left).await?;
+    }
+    Ok(Watchers {
+        watchers: count,
+        without_per_second: without,
+        with_per_second: with,
+        events_heard: heard.load(Ordering::Relaxed),
+    })
+}
+
+async fn overloaded(ours: &Ours, under_way: u32) -> anyhow::Result<Overload> {
+    let lead = ours.leader().await?;
+    let report = driven(ours, "session", under_way, MEASURED).await?;
+    Ok(Overload {
+        under_way,
+        per_second: report.operations_per_second,
+        refused: report.errors,
+        example_error: report.example_error,
+        p99_ms: report.latency["all"].p99_ms,
+        leader_resident_mib: ours.resident_bytes(lead)? / MIB,
+        leader_moved: ours.leader().await? != lead,
+    })
+}
+
+fn worker(i: u32) -> String {
+    format!("scale-{i:06}")
+}
+
+async fn register(client: &Client, workers: std::ops::Range<u32>) -> anyhow::Result<()> {
+    let register = |i| async move {
+        let range = v1::PortRange {
+            name: "service".into(),
+            first: 20_000,
+            last: 20_000 + WORKER_PORTS - 1,
+        };
+        let spec = v1::WorkerSpec {
+            address: "127.0.0.1".into(),
+            ranges: vec![range],
+            ..Default::default()
+        };
+        client.worker_register(&worker(i), spec).await.map(drop)
+    };
+    Ok(stream::iter(workers).map(register).buffer_unordered(AT_ONCE).try_collect().await?)
+}
+
+/// Allocations `from` to `to`, one port each, over all the workers.
+async fn fill(client: &Client, workers: u32, from: u64, to: u64) -> anyhow::Result<()> {
+    let next = Arc::new(AtomicU64::new(from));
+    let filling = (0..SESSIONS).map(|_| {
+        let (session, next) = (client.session(), next.clone());
+        async move {
+            loop {
+                let first = next.fetch_add(BATCH as u64, Ordering::Relaxed);
+                if first >= to {
+                    return anyhow::Ok(());
+                }
+                let command = |i: u64| {
+                    let ports = v1::port_request::Ports::Count(1);
+                    let on = worker((i % u64::from(workers)) as u32);
+                    let name = format!("scale-{i}");
+                    let claim = v1::Claim {
+                        uid: name.clone(),
+                        name,
+                        placement: Some(v1::claim::Placement::Worker(on)),
+                        ports: vec![v1::PortRequest { ports: Some(ports), ..Default::default() }],
+                        bound: true,
+                        ..Default::default()
+                    };
+                    Command::Allocate(v1::AllocateRequest { claims: vec![claim], dry_run: false })
+                };
+                let batch = (first..to.min(first + BATCH as u64)).map(command).collect();
+                for answer in session.all(batch).await {
+                    anyhow::ensure!(matches!(answer?, Answer::Allocate(_)), "another's answer");
+                }
+            }
+        }
+    });
+    futures::future::try_join_all(filling).await.map(drop)
+}
+
+async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<Size> {
+    let (workers, allocations) = to;
+    let client = ours.client()?.with_timeout(Duration::from_secs(60));
+    register(&client, from.0..workers).await?;
+    let began = Instant::now();
+    fill(&client, workers, from.1, allocations).await?;
+    let filled_per_second = (allocations - from.1) as f64 / began.elapsed().as_secs_f64();
+
+    let lead = ours.leader().await?;
+    let applied = async || -> anyhow::Result<[f64; 2]> {
+        let seconds = ours.metric(lead, "portwarden_apply_seconds_sum").await?;
+        Ok([seconds, ours.metric(lead, "portwarden_commands_applied_total").await?])
+    };
+    let [seconds, commands] = applied().await?;
+    let report = driven(ours, "session", 2048, MEASURED).await?;
+    let now = applied().await?;
+    let apply_us = (now[0] - seconds) / (now[1] - commands) * 1e6;
+
+    let resident = ours.resident_bytes(lead)?;
+    let leader = ours.client_at(lead)?.with_timeout(Duration::from_secs(60));
+    let backup = tokio::spawn(async move {
+        let began = Instant::now();
+        let (_, copied) = leader.backup(|| Ok(std::io::sink()), |_| {}).await?;
+        anyhow::Ok((copied.bytes, began.elapsed().as_secs_f64()))
+    });
+    let during = driven(ours, "session", 2048, MEASURED).await?;
+    let (backup_bytes, backup_seconds) = backup.await??;
+
+    let began = Instant::now();
+    let listed = client.list(v1::ListRequest::default()).await?.items.len() as u64;
+    anyhow::ensure!(listed == allocations, "{listed} of {allocations} are listed");
+    let list_seconds = began.elapsed().as_secs_f64();
+
+    let follower = (lead + 1) % 3;
+    ours.kill(follower);
+    let began = Instant::now();
+    ours.restart_until_ready(follower).await?;
+    let restart_seconds = began.elapsed().as_secs_f64();
+    ours.healthy().await?;
+
+    Ok(Size {
+        workers,
+        allocations,
+        filled_per_second,
+        apply_us,
+        pairs_per_second: report.operations_per_second,
+        p50_ms: report.latency["all"].p50_ms,
+        p99_ms: report.latency["all"].p99_ms,
+        resident_bytes_an_allocation: resident / allocations as f64,
+        disk_mib: ours.disk_bytes(lead)? / MIB,
+        p99_in_backup_ms: during.latency["all"].p99_ms,
+        backup_mib: backup_bytes as f64 / MIB,
+        backup_seconds,
+        restart_seconds,
+        list_seconds,
+    })
+}
