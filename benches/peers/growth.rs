@@ -18,10 +18,31 @@ use super::ours::Ours;
 
 #[derive(Debug, Serialize)]
 pub struct Growth {
+    pub stages: Vec<Stages>,
     pub leases: Leases,
     pub watchers: Watchers,
     pub overload: Vec<Overload>,
     pub table: Vec<Size>,
+}
+
+/// Where the time of a unary allocate or release goes: means, in milliseconds. All but the first are by
+/// the leader's own metrics.
+#[derive(Debug, Serialize)]
+pub struct Stages {
+    pub clients: u32,
+    /// As the caller sees it.
+    pub client: f64,
+    /// From the call's arrival at the leader to its answer.
+    pub rpc: f64,
+    /// Until it is packed into an entry.
+    pub queue: f64,
+    /// From there until the entry is applied: it is written here, sent, written on a majority.
+    pub proposal: f64,
+    /// Of the leader's own log, within that.
+    pub flush: f64,
+    /// Within that too.
+    pub apply: f64,
+    pub commands_an_entry: f64,
 }
 
 /// Leases with a time to live of 30 s, on one stream, each kept alive when a third of it has passed.
@@ -85,6 +106,15 @@ pub struct Size {
 
 const MIB: f64 = 1_048_576.0;
 const TTL: Duration = Duration::from_secs(30);
+/// Histograms of a node, without `portwarden_`.
+const STAGES: [&str; 6] = [
+    "rpc_seconds",
+    "queue_seconds",
+    "proposal_seconds",
+    "log_flush_seconds",
+    "apply_seconds",
+    "entry_commands",
+];
 const AT_ONCE: usize = 256;
 /// Ports of a worker that is part of a large table.
 const WORKER_PORTS: u32 = 100;
@@ -94,6 +124,11 @@ const BATCH: usize = 256;
 const MEASURED: Duration = Duration::from_secs(5);
 
 pub async fn of(ours: &mut Ours, leases: usize, steps: &[(u32, u64)]) -> anyhow::Result<Growth> {
+    let mut all_stages = Vec::new();
+    for clients in [1, 16, 64, 256] {
+        all_stages.push(stages(ours, clients).await?);
+        eprintln!("{:?}", all_stages.last());
+    }
     let leases = kept_leases(ours, leases).await?;
     eprintln!("{leases:?}");
     let watchers = watched(ours, 1000).await?;
@@ -110,7 +145,37 @@ pub async fn of(ours: &mut Ours, leases: usize, steps: &[(u32, u64)]) -> anyhow:
         eprintln!("{:?}", table.last());
         has = *to;
     }
-    Ok(Growth { leases, watchers, overload, table })
+    Ok(Growth { stages: all_stages, leases, watchers, overload, table })
+}
+
+async fn stages(ours: &Ours, clients: u32) -> anyhow::Result<Stages> {
+    let lead = ours.leader().await?;
+    let look = async || -> anyhow::Result<Vec<[f64; 2]>> {
+        let mut found = Vec::new();
+        for of in STAGES {
+            let sum = ours.metric(lead, &format!("portwarden_{of}_sum")).await?;
+            found.push([sum, ours.metric(lead, &format!("portwarden_{of}_count")).await?]);
+        }
+        Ok(found)
+    };
+    let (callers, left) = ours.callers("allocate", clients).await?;
+    let before = look().await?;
+    let report = load::drive("allocate", callers, Duration::from_secs(1), sleep(MEASURED)).await?;
+    let after = look().await?;
+    ours.clean_up(left).await?;
+    let mean =
+        after.into_iter().zip(before).map(|(now, was)| (now[0] - was[0]) / (now[1] - was[1]));
+    let mean: Vec<f64> = mean.collect();
+    Ok(Stages {
+        clients,
+        client: f64::from(clients) / report.operations_per_second * 1e3,
+        rpc: mean[0] * 1e3,
+        queue: mean[1] * 1e3,
+        proposal: mean[2] * 1e3,
+        flush: mean[3] * 1e3,
+        apply: mean[4] * 1e3,
+        commands_an_entry: mean[5],
+    })
 }
 
 async fn kept_leases(ours: &Ours, count: usize) -> anyhow::Result<Leases> {

@@ -57,6 +57,7 @@ struct Lane {
 /// Commands that go into one entry, or none of them does.
 struct Group {
     commands: Vec<Command>,
+    queued: Instant,
     deadline: Instant,
     fate: Arc<AtomicU8>,
     answer: oneshot::Sender<Result<Vec<Applied>, CallError>>,
@@ -143,7 +144,8 @@ impl Proposer {
         }
         let fate = Arc::new(AtomicU8::new(QUEUED));
         let (answer, answered) = oneshot::channel();
-        let group = Group { commands, deadline, fate: fate.clone(), answer, _room: room };
+        let queued = Instant::now();
+        let group = Group { commands, queued, deadline, fate: fate.clone(), answer, _room: room };
         let stopping = || CallError::NotReady("the node is stopping".into());
         lane.queue.send(group).map_err(|_| stopping())?;
         match timeout_at(deadline, answered).await {
@@ -258,6 +260,8 @@ impl Entry {
             let _ = group.answer.send(Err(CallError::Expired));
             return;
         }
+        let waited = group.queued.elapsed().as_secs_f64();
+        metrics::histogram!("portwarden_queue_seconds").record(waited);
         self.weight_bytes += group.commands.iter().map(weight_bytes).sum::<usize>();
         self.groups.push((group.commands.len(), group.answer));
         self.commands.extend(group.commands);

@@ -54,6 +54,7 @@ pub fn describe() {
         let _registered = histogram!(name);
     }
     for (name, text) in [
+        ("portwarden_queue_seconds", "From a command's arrival until it is packed into an entry"),
         ("portwarden_proposal_seconds", "From proposal of an entry to its answer"),
         ("portwarden_read_round_seconds", "One read round"),
         ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
