@@ -1,8 +1,9 @@
 //! When the leader's process is gone, the others need not wait until its silence is long enough.
 //!
-//! The kernel closes the connections of a process that ends. A follower whose stream of entries ended
-//! asks at the leader's address; where the host says that nobody listens, or another process answers,
-//! the leader that it followed is gone, and it no longer refuses a vote for that leader's sake. Then the
+//! The kernel closes the connections of a process that ends. A follower asks at the leader's address
+//! when its stream of entries has ended, when a peer wants a pre-vote, and every [`ASK_EVERY`], for it
+//! may have had no stream. Where the host says that nobody listens, or another process answers, the
+//! leader that it followed is gone, and it no longer refuses a vote for that leader's sake. Then the
 //! voters stand for election in turn, one [`TURN`] apart in the order of their ids, with a pre-vote
 //! first.
 //!
@@ -19,6 +20,8 @@ use tracing::{info, warn};
 
 use super::Node;
 
+/// What a leader that is gone costs at most, where nothing else told of it.
+const ASK_EVERY: Duration = Duration::from_millis(300);
 /// From one voter's turn to the next one's, and from one attempt to the next.
 const TURN: Duration = Duration::from_millis(50);
 /// Then the timeout has its turn.
@@ -29,8 +32,10 @@ pub(super) async fn watch(node: Node) {
     loop {
         tokio::select! {
             () = network.closed() => return,
-            () = network.parted() => succeed(&node).await,
+            () = network.doubted() => {}
+            () = sleep(ASK_EVERY) => {}
         }
+        succeed(&node).await;
     }
 }
 

@@ -115,7 +115,7 @@ pub struct PeerNetwork {
     refusal: Arc<watch::Sender<Option<String>>>,
     removed: Arc<watch::Sender<bool>>,
     led: Arc<AtomicBool>,
-    parted: Arc<Notify>,
+    doubted: Arc<Notify>,
     closed: Arc<watch::Sender<bool>>,
 }
 
@@ -132,7 +132,7 @@ impl PeerNetwork {
             refusal: Arc::new(watch::channel(None).0),
             removed: Arc::new(watch::channel(false).0),
             led: Arc::default(),
-            parted: Arc::default(),
+            doubted: Arc::default(),
             closed: Arc::new(watch::channel(false).0),
         }
     }
@@ -164,13 +164,14 @@ impl PeerNetwork {
         self.led.store(true, Ordering::Relaxed);
     }
 
-    /// Returns when a stream of entries has ended, a peer's process perhaps with it. One may wait.
-    pub async fn parted(&self) {
-        self.parted.notified().await;
+    /// Returns when there is reason to ask whether the leader lives: a stream of entries has ended, its
+    /// process perhaps with it, or a peer wants to be elected. One may wait.
+    pub async fn doubted(&self) {
+        self.doubted.notified().await;
     }
 
-    pub(super) fn parts(&self) {
-        self.parted.notify_one();
+    pub(super) fn doubt_leader(&self) {
+        self.doubted.notify_one();
     }
 
     pub(super) fn was_removed(&self) {

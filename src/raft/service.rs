@@ -203,7 +203,7 @@ struct HeldStream(PeerNetwork);
 
 impl Drop for HeldStream {
     fn drop(&mut self) {
-        self.0.parts();
+        self.0.doubt_leader();
     }
 }
 
@@ -217,6 +217,10 @@ impl Peer for PeerService {
         let last_log = read_log_id(message.last_log).map_err(malformed)?;
         let mut request = VoteRequest::new(vote, last_log);
         request.leadership_transfer = message.leadership_transfer;
+        if message.pre_vote {
+            // Perhaps it saw the leader go, and this node had no stream that ended.
+            self.network.doubt_leader();
+        }
         let answer = match message.pre_vote {
             true => raft.pre_vote(request).await,
             false => raft.vote(request).await,
