@@ -256,6 +256,11 @@ impl Identities {
         guard(&self.sessions.found).get(&node).is_some_and(|held| held == session)
     }
 
+    /// Was another process found at the peer's address last? No where none was looked for yet.
+    pub fn ran_as_another(&self, node: NodeId, session: &str) -> bool {
+        guard(&self.sessions.found).get(&node).is_some_and(|held| held != session)
+    }
+
     pub fn found_at_its_address(&self, node: NodeId, session: &str) {
         guard(&self.sessions.found).insert(node, session.into());
     }

@@ -264,7 +264,7 @@ impl PeerNetwork {
             let header = Some(self.identities.header(peer));
             let request = proto::ProbeRequest { header, ..Default::default() };
             match self.answered(GONE_TIMEOUT, async move { rpc.probe(request).await }).await {
-                Some(Ok(answer)) => return !self.identities.runs_as(peer, &answer.session),
+                Some(Ok(answer)) => return self.identities.ran_as_another(peer, &answer.session),
                 Some(Err(status)) if nobody_listens(&status) => return true,
                 Some(Err(_)) => {}
                 None => return false,
