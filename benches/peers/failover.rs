@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use portwarden::cli::bench::{self, spec};
 use portwarden::client::{Client, ClientError, Options};
 use portwarden::proto::v1;
 use serde::Serialize;
@@ -132,19 +133,11 @@ async fn move_leader(ours: &Ours, times: u32) -> anyhow::Result<LeaderMove> {
 }
 
 fn worker() -> v1::WorkerSpec {
-    let range = v1::PortRange { name: "service".into(), first: 40_000, last: 40_999 };
-    v1::WorkerSpec { address: "127.0.0.1".into(), ranges: vec![range], ..Default::default() }
+    spec(40_000, 40_999)
 }
 
 fn claim(name: &str) -> v1::Claim {
-    let ports = Some(v1::port_request::Ports::Count(1));
-    v1::Claim {
-        name: format!("failover-{name}"),
-        placement: Some(v1::claim::Placement::Worker(WORKER.into())),
-        ports: vec![v1::PortRequest { ports, ..Default::default() }],
-        bound: true,
-        ..Default::default()
-    }
+    bench::claim(&format!("failover-{name}"), WORKER, 1)
 }
 
 async fn pair(client: &Client, name: &str) -> Result<(), ClientError> {

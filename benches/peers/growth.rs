@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
+use portwarden::cli::bench;
 use portwarden::cli::bench::load::{self, Report};
 use portwarden::client::session::{Answer, Command};
 use portwarden::client::{Client, Keeper, Standing};
@@ -116,8 +117,9 @@ const STAGES: [&str; 6] = [
     "entry_commands",
 ];
 const AT_ONCE: usize = 256;
-/// Ports of a worker that is part of a large table.
-const WORKER_PORTS: u32 = 100;
+/// The hundred ports of a worker that is part of a large table.
+const WORKER_FIRST: u32 = 20_000;
+const WORKER_LAST: u32 = 20_099;
 /// Commands under way while a table is filled: on each of so many sessions.
 const SESSIONS: usize = 8;
 const BATCH: usize = 256;
@@ -151,12 +153,10 @@ pub async fn of(ours: &mut Ours, leases: usize, steps: &[(u32, u64)]) -> anyhow:
 async fn stages(ours: &Ours, clients: u32) -> anyhow::Result<Stages> {
     let lead = ours.leader().await?;
     let look = async || -> anyhow::Result<Vec<[f64; 2]>> {
-        let mut found = Vec::new();
-        for of in STAGES {
-            let sum = ours.metric(lead, &format!("portwarden_{of}_sum")).await?;
-            found.push([sum, ours.metric(lead, &format!("portwarden_{of}_count")).await?]);
-        }
-        Ok(found)
+        let metrics = ours.metrics(lead).await?;
+        let of =
+            |name| ["sum", "count"].map(|part| metrics.sum(&format!("portwarden_{name}_{part}")));
+        Ok(STAGES.map(of).to_vec())
     };
     let (callers, left) = ours.callers("allocate", clients).await?;
     let before = look().await?;
@@ -275,23 +275,6 @@ fn worker(i: u32) -> String {
     format!("scale-{i:06}")
 }
 
-async fn register(client: &Client, workers: std::ops::Range<u32>) -> anyhow::Result<()> {
-    let register = |i| async move {
-        let range = v1::PortRange {
-            name: "service".into(),
-            first: 20_000,
-            last: 20_000 + WORKER_PORTS - 1,
-        };
-        let spec = v1::WorkerSpec {
-            address: "127.0.0.1".into(),
-            ranges: vec![range],
-            ..Default::default()
-        };
-        client.worker_register(&worker(i), spec).await.map(drop)
-    };
-    Ok(stream::iter(workers).map(register).buffer_unordered(AT_ONCE).try_collect().await?)
-}
-
 /// Allocations `from` to `to`, one port each, over all the workers.
 async fn fill(client: &Client, workers: u32, from: u64, to: u64) -> anyhow::Result<()> {
     let next = Arc::new(AtomicU64::new(from));
@@ -304,17 +287,8 @@ async fn fill(client: &Client, workers: u32, from: u64, to: u64) -> anyhow::Resu
                     return anyhow::Ok(());
                 }
                 let command = |i: u64| {
-                    let ports = v1::port_request::Ports::Count(1);
                     let on = worker((i % u64::from(workers)) as u32);
-                    let name = format!("scale-{i}");
-                    let claim = v1::Claim {
-                        uid: name.clone(),
-                        name,
-                        placement: Some(v1::claim::Placement::Worker(on)),
-                        ports: vec![v1::PortRequest { ports: Some(ports), ..Default::default() }],
-                        bound: true,
-                        ..Default::default()
-                    };
+                    let claim = bench::claim(&format!("scale-{i}"), &on, 1);
                     Command::Allocate(v1::AllocateRequest { claims: vec![claim], dry_run: false })
                 };
                 let batch = (first..to.min(first + BATCH as u64)).map(command).collect();
@@ -330,15 +304,17 @@ async fn fill(client: &Client, workers: u32, from: u64, to: u64) -> anyhow::Resu
 async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<Size> {
     let (workers, allocations) = to;
     let client = ours.client()?.with_timeout(Duration::from_secs(60));
-    register(&client, from.0..workers).await?;
+    let spec = bench::spec(WORKER_FIRST, WORKER_LAST);
+    bench::register(&client, (from.0..workers).map(worker), &spec).await?;
     let began = Instant::now();
     fill(&client, workers, from.1, allocations).await?;
     let filled_per_second = (allocations - from.1) as f64 / began.elapsed().as_secs_f64();
 
     let lead = ours.leader().await?;
     let applied = async || -> anyhow::Result<[f64; 2]> {
-        let seconds = ours.metric(lead, "portwarden_apply_seconds_sum").await?;
-        Ok([seconds, ours.metric(lead, "portwarden_commands_applied_total").await?])
+        let metrics = ours.metrics(lead).await?;
+        let names = ["portwarden_apply_seconds_sum", "portwarden_commands_applied_total"];
+        Ok(names.map(|name| metrics.sum(name)))
     };
     let [seconds, commands] = applied().await?;
     let report = driven(ours, "session", 2048, MEASURED).await?;

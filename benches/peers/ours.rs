@@ -9,22 +9,35 @@ use portwarden::cli::bench::{Args, Bench, Workload, leader_first};
 use portwarden::client::{Client, Options};
 use portwarden::proto::v1;
 
-use procfs::process::Process;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::processes::{self, free_ports};
+use super::processes::{Process, free_ports};
 
 pub struct Ours {
     binary: PathBuf,
     dir: PathBuf,
     ports: Vec<u16>,
-    nodes: Vec<processes::Process>,
+    nodes: Vec<Process>,
 }
 
 /// What a workload left in the table.
 pub struct Left {
     bench: Bench,
     args: Args,
+}
+
+/// What a node's `/metrics` said at one moment.
+pub struct Metrics(String);
+
+impl Metrics {
+    /// Over all labels.
+    pub fn sum(&self, name: &str) -> f64 {
+        let of = |line: &str| {
+            let (series, value) = line.rsplit_once(' ')?;
+            (series.split('{').next() == Some(name)).then(|| value.parse::<f64>().ok())?
+        };
+        self.0.lines().filter_map(of).sum()
+    }
 }
 
 impl Left {
@@ -47,7 +60,7 @@ impl Ours {
         Ok(ours)
     }
 
-    fn start_node(&self, at: usize) -> anyhow::Result<processes::Process> {
+    fn start_node(&self, at: usize) -> anyhow::Result<Process> {
         let peer = |at: usize| format!("127.0.0.1:{}", self.ports[3 + at]);
         let all = (0..3).map(|at| format!("{}={}", at + 1, peer(at))).collect::<Vec<_>>();
         let mut command = Command::new(&self.binary);
@@ -57,7 +70,7 @@ impl Ours {
             .args(["--listen-http", &self.http(at)])
             .args(["--log-level", "warn", "--data-dir"])
             .arg(self.dir.join(format!("portwarden-{at}")));
-        processes::Process::start(&mut command, &self.dir.join(format!("portwarden-{at}.log")))
+        Process::start(&mut command, &self.dir.join(format!("portwarden-{at}.log")))
     }
 
     pub fn endpoints(&self) -> Vec<String> {
@@ -73,14 +86,8 @@ impl Ours {
         Ok(Client::connect(vec![self.endpoints()[at].clone()], Options::default())?)
     }
 
-    /// The sum over all labels.
-    pub async fn metric(&self, at: usize, name: &str) -> anyhow::Result<f64> {
-        let text = self.http_get(at, "/metrics").await?;
-        let of = |line: &str| {
-            let (series, value) = line.rsplit_once(' ')?;
-            (series.split('{').next() == Some(name)).then(|| value.parse::<f64>().ok())?
-        };
-        Ok(text.lines().filter_map(of).sum())
+    pub async fn metrics(&self, at: usize) -> anyhow::Result<Metrics> {
+        Ok(Metrics(self.http_get(at, "/metrics").await?))
     }
 
     async fn http_get(&self, at: usize, path: &str) -> anyhow::Result<String> {
@@ -93,15 +100,18 @@ impl Ours {
         Ok(answer)
     }
 
+    fn stat(&self, at: usize) -> anyhow::Result<procfs::process::Stat> {
+        Ok(procfs::process::Process::new(self.nodes[at].pid())?.stat()?)
+    }
+
     /// Processor time that the node has used.
     pub fn cpu_seconds(&self, at: usize) -> anyhow::Result<f64> {
-        let stat = Process::new(self.nodes[at].pid()).and_then(|process| process.stat())?;
+        let stat = self.stat(at)?;
         Ok((stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64)
     }
 
     pub fn resident_bytes(&self, at: usize) -> anyhow::Result<f64> {
-        let stat = Process::new(self.nodes[at].pid()).and_then(|process| process.stat())?;
-        Ok((stat.rss * procfs::page_size()) as f64)
+        Ok((self.stat(at)?.rss * procfs::page_size()) as f64)
     }
 
     /// Of the node's data directory.

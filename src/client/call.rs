@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use futures::Stream;
+use itertools::Itertools as _;
 use rand::Rng as _;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::codegen::http::uri::PathAndQuery;
@@ -157,17 +158,17 @@ impl Client {
                     return Err(after_doubt(method.effect, doubt, refused));
                 }
                 Err(Verdict::NotDone { why, pause }) => {
-                    heard.insert(tour.door().name.clone(), why);
+                    heard.insert(tour.door().name.clone(), by(tour.door(), why));
                     pause
                 }
                 Err(Verdict::Doubtful { why }) => {
-                    let from = by(tour.door(), why.clone());
-                    heard.insert(tour.door().name.clone(), why);
+                    let why = by(tour.door(), why);
+                    heard.insert(tour.door().name.clone(), why.clone());
                     match method.effect {
                         Effect::Read => {}
-                        Effect::Once => return Err(ClientError::OutcomeUnknown { why: from }),
+                        Effect::Once => return Err(ClientError::OutcomeUnknown { why }),
                         Effect::Fenced | Effect::Expiring | Effect::Repeatable => {
-                            doubt = Some(from);
+                            doubt = Some(why);
                         }
                     }
                     None
@@ -182,10 +183,7 @@ impl Client {
             None if heard.is_empty() => {
                 ClientError::Unavailable { why: "the timeout is too short for one attempt".into() }
             }
-            None => {
-                let each = heard.iter().map(|(endpoint, why)| format!("{endpoint}: {why}"));
-                ClientError::Unavailable { why: each.collect::<Vec<_>>().join("; ") }
-            }
+            None => ClientError::Unavailable { why: heard.values().join("; ") },
         })
     }
 

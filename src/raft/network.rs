@@ -240,12 +240,10 @@ impl PeerNetwork {
         &self,
         to: NodeId,
         peer_addr: &str,
-        mut request: proto::ProbeRequest,
+        request: proto::ProbeRequest,
         timeout: Duration,
     ) -> Result<proto::ProbeResponse, String> {
-        request.header = Some(self.identities.header(to));
-        let mut rpc = self.rpc(Lane::Probes, peer_addr)?;
-        match self.answered(timeout, async move { rpc.probe(request).await }).await {
+        match self.probed(to, peer_addr, request, timeout).await? {
             Some(Ok(response)) => Ok(response),
             Some(Err(status)) => Err(self.heard(to, peer_addr, &status)),
             None => Err(format!(
@@ -255,19 +253,31 @@ impl PeerNetwork {
         }
     }
 
+    /// The answer as it came; `None`: none in time.
+    async fn probed(
+        &self,
+        to: NodeId,
+        peer_addr: &str,
+        mut request: proto::ProbeRequest,
+        timeout: Duration,
+    ) -> Result<Option<Result<proto::ProbeResponse, Status>>, String> {
+        request.header = Some(self.identities.header(to));
+        let mut rpc = self.rpc(Lane::Probes, peer_addr)?;
+        Ok(self.answered(timeout, async move { rpc.probe(request).await }).await)
+    }
+
     /// Is the process that was this member surely gone? Its host says that nobody listens at its
     /// address, or another process answers there. Silence proves nothing.
     pub async fn is_gone(&self, peer: NodeId, peer_addr: &str) -> bool {
         // The first attempt may find out no more than that the old connection is broken.
         for _ in 0..2 {
-            let Ok(mut rpc) = self.rpc(Lane::Probes, peer_addr) else { return false };
-            let header = Some(self.identities.header(peer));
-            let request = proto::ProbeRequest { header, ..Default::default() };
-            match self.answered(GONE_TIMEOUT, async move { rpc.probe(request).await }).await {
-                Some(Ok(answer)) => return self.identities.ran_as_another(peer, &answer.session),
-                Some(Err(status)) if nobody_listens(&status) => return true,
-                Some(Err(_)) => {}
-                None => return false,
+            match self.probed(peer, peer_addr, Default::default(), GONE_TIMEOUT).await {
+                Ok(Some(Ok(answer))) => {
+                    return self.identities.ran_as_another(peer, &answer.session);
+                }
+                Ok(Some(Err(status))) if nobody_listens(&status) => return true,
+                Ok(Some(Err(_))) => {}
+                Ok(None) | Err(_) => return false,
             }
         }
         false
@@ -380,39 +390,27 @@ fn connect(peer_addr: &str, dial: &Dial) -> Result<Channel, String> {
     Ok((dial.0)(endpoint))
 }
 
+/// What led to it, the innermost cause last.
+fn causes(status: &Status) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(status.source(), |&error| error.source())
+}
+
 /// There was no connection to send anything over.
 fn never_connected(status: &Status) -> bool {
-    let mut cause = status.source();
-    while let Some(error) = cause {
-        if error.is::<tonic::ConnectError>() {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
+    causes(status).any(|error| error.is::<tonic::ConnectError>())
 }
 
 /// The host answered for the process: there is none.
 fn nobody_listens(status: &Status) -> bool {
-    let mut cause = status.source();
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<std::io::Error>()
-            && error.kind() == std::io::ErrorKind::ConnectionRefused
-        {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
+    use std::io::{Error, ErrorKind};
+    causes(status)
+        .filter_map(|error| error.downcast_ref::<Error>())
+        .any(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
 /// The message and its innermost cause, which says what happened.
 fn describe(status: &Status) -> String {
-    let mut innermost = status.source();
-    while let Some(next) = innermost.and_then(|error| error.source()) {
-        innermost = Some(next);
-    }
-    match innermost {
+    match causes(status).last() {
         Some(cause) => format!("{} ({cause})", status.message()),
         None => status.message().into(),
     }

@@ -11,7 +11,6 @@ use rand::seq::{IndexedRandom as _, IteratorRandom as _};
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::cluster::Life;
-
 use crate::sim::{Ambush, Broken, Sim};
 use crate::world::HostId;
 use crate::world::net::Quality;

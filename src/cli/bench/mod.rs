@@ -157,20 +157,7 @@ impl Bench {
     pub async fn register(&self, args: &Args) -> anyhow::Result<()> {
         let client = self.client()?;
         let last = if args.hot { RANGE_LAST_HOT } else { RANGE_LAST };
-        let register = |name: String| {
-            let client = client.clone();
-            async move {
-                let range = v1::PortRange { name: "bench".into(), first: RANGE_FIRST, last };
-                let spec = v1::WorkerSpec {
-                    address: "127.0.0.1".into(),
-                    ranges: vec![range],
-                    ..Default::default()
-                };
-                client.worker_register(&name, spec).await.map(drop)
-            }
-        };
-        let all = stream::iter(self.workers(args)).map(register);
-        Ok(all.buffer_unordered(AT_ONCE).try_collect().await?)
+        register(&client, self.workers(args), &spec(RANGE_FIRST, last)).await
     }
 
     pub async fn callers(&self, args: &Args) -> anyhow::Result<Vec<Box<dyn Caller>>> {
@@ -250,8 +237,24 @@ async fn wait(seconds: u64) {
     bar.finish_and_clear();
 }
 
+/// A worker with one range.
+pub fn spec(first: u32, last: u32) -> v1::WorkerSpec {
+    let range = v1::PortRange { name: "bench".into(), first, last };
+    v1::WorkerSpec { address: "127.0.0.1".into(), ranges: vec![range], ..Default::default() }
+}
+
+/// Registers workers, some of them at a time.
+pub async fn register(
+    client: &Client,
+    names: impl Iterator<Item = String>,
+    spec: &v1::WorkerSpec,
+) -> anyhow::Result<()> {
+    let register = async |name: String| client.worker_register(&name, spec.clone()).await.map(drop);
+    Ok(stream::iter(names).map(register).buffer_unordered(AT_ONCE).try_collect().await?)
+}
+
 /// The uid never changes, so that a call after one of unknown outcome settles it.
-fn claim(name: &str, worker: &str, count: u32) -> v1::Claim {
+pub fn claim(name: &str, worker: &str, count: u32) -> v1::Claim {
     let ports = v1::port_request::Ports::Count(count);
     v1::Claim {
         name: name.into(),
