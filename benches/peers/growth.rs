@@ -92,6 +92,9 @@ pub struct Size {
     pub pairs_per_second: f64,
     pub p50_ms: f64,
     pub p99_ms: f64,
+    /// That the leader wrote meanwhile, as long as they took on average.
+    pub snapshots: f64,
+    pub snapshot_seconds: f64,
     /// Of the leader: all of its memory by the live allocations.
     pub resident_bytes_an_allocation: f64,
     pub disk_mib: f64,
@@ -101,6 +104,10 @@ pub struct Size {
     pub backup_seconds: f64,
     /// A follower that was killed: from its start until it says that it is ready.
     pub restart_seconds: f64,
+    /// A follower that was away for longer than the log reaches back: from its start until it has
+    /// all that the leader has, and the snapshots that it was sent.
+    pub catch_up_seconds: f64,
+    pub catch_up_snapshots: f64,
     /// All allocations, page by page.
     pub list_seconds: f64,
 }
@@ -124,6 +131,8 @@ const WORKER_LAST: u32 = 20_099;
 const SESSIONS: usize = 8;
 const BATCH: usize = 256;
 const MEASURED: Duration = Duration::from_secs(5);
+/// For how long a follower is away, while more is written than two snapshots of the log are apart.
+const AWAY: Duration = Duration::from_secs(15);
 
 pub async fn of(ours: &mut Ours, leases: usize, steps: &[(u32, u64)]) -> anyhow::Result<Growth> {
     let mut all_stages = Vec::new();
@@ -311,15 +320,20 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     let filled_per_second = (allocations - from.1) as f64 / began.elapsed().as_secs_f64();
 
     let lead = ours.leader().await?;
-    let applied = async || -> anyhow::Result<[f64; 2]> {
+    let counted = async || -> anyhow::Result<[f64; 4]> {
         let metrics = ours.metrics(lead).await?;
-        let names = ["portwarden_apply_seconds_sum", "portwarden_commands_applied_total"];
+        let names = [
+            "portwarden_apply_seconds_sum",
+            "portwarden_commands_applied_total",
+            "portwarden_snapshot_seconds_sum",
+            "portwarden_snapshot_seconds_count",
+        ];
         Ok(names.map(|name| metrics.sum(name)))
     };
-    let [seconds, commands] = applied().await?;
+    let before = counted().await?;
     let report = driven(ours, "session", 2048, MEASURED).await?;
-    let now = applied().await?;
-    let apply_us = (now[0] - seconds) / (now[1] - commands) * 1e6;
+    let now = counted().await?;
+    let [apply, commands, writing, snapshots] = std::array::from_fn(|i| now[i] - before[i]);
 
     let resident = ours.resident_bytes(lead)?;
     let leader = ours.client_at(lead)?.with_timeout(Duration::from_secs(60));
@@ -343,20 +357,41 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     let restart_seconds = began.elapsed().as_secs_f64();
     ours.healthy().await?;
 
+    ours.kill(follower);
+    driven(ours, "session", 2048, AWAY).await?;
+    let began = Instant::now();
+    ours.restart_until_ready(follower).await?;
+    let applied = "portwarden_log_applied_index";
+    let to = ours.metrics(lead).await?.sum(applied);
+    let caught_up = loop {
+        let now = ours.metrics(follower).await?;
+        if now.sum(applied) >= to {
+            break now;
+        }
+        anyhow::ensure!(began.elapsed() < Duration::from_secs(60), "the follower is still behind");
+        sleep(Duration::from_millis(20)).await;
+    };
+    let catch_up_seconds = began.elapsed().as_secs_f64();
+    ours.healthy().await?;
+
     Ok(Size {
         workers,
         allocations,
         filled_per_second,
-        apply_us,
+        apply_us: apply / commands * 1e6,
         pairs_per_second: report.operations_per_second,
         p50_ms: report.latency["all"].p50_ms,
         p99_ms: report.latency["all"].p99_ms,
+        snapshots,
+        snapshot_seconds: writing / snapshots.max(1.0),
         resident_bytes_an_allocation: resident / allocations as f64,
         disk_mib: ours.disk_bytes(lead)? / MIB,
         p99_in_backup_ms: during.latency["all"].p99_ms,
         backup_mib: backup_bytes as f64 / MIB,
         backup_seconds,
         restart_seconds,
+        catch_up_seconds,
+        catch_up_snapshots: caught_up.sum("portwarden_snapshots_installed_total"),
         list_seconds,
     })
 }

@@ -74,6 +74,13 @@ const WORKLOADS: &[Workload] = &[
     of("portwarden", "allocate", 256, ""),
     of("etcd", "put", 256, ""),
     of("portwarden", "hot", 64, "unary allocate, then release, one worker"),
+    of(
+        "portwarden",
+        "hot-session",
+        64,
+        "the same worker, on sessions: 64 clients with 1 command each",
+    ),
+    of("portwarden", "hot-session", 2048, "8 clients with 256 each"),
     of("etcd", "hot", 64, "next free port of one worker: read, then compare and swap"),
     of(
         "postgres",

@@ -183,16 +183,17 @@ impl Ours {
         clients: u32,
     ) -> anyhow::Result<(Vec<Box<dyn Caller>>, Option<Left>)> {
         let workload = match name {
-            "session" | "gang8" | "gang64" => Workload::Session,
+            "session" | "hot-session" | "gang8" | "gang64" => Workload::Session,
             "get" => Workload::Get,
             "get-stale" => Workload::GetStale,
             _ => Workload::Allocate,
         };
         // Sessions: `clients` commands are under way in all.
         let (callers, batch) = match (name, clients) {
+            ("hot-session", 64) => (64, 1),
             ("session", 256) => (4, 64),
-            ("session", ..=4096) => (8, clients / 8),
-            ("session", _) => (clients / 256, 256),
+            ("session" | "hot-session", ..=4096) => (8, clients / 8),
+            ("session" | "hot-session", _) => (clients / 256, 256),
             ("gang8" | "gang64", _) => (8, clients / 8),
             _ => (clients, 1),
         };
@@ -200,8 +201,8 @@ impl Ours {
             workload,
             clients: callers,
             seconds: 0,
-            hot: name == "hot",
-            spread: name != "hot",
+            hot: name.starts_with("hot"),
+            spread: !name.starts_with("hot"),
             workers: 1000,
             gang: match name {
                 "gang8" => 8,

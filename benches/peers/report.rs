@@ -122,12 +122,15 @@ impl Whole {
             (failover(&self.failover_ms.portwarden), failover(&self.failover_ms.etcd));
         let put = |clients| rate("etcd", "put", clients);
         let hot = rate("portwarden", "hot", 64);
+        let hot_session = rate("portwarden", "hot-session", 64);
         let ratios = [
             ("allocate_rpc_vs_etcd_put_64", over(rate("portwarden", "allocate", 64), put(64))),
             ("allocate_rpc_vs_etcd_put_256", over(rate("portwarden", "allocate", 256), put(256))),
             ("allocate_stream_vs_etcd_put_256", over(session, put(256))),
             ("allocate_hot_vs_postgres_64", over(hot, rate("postgres", "hot", 64))),
             ("allocate_hot_vs_etcd_txn_64", over(hot, rate("etcd", "hot", 64))),
+            ("allocate_hot_stream_vs_postgres_64", over(hot_session, rate("postgres", "hot", 64))),
+            ("allocate_hot_stream_vs_etcd_txn_64", over(hot_session, rate("etcd", "hot", 64))),
             ("allocate_stream_vs_postgres_hot_64", over(session, rate("postgres", "hot", 64))),
             ("etcd_p50_vs_ours_1", over(p50("etcd", "put"), p50("portwarden", "allocate"))),
             (

@@ -57,6 +57,7 @@ pub fn describe() {
         ("portwarden_queue_seconds", "From a command's arrival until it is packed into an entry"),
         ("portwarden_proposal_seconds", "From proposal of an entry to its answer"),
         ("portwarden_read_round_seconds", "One read round"),
+        ("portwarden_snapshot_seconds", "Writing one snapshot to the disk"),
         ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
         ("portwarden_log_flush_seconds", "One flush of the log to the disk"),
         ("portwarden_digest_seconds", "Digest of the table for a checkpoint"),

@@ -166,8 +166,8 @@ impl ApplyObserver for Nobody {
 /// not.
 pub fn salvage(data: &DataDir) -> Result<Table, StoreError> {
     let log = data.log()?;
-    let (mut machine, _) = StateMachine::open(data.snapshots()?, Arc::new(Nobody))?;
-    let mut next = machine.table().applied.map_or(0, |at| at.index + 1);
+    let (mut machine, view) = StateMachine::open(data.snapshots()?, Arc::new(Nobody))?;
+    let mut next = view.table().applied.map_or(0, |at| at.index + 1);
     loop {
         let records = log.read(next..u64::MAX, SALVAGE_BYTES)?;
         let Some(last) = records.last() else { break };
@@ -180,7 +180,7 @@ pub fn salvage(data: &DataDir) -> Result<Table, StoreError> {
             machine.apply_alone(&entry)?;
         }
     }
-    Ok(machine.table().clone())
+    Ok(Table::clone(&view.table()))
 }
 
 /// Entries that are read at once, in bytes.

@@ -1,15 +1,18 @@
 //! The table as openraft's state machine.
 //!
 //! Each call of `apply` applies its entries one after the other, tells the observer of every
-//! command, publishes the table once, and only then answers: so whoever got an answer finds it in
-//! the view, and in the observer's books.
+//! command, and only then answers: so whoever got an answer finds it in the view, and in the
+//! observer's books. The view shows whole entries.
 //!
 //! - The table is in memory. What makes it durable is the log, and a snapshot now and then, written
 //!   on a thread for blocking work from a clone that costs nothing: apply never waits for one.
+//! - A clone shares all its parts with the table, and what is shared must be copied before it is
+//!   changed. So a table to look at is made when somebody looks, and is gone from here before the
+//!   next entry.
 //! - At the start the newest snapshot that can be read is the table; openraft applies what follows.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
@@ -28,7 +31,7 @@ use crate::blocking::blocking;
 use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin};
 #[cfg(planted)]
 use crate::planted::{self, Bug};
-use crate::store::{SnapshotFile, SnapshotStore, StoreError};
+use crate::store::{SnapshotFile, SnapshotStore, StoreError, fatal};
 
 /// Before a snapshot for which there was no room is tried again.
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(1);
@@ -63,28 +66,66 @@ pub struct Table {
 
 /// The table as it is now. Clones show the same.
 #[derive(Debug, Clone)]
-pub struct TableView(watch::Receiver<Arc<Table>>);
+pub struct TableView {
+    current: Arc<RwLock<Current>>,
+    changed: watch::Receiver<()>,
+}
+
+#[derive(Debug)]
+struct Current {
+    table: Table,
+    /// The same, for all who looked since the last entry.
+    shown: OnceLock<Arc<Table>>,
+}
 
 impl TableView {
+    /// Waits while an entry is applied.
     pub fn table(&self) -> Arc<Table> {
-        self.0.borrow().clone()
+        self.current().shown()
     }
 
     /// The first table that meets the condition. Waits for ever if none does: bound it in time.
     pub async fn wait_for(&self, mut condition: impl FnMut(&Table) -> bool) -> Arc<Table> {
-        let mut table = self.0.clone();
-        if let Ok(met) = table.wait_for(|table| condition(table)).await {
-            return met.clone();
+        let mut changed = self.changed.clone();
+        loop {
+            changed.mark_unchanged();
+            {
+                let current = self.current();
+                if condition(&current.table) {
+                    return current.shown();
+                }
+            }
+            if changed.changed().await.is_err() {
+                // The state machine is gone: nothing will change any more.
+                std::future::pending().await
+            }
         }
-        // The state machine is gone: nothing will change any more.
-        std::future::pending().await
+    }
+
+    fn current(&self) -> RwLockReadGuard<'_, Current> {
+        self.current.read().unwrap_or_else(|_| half_changed())
+    }
+
+    fn change(&self) -> RwLockWriteGuard<'_, Current> {
+        let mut current = self.current.write().unwrap_or_else(|_| half_changed());
+        current.shown.take();
+        current
     }
 }
 
+impl Current {
+    fn shown(&self) -> Arc<Table> {
+        self.shown.get_or_init(|| Arc::new(self.table.clone())).clone()
+    }
+}
+
+fn half_changed() -> ! {
+    fatal("the table is not whole", &"a command panicked while it was applied")
+}
+
 pub struct StateMachine {
-    /// As of the entries applied; published by `publish`.
-    table: Table,
-    published: watch::Sender<Arc<Table>>,
+    view: TableView,
+    changed: watch::Sender<()>,
     snapshots: SnapshotStore,
     observer: Arc<dyn ApplyObserver>,
 }
@@ -112,14 +153,11 @@ impl StateMachine {
                 Err(error) => return Err(error),
             }
         }
-        let (published, view) = watch::channel(Arc::new(table.clone()));
-        let machine = StateMachine { table, published, snapshots, observer };
-        Ok((machine, TableView(view)))
-    }
-
-    /// As of the entries applied.
-    pub(super) fn table(&self) -> &Table {
-        &self.table
+        let (changed, changes) = watch::channel(());
+        let current = Arc::new(RwLock::new(Current { table, shown: OnceLock::new() }));
+        let view = TableView { current, changed: changes };
+        let machine = StateMachine { view: view.clone(), changed, snapshots, observer };
+        Ok((machine, view))
     }
 
     /// Outside of Raft: nobody is answered.
@@ -131,10 +169,11 @@ impl StateMachine {
     pub fn apply_outside_log(&mut self, command: &Command) {
         let Command::ExpireLease { under, .. } = command else { return };
         let origin = Origin { leader: *under, ..Origin::default() };
-        let (applied, events) = core::apply(&mut self.table.state, &origin, command);
+        let mut current = self.view.change();
+        let (applied, events) = core::apply(&mut current.table.state, &origin, command);
         self.observer.applied(command, &applied, &events);
-        self.publish();
-        self.observer.published(&self.table.state);
+        drop(current);
+        self.published();
     }
 
     /// Fails where the cluster goes on to what this build does not know.
@@ -143,12 +182,14 @@ impl StateMachine {
         at: LogId,
         payload: &EntryPayload<Batch, u64, super::Member>,
     ) -> Result<BatchReply, StoreError> {
-        self.table.applied = Some(at);
-        if let Some(membership) = payload.get_membership() {
-            for (id, member) in membership.nodes() {
-                self.table.state.remember_member(*id, &member.incarnation);
+        let mut current = self.view.change();
+        let Table { applied, membership, state } = &mut current.table;
+        *applied = Some(at);
+        if let Some(new) = payload.get_membership() {
+            for (id, member) in new.nodes() {
+                state.remember_member(*id, &member.incarnation);
             }
-            self.table.membership = StoredMembership::new(Some(at), membership);
+            *membership = StoredMembership::new(Some(at), new);
         }
         let EntryPayload::Normal(batch) = payload else { return Ok(BatchReply::default()) };
         let leader = Leader { term: at.leader_id.term, node: at.leader_id.node_id };
@@ -159,10 +200,10 @@ impl StateMachine {
             if let Command::SetFeatureLevel { level: found @ UNKNOWN_LEVEL.. } = *command {
                 return Err(StoreError::FeatureLevel { found, known: core::FEATURE_LEVEL });
             }
-            let (applied, events) = core::apply(&mut self.table.state, &origin, command);
+            let (applied, events) = core::apply(state, &origin, command);
             self.observer.applied(command, &applied, &events);
             if let Command::Checkpoint(checkpoint) = command {
-                self.observer.checkpoint((at.index, number), checkpoint, &self.table.state);
+                self.observer.checkpoint((at.index, number), checkpoint, state);
             }
             Ok(applied)
         };
@@ -170,8 +211,10 @@ impl StateMachine {
         all.map(BatchReply)
     }
 
-    fn publish(&self) {
-        self.published.send_replace(Arc::new(self.table.clone()));
+    /// Tells everybody of what is in the view now.
+    fn published(&self) {
+        self.changed.send_replace(());
+        self.observer.published(&self.view.current().table.state);
     }
 }
 
@@ -188,7 +231,7 @@ fn load(file: &SnapshotFile) -> Result<Table, StoreError> {
 
 /// Writes the table as it was when the builder was made.
 pub struct SnapshotBuilder {
-    table: Table,
+    table: Arc<Table>,
     snapshots: SnapshotStore,
 }
 
@@ -200,12 +243,17 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
             last_log_id: self.table.applied,
             last_membership: self.table.membership.clone(),
         };
+        let began = Instant::now();
         loop {
             let (head, state, snapshots) =
                 (convert::head(&meta), self.table.state.clone(), self.snapshots.clone());
             let written = blocking(move || snapshots.write(&head, &state));
             match written.await.map_err(io::Error::other)? {
-                Ok(snapshot) => return Ok(Snapshot { meta, snapshot }),
+                Ok(snapshot) => {
+                    let seconds = began.elapsed().as_secs_f64();
+                    histogram!("portwarden_snapshot_seconds").record(seconds);
+                    return Ok(Snapshot { meta, snapshot });
+                }
                 // What was begun is gone, and the log has everything: it can wait for room.
                 Err(error) if error.is_full() => {
                     tracing::warn!(%error, "a snapshot waits for room");
@@ -224,12 +272,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
         #[cfg(planted)]
         if planted::is(Bug::AppliedTwice)
-            && let Some(at) = self.table.applied.filter(|at| at.index > 0)
+            && let Some(at) = self.view.table().applied.filter(|at| at.index > 0)
         {
             let before = LogId { index: at.index - 1, ..at };
-            return Ok((Some(before), self.table.membership.clone()));
+            return Ok((Some(before), self.view.table().membership.clone()));
         }
-        Ok((self.table.applied, self.table.membership.clone()))
+        let current = self.view.current();
+        Ok((current.table.applied, current.table.membership.clone()))
     }
 
     async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
@@ -243,9 +292,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let reply = self.apply_one(entry.log_id, &entry.payload)?;
             answers.extend(responder.map(|responder| (responder, reply)));
         }
-        self.publish();
         histogram!("portwarden_apply_seconds").record(began.elapsed().as_secs_f64());
-        self.observer.published(&self.table.state);
+        self.published();
         for (responder, reply) in answers {
             responder.send(reply);
         }
@@ -253,7 +301,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
-        SnapshotBuilder { table: self.table.clone(), snapshots: self.snapshots.clone() }
+        SnapshotBuilder { table: self.view.table(), snapshots: self.snapshots.clone() }
     }
 
     async fn install_snapshot(
@@ -271,9 +319,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             snapshots.install(&snapshot)?;
             Ok::<_, StoreError>(table)
         });
-        self.table = installed.await.map_err(io::Error::other)??;
-        self.publish();
-        self.observer.installed(&self.table.state);
+        self.view.change().table = installed.await.map_err(io::Error::other)??;
+        self.changed.send_replace(());
+        self.observer.installed(&self.view.current().table.state);
         Ok(())
     }
 

@@ -25,6 +25,10 @@ pub trait Disk: Debug + Send + Sync {
     fn values(&self) -> Pairs<'_>;
     /// Returns when everything that was written is on the disk.
     fn flush(&self) -> sled::Result<()>;
+    /// Nothing is written any more.
+    fn close(&self) -> sled::Result<()> {
+        self.flush()
+    }
 }
 
 #[derive(Debug)]

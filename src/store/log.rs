@@ -40,6 +40,7 @@ use super::codec::{self, Ballot, Batch, Position};
 use super::coverage::{Coverage, PurgeLimit};
 use super::dir::Lock;
 use super::disk::{Changes, Disk, Key, Sled};
+use super::journal::Journaled;
 use super::mark::{Mark, Marked};
 use super::simulated::SimulatedDisk;
 use super::{StoreError, dir, fatal, sync};
@@ -48,8 +49,10 @@ use crate::planted::{self, Bug};
 
 /// Largest encoded entry, in bytes.
 pub const ENTRY_MAX_BYTES: usize = 16 << 20;
-/// Largest value given to sled, in bytes: far below the ~128 KiB from which it makes files of them.
-const CHUNK_BYTES: usize = 60 << 10;
+/// Largest value given to sled, in bytes. sled writes a page that is larger than a quarter of its
+/// segments, 128 KiB, to a file of its own that it never syncs, and a page has up to 17 values, after a
+/// merge 19.
+const CHUNK_BYTES: usize = 6 << 10;
 /// Most that one round of the writer takes, in bytes of entries and in calls.
 const ROUND_BYTES: usize = 8 << 20;
 const ROUND_OPS: usize = 1024;
@@ -239,7 +242,9 @@ impl LogStore {
             let tree =
                 |name| db.open_tree(name).map_err(StoreError::sled(path, "cannot be opened"));
             let (entries, meta) = (tree("entries")?, tree("meta")?);
-            Ok(Sled { db, entries, meta })
+            let ends = path.to_path_buf();
+            let sled = Arc::new(Sled { db, entries, meta });
+            Journaled::open(path, sled, move |error| failed(&ends, &error))
         })?;
         let (mark, marked) = match marks {
             true => Mark::open(&path.join("mark")).map(|(mark, marked)| (Some(mark), marked))?,
@@ -533,6 +538,8 @@ struct Writer {
     durable: Marked,
     /// Entries up to this one are being removed from the disk.
     purging: Option<u64>,
+    /// Where the first entry on the disk may lie.
+    oldest: Bound<Key>,
     _lock: Arc<Lock>,
 }
 
@@ -564,13 +571,14 @@ impl Writer {
             mark,
             durable: Marked { last: found.last, vote: found.vote },
             purging: found.purged.map(|at| at.index),
+            oldest: Bound::Unbounded,
             index: Arc::new(Mutex::new(found)),
             _lock: lock,
         }
     }
 
     fn run(mut self, ops: &mpsc::Receiver<Op>) {
-        let _guard = EndsProcess;
+        let _guard = EndsProcess("the log's writer");
         loop {
             match self.next(ops) {
                 Ok(first) => {
@@ -584,6 +592,7 @@ impl Writer {
         }
         self.must(self.disk.flush());
         self.mark(Mark::sync);
+        self.must(self.disk.close());
     }
 
     /// The same, where time is the runtime's.
@@ -716,20 +725,22 @@ impl Writer {
 
     fn purge_slice(&mut self) {
         let Some(upto) = self.purging else { return };
-        let oldest = self.disk.range((Bound::Unbounded, Bound::Excluded(key(upto + 1, 0))));
-        if self.remove(oldest.take(PURGE_SLICE_KEYS)) < PURGE_SLICE_KEYS {
-            self.purging = None;
+        let oldest = self.disk.range((self.oldest, Bound::Excluded(key(upto + 1, 0))));
+        match self.remove(oldest.take(PURGE_SLICE_KEYS)).as_slice() {
+            [.., last] => self.oldest = Bound::Excluded(*last),
+            [] => self.purging = None,
         }
     }
 
-    /// Removes these keys, all or none, and says how many they were.
-    fn remove(&self, found: impl Iterator<Item = sled::Result<(sled::IVec, sled::IVec)>>) -> usize {
+    /// Removes these keys, all or none, and says which they were.
+    fn remove(
+        &self,
+        found: impl Iterator<Item = sled::Result<(sled::IVec, sled::IVec)>>,
+    ) -> Vec<Key> {
         let keys = found.map(|pair| self.must(pair).0);
-        let gone: Changes =
-            keys.filter_map(|key| Some((key.as_ref().try_into().ok()?, None))).collect();
-        let count = gone.len();
-        self.must(self.disk.write(gone));
-        count
+        let gone: Vec<Key> = keys.filter_map(|key| key.as_ref().try_into().ok()).collect();
+        self.must(self.disk.write(gone.iter().map(|key| (*key, None)).collect()));
+        gone
     }
 
     fn mark(&mut self, step: impl FnOnce(&mut Mark) -> io::Result<()>) {
@@ -738,24 +749,27 @@ impl Writer {
     }
 
     fn must<T, E: std::fmt::Display>(&self, result: Result<T, E>) -> T {
-        result.unwrap_or_else(|error| {
-            let path = self.path.display();
-            let error = error.to_string();
-            if error.contains("corrupt") {
-                fatal("the log is damaged", &StoreError::damaged(&self.path, error));
-            }
-            fatal(&format!("the log in {path} cannot be written"), &error)
-        })
+        result.unwrap_or_else(|error| failed(&self.path, &error))
     }
 }
 
-/// Without its writer the node would wait for ever, or worse, take silence for success.
-struct EndsProcess;
+/// The log cannot be written.
+fn failed(path: &Path, error: &dyn std::fmt::Display) -> ! {
+    let error = error.to_string();
+    if error.contains("corrupt") {
+        fatal("the log is damaged", &StoreError::damaged(path, error));
+    }
+    fatal(&format!("the log in {} cannot be written", path.display()), &error)
+}
+
+/// Without its threads the node would wait for ever, or worse, take silence for success. Names the
+/// thread.
+pub(super) struct EndsProcess(pub &'static str);
 
 impl Drop for EndsProcess {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            fatal("the log's writer panicked", &"see above");
+            fatal(&format!("{} panicked", self.0), &"see above");
         }
     }
 }
@@ -947,7 +961,8 @@ impl Assembly {
     }
 }
 
-fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+/// The first bytes; they are gone from `bytes`.
+pub(super) fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
     let (head, rest) = bytes.split_first_chunk::<N>()?;
     *bytes = rest;
     Some(*head)

@@ -64,7 +64,7 @@ fn every_answer_comes_after_a_sync() {
     let syncs = |what: &str| trace.lines().filter(|line| line.contains(what)).count() as u64;
     let of_the_log = trace
         .lines()
-        .filter(|line| line.contains("fdatasync(") && line.contains("/log/db>"))
+        .filter(|line| line.contains("fdatasync(") && line.contains("/log/journal/"))
         .count() as u64;
     assert!(of_the_log >= APPENDS + VOTES, "{of_the_log} for {APPENDS} appends, {VOTES} votes");
     assert_eq!(syncs("sync_file_range("), 0);

@@ -111,6 +111,24 @@ fn a_truncated_tail_stays_away_when_the_process_is_killed() {
     assert_eq!(all(&left).len(), 4);
 }
 
+/// sled never syncs the files that it makes for large pages: what was acknowledged would be lost in a
+/// power cut.
+#[test]
+fn sled_makes_no_file_of_its_own_for_large_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = LogStore::open(dir.path()).unwrap();
+    // More than the journal takes, so that sled has most of it.
+    let sizes = [500_000, 60_000, 100, 6_000, 20_000];
+    for round in 0..40 {
+        let records = (0..).zip(sizes).map(|(i, size)| record(1, round * 5 + i, size));
+        append(&log, records.collect());
+    }
+    drop(log);
+    let blobs = std::fs::read_dir(dir.path().join("blobs")).unwrap();
+    assert_eq!(blobs.count(), 0);
+    assert_eq!(all(&LogStore::open(dir.path()).unwrap()).len(), 200);
+}
+
 /// sled writes such a file at every start, and cannot open what a kill in the middle leaves.
 #[test]
 fn a_start_that_was_killed_is_no_damage() {
