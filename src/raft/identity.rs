@@ -157,17 +157,19 @@ impl Roster {
     fn incarnation(&self, id: NodeId) -> Option<String> {
         let bound = self.member(id).map(|member| member.incarnation).filter(|i| !i.is_empty());
         bound.or_else(|| {
-            let table = self.view.table();
-            table.state.member_incarnation(id).filter(|i| !i.is_empty()).map(String::from)
+            self.view.look(|table| {
+                table.state.member_incarnation(id).filter(|i| !i.is_empty()).map(String::from)
+            })
         })
     }
 
     /// Was it a member, and is it none any more, neither in the log nor in what is applied?
     fn was_removed(&self, id: NodeId) -> bool {
-        let table = self.view.table();
-        table.state.member_incarnation(id).is_some()
-            && table.membership.membership().get_node(&id).is_none()
-            && self.member(id).is_none()
+        let gone = self.view.look(|table| {
+            table.state.member_incarnation(id).is_some()
+                && table.membership.membership().get_node(&id).is_none()
+        });
+        gone && self.member(id).is_none()
     }
 
     fn cluster(&self) -> Option<String> {

@@ -38,8 +38,8 @@ const SNAPSHOT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Told of everything that changes the table, on the way to the answers: must not block.
 pub trait ApplyObserver: Send + Sync + 'static {
-    /// One command was applied. Comes before anybody is answered, and in the order of the log;
-    /// the view may still show the table before it.
+    /// One command was applied. Comes before anybody is answered, and in the order of the log. The
+    /// view must not be looked at from here: it waits until the entry is applied.
     fn applied(&self, command: &Command, applied: &Applied, events: &[Event]);
 
     /// A checkpoint was applied, to this table. Comes after `applied`.
@@ -79,9 +79,14 @@ struct Current {
 }
 
 impl TableView {
-    /// Waits while an entry is applied.
+    /// For whoever reads for long. Waits while an entry is applied.
     pub fn table(&self) -> Arc<Table> {
         self.current().shown()
+    }
+
+    /// For a short look. Waits while an entry is applied, and the next one waits for it.
+    pub fn look<T>(&self, at: impl FnOnce(&Table) -> T) -> T {
+        at(&self.current().table)
     }
 
     /// The first table that meets the condition. Waits for ever if none does: bound it in time.
@@ -176,12 +181,15 @@ impl StateMachine {
         self.published();
     }
 
-    /// Fails where the cluster goes on to what this build does not know.
+    /// Nothing changes where it fails.
     fn apply_one(
         &mut self,
         at: LogId,
         payload: &EntryPayload<Batch, u64, super::Member>,
     ) -> Result<BatchReply, StoreError> {
+        if let EntryPayload::Normal(batch) = payload {
+            known(batch)?;
+        }
         let mut current = self.view.change();
         let Table { applied, membership, state } = &mut current.table;
         *applied = Some(at);
@@ -197,24 +205,32 @@ impl StateMachine {
         let apply = |(command, number): (&Command, u32)| {
             #[cfg(planted)]
             let command = &planted::on_this_process(command);
-            if let Command::SetFeatureLevel { level: found @ UNKNOWN_LEVEL.. } = *command {
-                return Err(StoreError::FeatureLevel { found, known: core::FEATURE_LEVEL });
-            }
             let (applied, events) = core::apply(state, &origin, command);
             self.observer.applied(command, &applied, &events);
             if let Command::Checkpoint(checkpoint) = command {
                 self.observer.checkpoint((at.index, number), checkpoint, state);
             }
-            Ok(applied)
+            applied
         };
-        let all: Result<_, _> = batch.commands().iter().zip(0..).map(apply).collect();
-        all.map(BatchReply)
+        Ok(BatchReply(batch.commands().iter().zip(0..).map(apply).collect()))
     }
 
     /// Tells everybody of what is in the view now.
     fn published(&self) {
         self.changed.send_replace(());
         self.observer.published(&self.view.current().table.state);
+    }
+}
+
+/// Fails where the cluster goes on to what this build does not know.
+fn known(batch: &Batch) -> Result<(), StoreError> {
+    let level = |command: &Command| match *command {
+        Command::SetFeatureLevel { level: found @ UNKNOWN_LEVEL.. } => Some(found),
+        _ => None,
+    };
+    match batch.commands().iter().find_map(level) {
+        Some(found) => Err(StoreError::FeatureLevel { found, known: core::FEATURE_LEVEL }),
+        None => Ok(()),
     }
 }
 
@@ -277,8 +293,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let before = LogId { index: at.index - 1, ..at };
             return Ok((Some(before), self.view.table().membership.clone()));
         }
-        let current = self.view.current();
-        Ok((current.table.applied, current.table.membership.clone()))
+        Ok(self.view.look(|table| (table.applied, table.membership.clone())))
     }
 
     async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
@@ -319,7 +334,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             snapshots.install(&snapshot)?;
             Ok::<_, StoreError>(table)
         });
-        self.view.change().table = installed.await.map_err(io::Error::other)??;
+        let table = installed.await.map_err(io::Error::other)??;
+        // It may be large: it goes when others see the new one.
+        let old = std::mem::replace(&mut self.view.change().table, table);
+        drop(old);
         self.changed.send_replace(());
         self.observer.installed(&self.view.current().table.state);
         Ok(())
@@ -329,5 +347,42 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let Some(snapshot) = self.snapshots.newest() else { return Ok(None) };
         let meta = convert::meta(snapshot.head()).map_err(io::Error::other)?;
         Ok(Some(Snapshot { meta, snapshot }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::Revision;
+    use crate::store::DataDir;
+
+    struct Nobody;
+
+    impl ApplyObserver for Nobody {
+        fn applied(&self, _: &Command, _: &Applied, _: &[Event]) {}
+    }
+
+    /// A node of an older build comes upon it with what was committed beside it.
+    #[test]
+    fn an_entry_that_this_build_does_not_know_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path(), 1).unwrap();
+        let snapshots = data.snapshots().unwrap();
+        let (mut machine, view) = StateMachine::open(snapshots, Arc::new(Nobody)).unwrap();
+        let grant = Command::GrantLease { ttl: core::Millis(60_000) };
+        let entry = |index, commands| {
+            let leader_id = openraft::vote::leader_id_adv::LeaderId { term: 1, node_id: 1 };
+            let log_id = LogId { leader_id, index };
+            let batch = Batch::new(core::Millis(0), commands);
+            Entry { log_id, payload: EntryPayload::Normal(batch) }
+        };
+        machine.apply_alone(&entry(1, vec![grant.clone()])).unwrap();
+        let before = view.table();
+        let level = Command::SetFeatureLevel { level: UNKNOWN_LEVEL };
+        let error = machine.apply_alone(&entry(2, vec![grant, level])).unwrap_err();
+        assert!(matches!(error, StoreError::FeatureLevel { found: UNKNOWN_LEVEL, .. }), "{error}");
+        let after = view.table();
+        assert_eq!((after.applied, &after.state), (before.applied, &before.state));
+        assert_eq!(after.state.revision, Revision(1));
     }
 }

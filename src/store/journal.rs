@@ -12,10 +12,12 @@
 //! - A frame holds what was written between two flushes, with a checksum. Frames are numbered without
 //!   a gap over both files, and each says which one was the last that was synced when it was written:
 //!   so what a power cut left of the last ones is told from damage.
-//! - Beside its entries sled has the number of the last frame that is in them. What the journal has
-//!   beyond goes to sled at the start: only the last word on each key counts.
-//! - Each opening of the journal is a run, and a frame of an earlier run after one of a later run is a
-//!   remnant. sled has the number of the run before it begins.
+//! - Each opening of the journal is a run with a number of its own, drawn at random, and begins with
+//!   frame 1 where the first file does. A frame of another run is a remnant. As nobody can know the
+//!   number, nobody can have something written that reads as a frame.
+//! - Beside its entries sled has the number of the run and of its last frame that is in them. What the
+//!   journal has beyond goes to sled at the start, before the next run begins: only the last word on each
+//!   key counts.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -46,6 +48,8 @@ const VERSION: u8 = 1;
 const KEPT: &str = "journal";
 /// Version; CRC-32 of all else; length of the body; run; number; last synced number.
 const HEADER_BYTES: usize = 1 + 4 + 4 + 3 * 8;
+/// Frames begin at multiples of this, in bytes.
+const ALIGNMENT: usize = 64;
 const CRC: Range<usize> = 1..5;
 
 /// A disk whose writes lie in a journal first.
@@ -78,7 +82,7 @@ struct Layers {
 #[derive(Debug, Clone, Copy, Default)]
 struct Kept {
     run: u64,
-    /// Number of the last frame that is in it.
+    /// Number of the last frame of this run that is in it.
     last: u64,
 }
 
@@ -110,7 +114,7 @@ struct Sizes {
 struct Journal {
     files: [File; 2],
     active: usize,
-    /// Where the next frame goes in the active file.
+    /// Where the next frame begins in the active file.
     offset: u64,
     sizes: Sizes,
     run: u64,
@@ -151,17 +155,17 @@ impl Journaled {
         let files = create(&path, sizes.file).map_err(StoreError::io(&path, "cannot be opened"))?;
         dir::sync_dir(dir)?;
         let kept = Kept::read(&*below).map_err(StoreError::sled(dir, "cannot be read"))?;
-        let Replay { layer, last, active, offset } = replay(&path, kept)?;
-        let kept = Kept { run: kept.run + 1, last };
-        layer.write_to(&*below, kept).map_err(StoreError::sled(dir, "cannot be written"))?;
+        let found = replay(&path, kept)?;
+        let next = Kept { run: rand::random(), last: 0 };
+        found.write_to(&*below, next).map_err(StoreError::sled(dir, "cannot be written"))?;
         let journal = Journal {
             files,
-            active,
-            offset,
+            active: 0,
+            offset: 0,
             sizes,
-            run: kept.run,
-            number: last + 1,
-            synced: last,
+            run: next.run,
+            number: 1,
+            synced: 0,
             frame: vec![0; HEADER_BYTES],
         };
         let (recent, journal) = (Arc::default(), Mutex::new(journal));
@@ -359,7 +363,7 @@ impl Journal {
         let crc = checksum(&self.frame);
         self.frame[CRC].copy_from_slice(&crc.to_be_bytes());
         self.files[self.active].write_all_at(&self.frame, self.offset)?;
-        self.offset += self.frame.len() as u64;
+        self.offset += self.frame.len().next_multiple_of(ALIGNMENT) as u64;
         self.number += 1;
         self.frame.truncate(HEADER_BYTES);
         self.frame.shrink_to(2 * self.sizes.frame);
@@ -488,13 +492,9 @@ impl Frame<'_> {
         let sound = header.version > 0 && checksum(frame) == header.crc;
         sound.then(|| Frame { header, body: &frame[HEADER_BYTES..] })
     }
-
-    fn follows(&self, before: &Frame<'_>) -> bool {
-        self.header.number == before.header.number + 1 && self.header.run >= before.header.run
-    }
 }
 
-/// What a file of the journal holds: its frames, and where they end.
+/// The frames of one run that a file of the journal holds, and where they end.
 struct Found<'a> {
     path: &'a Path,
     bytes: &'a [u8],
@@ -503,11 +503,11 @@ struct Found<'a> {
 }
 
 impl Found<'_> {
-    fn read<'a>(path: &'a Path, bytes: &'a [u8]) -> Result<Found<'a>, StoreError> {
-        let mut frames: Vec<Frame<'_>> = Vec::new();
-        let mut end = 0;
-        while let Some(frame) = Frame::read(&bytes[end..])
-            && frames.last().is_none_or(|last| frame.follows(last))
+    fn read<'a>(path: &'a Path, bytes: &'a [u8], run: u64) -> Result<Found<'a>, StoreError> {
+        let mut found = Found { path, bytes, frames: Vec::new(), end: 0 };
+        while let Some(frame) = bytes.get(found.end..).and_then(Frame::read)
+            && frame.header.run == run
+            && found.last().is_none_or(|last| last + 1 == frame.header.number)
         {
             if frame.header.version != VERSION {
                 return Err(StoreError::Version {
@@ -517,71 +517,58 @@ impl Found<'_> {
                     supported: VERSION.into(),
                 });
             }
-            end += HEADER_BYTES + frame.body.len();
-            frames.push(frame);
+            found.end += (HEADER_BYTES + frame.body.len()).next_multiple_of(ALIGNMENT);
+            found.frames.push(frame);
         }
-        Ok(Found { path, bytes, frames, end })
+        Ok(found)
     }
 
-    fn last(&self) -> u64 {
-        self.frames.last().map_or(0, |frame| frame.header.number)
+    fn last(&self) -> Option<u64> {
+        self.frames.last().map(|frame| frame.header.number)
     }
 
     /// Does a frame beyond the end say that one after `last` had been on the disk?
     fn proves_lost(&self, last: u64, run: u64) -> bool {
-        let mut beyond = (self.end..self.bytes.len()).map(|at| &self.bytes[at..]);
-        // A checksum takes long: few places look like a frame of that kind.
-        let alike = |bytes: &[u8]| {
-            Header::read(bytes).is_some_and(|header| {
-                header.version == VERSION
-                    && header.run >= run
-                    && (last + 1..header.number).contains(&header.synced)
-            })
-        };
-        beyond.any(|bytes| alike(bytes) && Frame::read(bytes).is_some())
+        let mut beyond =
+            (self.end..self.bytes.len()).step_by(ALIGNMENT).map(|at| &self.bytes[at..]);
+        // A checksum takes long.
+        let later = |header: Header| header.run == run && header.synced > last;
+        beyond.any(|bytes| Header::read(bytes).is_some_and(later) && Frame::read(bytes).is_some())
     }
 }
 
-/// What the journal holds beyond what is kept, and where it goes on.
-struct Replay {
-    layer: Layer,
-    last: u64,
-    active: usize,
-    offset: u64,
-}
-
-fn replay(path: &Path, kept: Kept) -> Result<Replay, StoreError> {
+/// What the journal in `path` holds of the run, beyond what is kept.
+fn replay(path: &Path, kept: Kept) -> Result<Layer, StoreError> {
     let read = |name| {
         let path = path.join(name);
         let bytes = fs::read(&path).map_err(StoreError::io(&path, "cannot be read"))?;
         Ok::<_, StoreError>((path, bytes))
     };
     let files = [read(NAMES[0])?, read(NAMES[1])?];
-    let found = [Found::read(&files[0].0, &files[0].1)?, Found::read(&files[1].0, &files[1].1)?];
-    let active = usize::from(found[1].last() > found[0].last());
+    let found = files.each_ref().map(|(path, bytes)| Found::read(path, bytes, kept.run));
+    let [first, second] = found;
+    let mut found = [first?, second?];
+    found.sort_by_key(Found::last);
     let damaged = |what| StoreError::damaged(path, what);
 
     let mut layer = Layer::default();
     let mut last = kept.last;
-    for Frame { header, body } in
-        [&found[1 - active], &found[active]].map(|f| &f.frames).into_iter().flatten()
-    {
-        let Header { number, .. } = *header;
-        if number <= kept.last {
+    for Frame { header: Header { number, .. }, body } in found.iter().flat_map(|f| &f.frames) {
+        if *number <= kept.last {
             continue;
         }
-        if number != last + 1 {
+        if *number != last + 1 {
             return Err(damaged(format!("frame {} is missing before frame {number}", last + 1)));
         }
         layer.take(body).ok_or_else(|| damaged(format!("frame {number} cannot be read")))?;
-        last = number;
+        last = *number;
     }
-    if found[active].last() < kept.last {
+    if found[1].last().unwrap_or(0) < kept.last {
         return Err(damaged(format!("frame {} had been in it, and is gone", kept.last)));
     }
     match found.iter().find(|found| found.proves_lost(last, kept.run)) {
         Some(file) => Err(StoreError::damaged(file.path, format!("frame {} is damaged", last + 1))),
-        None => Ok(Replay { layer, last, active, offset: found[active].end as u64 }),
+        None => Ok(layer),
     }
 }
 
@@ -773,19 +760,20 @@ mod tests {
                 if lived.is_ok() && rng.random_ratio(1, 4) && journaled.close().is_ok() {
                     life.flushed = life.states.len() - 1;
                 }
-                let (active, end, unsynced) = {
+                let (run, active, end, unsynced) = {
                     let journal = guard(&journaled.journal);
                     let unsynced = journal.synced + 1 < journal.number;
-                    (journal.active, journal.offset as usize, unsynced)
+                    (journal.run, journal.active, journal.offset as usize, unsynced)
                 };
                 drop(journaled);
                 // The cut: of the last frame, if it was not synced, a part may be missing.
                 if unsynced && rng.random_ratio(1, 2) {
                     let path = dir.path().join("journal").join(NAMES[active]);
                     let mut bytes = fs::read(&path).unwrap();
-                    let found = Found::read(&path, &bytes).unwrap();
+                    let found = Found::read(&path, &bytes, run).unwrap();
                     let last = HEADER_BYTES + found.frames.last().unwrap().body.len();
-                    bytes[rng.random_range(end - last..end)..end].fill(0);
+                    let begins = end - last.next_multiple_of(ALIGNMENT);
+                    bytes[rng.random_range(begins..begins + last)..end].fill(0);
                     fs::write(&path, bytes).unwrap();
                 }
                 disk.crash(rng.random_range(0..20));
@@ -889,10 +877,11 @@ mod tests {
         fs::write(path.join("0"), first).unwrap();
         let journaled = open(dir.path(), &disk).unwrap();
         assert_eq!(keys(&journaled), [1, 2]);
+        put(&journaled, 3).unwrap();
         journaled.close().unwrap();
         drop(journaled);
         disk.crash(0);
-        overwrite(&path.join("1"), 0..4096);
+        overwrite(&path.join("0"), 0..4096);
         let error = open(dir.path(), &disk).unwrap_err().to_string();
         assert!(error.contains("had been in it, and is gone"), "{error}");
     }
@@ -928,6 +917,7 @@ mod tests {
         journaled.write(vec![([7; 10], Some(b"chunk".to_vec())), ([8; 10], None)]).unwrap();
         journaled.set("vote", Some(b"ballot".to_vec())).unwrap();
         journaled.set("purged", None).unwrap();
+        guard(&journaled.journal).run = 0x0102;
         journaled.flush().unwrap();
         let bytes = fs::read(dir.path().join("journal/0")).unwrap();
         let frame = Frame::read(&bytes).unwrap();
@@ -935,7 +925,7 @@ mod tests {
         assert_eq!(hex(&bytes[..HEADER_BYTES + frame.body.len()]), FIXTURE);
     }
 
-    const FIXTURE: &str = "01b323558600000037000000000000000100000000000000010000000000000000010707\
+    const FIXTURE: &str = "016d83fb7500000037000000000000010200000000000000010000000000000000010707\
                            0707070707070707000000056368756e6b02080808080808080808080304766f74650000\
                            000662616c6c6f740406707572676564";
 }

@@ -51,7 +51,7 @@ use crate::planted::{self, Bug};
 pub const ENTRY_MAX_BYTES: usize = 16 << 20;
 /// Largest value given to sled, in bytes. sled writes a page that is larger than a quarter of its
 /// segments, 128 KiB, to a file of its own that it never syncs, and a page has up to 17 values, after a
-/// merge 19.
+/// merge 20.
 const CHUNK_BYTES: usize = 6 << 10;
 /// Most that one round of the writer takes, in bytes of entries and in calls.
 const ROUND_BYTES: usize = 8 << 20;
