@@ -123,8 +123,8 @@ fn of_apply(c: &mut Criterion) {
                 pair(&mut state, &format!("i{next}"), select.clone());
             });
         });
-        // As the view is published: what was shared is copied before it is changed.
-        group.bench_function(format!("the same after each publication, {workers}"), |b| {
+        // Somebody looks at the table: what is shared is copied before it is changed.
+        group.bench_function(format!("the same while it is looked at, {workers}"), |b| {
             b.iter(|| {
                 next += 1;
                 let view = state.clone();
