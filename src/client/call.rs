@@ -246,7 +246,7 @@ impl Client {
     }
 
     /// Half to one and a half times the pause, so that clients do not come back all at once.
-    fn jitter(&self, pause: Duration) -> Duration {
+    pub(super) fn jitter(&self, pause: Duration) -> Duration {
         let mut rng = self.shared.rng.lock().unwrap_or_else(PoisonError::into_inner);
         pause * rng.random_range(50..150) / 100
     }

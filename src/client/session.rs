@@ -3,13 +3,15 @@
 //! What callers ask for at the same time travels in the same messages, and the answers come back in
 //! their order. A command that the stream does not settle (it broke, or the node could not serve)
 //! goes on as a call of its own, under the same uid or token, through the other endpoints: whoever
-//! calls hears the same as from the unary methods.
+//! calls hears the same as from the unary methods. What an overloaded node refuses goes over the stream
+//! again, after the pause that it asks for.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use futures::{StreamExt as _, stream};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -24,6 +26,8 @@ pub use v1::session_command::Command;
 const PATH: &str = "/portwarden.v1.Allocator/Session";
 /// Commands under way on one stream; what comes then waits for the answers.
 const WINDOW: usize = 8192;
+/// Commands that go on as calls of their own at a time.
+const ALONE_AT_ONCE: usize = 64;
 /// Calls that may wait for their turn.
 const JOBS_MAX: usize = 1024;
 
@@ -105,6 +109,42 @@ impl Session {
                 self.client.give_uids(&mut request.claims);
             }
         }
+        let deadline = Instant::now() + self.client.timeout;
+        let mut answers: BTreeMap<usize, Result<Answer, ClientError>> = BTreeMap::new();
+        let mut left: Vec<(usize, Command)> = commands.into_iter().enumerate().collect();
+        loop {
+            let (places, commands): (Vec<usize>, Vec<Command>) = left.drain(..).unzip();
+            let (mut rest, mut pause) = (Vec::new(), Duration::ZERO);
+            for (at, (command, settled)) in places.into_iter().zip(self.round(commands).await) {
+                match settled {
+                    Ok(answer) => drop(answers.insert(at, Ok(answer))),
+                    Err(Verdict::NotDone { why, pause: Some(asked) }) => {
+                        if Instant::now() + asked < deadline {
+                            pause = pause.max(asked);
+                            left.push((at, command));
+                        } else {
+                            answers.insert(at, Err(ClientError::Unavailable { why }));
+                        }
+                    }
+                    Err(verdict) => rest.push((at, command, verdict)),
+                }
+            }
+            let alone = rest.into_iter().map(|(at, command, verdict)| async move {
+                (at, self.go_on(command, verdict).await)
+            });
+            answers.extend(
+                stream::iter(alone).buffer_unordered(ALONE_AT_ONCE).collect::<Vec<_>>().await,
+            );
+            if left.is_empty() {
+                return answers.into_values().collect();
+            }
+            // The cluster is overloaded, and these were not done: again, all of them together.
+            sleep(self.client.jitter(pause)).await;
+        }
+    }
+
+    /// Sends the commands over the stream, in as many messages as it takes.
+    async fn round(&self, commands: Vec<Command>) -> Vec<(Command, Result<Answer, Verdict>)> {
         let mut waiting = Vec::new();
         let mut commands = commands.into_iter().peekable();
         while let Some(first) = commands.next() {
@@ -118,11 +158,11 @@ impl Session {
             }
             waiting.push(self.submit(part, size).await);
         }
-        let mut answers = Vec::new();
-        for (part, settled) in waiting {
-            answers.extend(self.settle(part, settled.await).await);
+        let mut settled = Vec::new();
+        for (part, given) in waiting {
+            settled.extend(settle(part, given.await));
         }
-        answers
+        settled
     }
 
     /// Sends commands on their way. They are kept, for what the stream does not settle.
@@ -155,42 +195,11 @@ impl Session {
         (commands, settled)
     }
 
-    async fn settle(
-        &self,
-        commands: Vec<Command>,
-        settled: Result<Vec<Answer>, Unsettled>,
-    ) -> Vec<Result<Answer, ClientError>> {
-        let mut answers = Vec::with_capacity(commands.len());
-        match settled {
-            Ok(given) => {
-                for (command, answer) in commands.into_iter().zip(given) {
-                    answers.push(match answer {
-                        Answer::Error(error) => self.go_on(command, judge(status(error))).await,
-                        answer => Ok(answer),
-                    });
-                }
-            }
-            Err(unsettled) => {
-                for command in commands {
-                    let verdict = match unsettled.clone() {
-                        Unsettled::NotSent(why) => Verdict::NotDone { why, pause: None },
-                        Unsettled::Doubtful(why) => Verdict::Doubtful { why },
-                    };
-                    answers.push(self.go_on(command, verdict).await);
-                }
-            }
-        }
-        answers
-    }
-
     /// The command as a call of its own, where that may change what became of it.
     async fn go_on(&self, command: Command, verdict: Verdict) -> Result<Answer, ClientError> {
         let doubt = match verdict {
             Verdict::Refused(refused) => return Err(ClientError::Refused(refused)),
-            Verdict::NotDone { pause, .. } => {
-                tokio::time::sleep(pause.unwrap_or_default()).await;
-                None
-            }
+            Verdict::NotDone { .. } => None,
             Verdict::Doubtful { why } => Some(why),
         };
         let client = &self.client;
@@ -218,6 +227,29 @@ impl Session {
                 Answer::Get(client.call_after(methods::GET, request, None).await?)
             }
         })
+    }
+}
+
+/// What the stream said of each command.
+fn settle(
+    commands: Vec<Command>,
+    given: Result<Vec<Answer>, Unsettled>,
+) -> Vec<(Command, Result<Answer, Verdict>)> {
+    match given {
+        Ok(answers) => {
+            let one = |answer| match answer {
+                Answer::Error(error) => Err(judge(status(error))),
+                answer => Ok(answer),
+            };
+            commands.into_iter().zip(answers.into_iter().map(one)).collect()
+        }
+        Err(unsettled) => {
+            let verdict = || match unsettled.clone() {
+                Unsettled::NotSent(why) => Verdict::NotDone { why, pause: None },
+                Unsettled::Doubtful(why) => Verdict::Doubtful { why },
+            };
+            commands.into_iter().map(|command| (command, Err(verdict()))).collect()
+        }
     }
 }
 
@@ -255,7 +287,7 @@ async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
             Err(verdict) => {
                 let why = by(tour.door(), format!("{verdict:?}"));
                 let _ = first.done.send(Err(Unsettled::NotSent(why)));
-                tokio::time::sleep(tour.move_on(None)).await;
+                sleep(tour.move_on(None)).await;
                 continue;
             }
         };
@@ -268,7 +300,7 @@ async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
         for waiting in line.under_way {
             let _ = waiting.done.send(Err(Unsettled::Doubtful(why.clone())));
         }
-        tokio::time::sleep(tour.move_on(None)).await;
+        sleep(tour.move_on(None)).await;
     }
 }
 

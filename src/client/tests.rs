@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout};
 use tonic::Code;
 use tonic::transport::Channel;
 
+use super::session::{Answer, Command};
 use super::{Client, ClientError, Keeper, Options, Standing, StartError, Try};
 use crate::api::fake::{Fake, claim, fake, spec};
 use crate::api::{Api, Readiness, serve, tcp_incoming};
@@ -190,6 +191,34 @@ async fn overload_and_unreadiness_are_waited_out() {
     ]
     .into();
     client(&[&address]).allocate(vec![claim("b")]).await.unwrap();
+}
+
+/// A hundred commands wait out an overload together, and not one after the other.
+#[tokio::test]
+async fn what_an_overloaded_node_refuses_on_a_session_goes_again_as_one() {
+    let (fake, address) = node().await;
+    let session = client(&[&address]).session();
+    let overloaded = CallError::Overloaded { retry_after: Duration::from_millis(500) };
+    let asked = |i: usize| {
+        let claims = vec![claim(&format!("b{i}"))];
+        Command::Allocate(v1::AllocateRequest { claims, dry_run: false })
+    };
+    *fake.failures.lock().unwrap() = vec![overloaded.clone(); 70].into();
+    let all = session.all((0..100).map(asked).collect());
+    let answers = timeout(Duration::from_secs(20), all).await.unwrap();
+    let name = |answer| match answer {
+        Ok(Answer::Allocate(granted)) => granted.allocations[0].name.clone(),
+        other => panic!("{other:?}"),
+    };
+    let names: Vec<_> = answers.into_iter().map(name).collect();
+    assert_eq!(names, (0..100).map(|i| format!("b{i}")).collect::<Vec<_>>());
+    assert_eq!(*fake.proposed.lock().unwrap(), 170);
+
+    *fake.failures.lock().unwrap() = vec![overloaded; 1000].into();
+    let all = session.all((100..110).map(asked).collect());
+    for answer in timeout(Duration::from_secs(20), all).await.unwrap() {
+        assert!(matches!(answer, Err(ClientError::Unavailable { .. })), "{answer:?}");
+    }
 }
 
 #[test]
