@@ -193,7 +193,7 @@ async fn overload_and_unreadiness_are_waited_out() {
     client(&[&address]).allocate(vec![claim("b")]).await.unwrap();
 }
 
-/// A hundred commands wait out an overload together, and not one after the other.
+/// Sixty commands wait out an overload together, and not one after the other.
 #[tokio::test]
 async fn what_an_overloaded_node_refuses_on_a_session_goes_again_as_one() {
     let (fake, address) = node().await;
@@ -203,16 +203,16 @@ async fn what_an_overloaded_node_refuses_on_a_session_goes_again_as_one() {
         let claims = vec![claim(&format!("b{i}"))];
         Command::Allocate(v1::AllocateRequest { claims, dry_run: false })
     };
-    *fake.failures.lock().unwrap() = vec![overloaded.clone(); 70].into();
-    let all = session.all((0..100).map(asked).collect());
+    *fake.failures.lock().unwrap() = vec![overloaded.clone(); 50].into();
+    let all = session.all((0..60).map(asked).collect());
     let answers = timeout(Duration::from_secs(20), all).await.unwrap();
     let name = |answer| match answer {
         Ok(Answer::Allocate(granted)) => granted.allocations[0].name.clone(),
         other => panic!("{other:?}"),
     };
     let names: Vec<_> = answers.into_iter().map(name).collect();
-    assert_eq!(names, (0..100).map(|i| format!("b{i}")).collect::<Vec<_>>());
-    assert_eq!(*fake.proposed.lock().unwrap(), 170);
+    assert_eq!(names, (0..60).map(|i| format!("b{i}")).collect::<Vec<_>>());
+    assert_eq!(*fake.proposed.lock().unwrap(), 110);
 
     *fake.failures.lock().unwrap() = vec![overloaded; 1000].into();
     let all = session.all((100..110).map(asked).collect());
