@@ -33,7 +33,7 @@ use itertools::{EitherOrBoth, Itertools as _};
 use sled::IVec;
 
 use super::disk::{Changes, Disk, Key, Pairs};
-use super::log::{EndsProcess, take};
+use super::log::{EndsProcess, guard, take};
 use super::{StoreError, dir};
 
 /// Size of each file, in bytes. A frame that is larger makes it larger.
@@ -338,10 +338,6 @@ where
         }
     };
     Box::new(recent.into_iter().merge_join_by(below, order).filter_map(one))
-}
-
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Journal {
