@@ -155,7 +155,7 @@ pub async fn restore_into(
 }
 
 /// Nobody listens.
-struct Nobody;
+pub(super) struct Nobody;
 
 impl ApplyObserver for Nobody {
     fn applied(&self, _: &Command, _: &Applied, _: &[Event]) {}

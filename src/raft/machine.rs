@@ -286,14 +286,16 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        let state = self.view.look(|table| (table.applied, table.membership.clone()));
         #[cfg(planted)]
         if planted::is(Bug::AppliedTwice)
-            && let Some(at) = self.view.table().applied.filter(|at| at.index > 0)
+            && let (Some(at), membership) = &state
+            && at.index > 0
         {
-            let before = LogId { index: at.index - 1, ..at };
-            return Ok((Some(before), self.view.table().membership.clone()));
+            let before = LogId { index: at.index - 1, ..*at };
+            return Ok((Some(before), membership.clone()));
         }
-        Ok(self.view.look(|table| (table.applied, table.membership.clone())))
+        Ok(state)
     }
 
     async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
@@ -354,13 +356,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 mod tests {
     use super::*;
     use crate::core::Revision;
+    use crate::raft::backup::Nobody;
     use crate::store::DataDir;
-
-    struct Nobody;
-
-    impl ApplyObserver for Nobody {
-        fn applied(&self, _: &Command, _: &Applied, _: &[Event]) {}
-    }
 
     /// A node of an older build comes upon it with what was committed beside it.
     #[test]

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The steady state: one stream a follower carries entries, each request and each answer in order;
-//! a committed entry is applied to the table, the table is published, and then whoever asked is
+//! a committed entry is applied to the table, the view shows it, and then whoever asked is
 //! answered: so who got an answer finds it in the view. A member that is too far behind gets a
 //! snapshot, streamed from the file, checked whole before it is installed.
 //!

@@ -153,6 +153,7 @@ impl Journaled {
     fn begin(dir: &Path, below: Arc<dyn Disk>, sizes: Sizes) -> Result<Journaled, StoreError> {
         let path = dir.join("journal");
         let files = create(&path, sizes.file).map_err(StoreError::io(&path, "cannot be opened"))?;
+        dir::sync_dir(&path)?;
         dir::sync_dir(dir)?;
         let kept = Kept::read(&*below).map_err(StoreError::sled(dir, "cannot be read"))?;
         let found = replay(&path, kept)?;
@@ -174,7 +175,7 @@ impl Journaled {
 
     /// What the active file holds goes to the disk below, and the other one is active from now on.
     fn seal(&self, journal: &mut Journal) -> sled::Result<()> {
-        drop(self.recent.wait());
+        self.recent.wait();
         journal.seal()?;
         let kept = Kept { run: journal.run, last: journal.synced };
         let mut layers = self.recent.layers();
@@ -207,9 +208,10 @@ impl Recent {
     }
 
     /// Returns when nothing is sealed.
-    fn wait(&self) -> MutexGuard<'_, Layers> {
+    fn wait(&self) {
         let sealed = |layers: &mut Layers| layers.sealed.is_some();
-        self.kept.wait_while(self.layers(), sealed).unwrap_or_else(PoisonError::into_inner)
+        let waited = self.kept.wait_while(self.layers(), sealed);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Writes what is sealed to the disk below, and flushes it.
@@ -298,7 +300,7 @@ impl Disk for Journaled {
 
     fn close(&self) -> sled::Result<()> {
         self.seal(&mut guard(&self.journal))?;
-        drop(self.recent.wait());
+        self.recent.wait();
         if let Some(Keeper { sealed, thread }) = guard(&self.keeper).take() {
             drop(sealed);
             let _ = thread.join(); // a panic of it has ended the process
@@ -402,9 +404,7 @@ fn create(path: &Path, bytes: u64) -> io::Result<[File; 2]> {
         file.sync_all()?;
         Ok::<_, io::Error>(file)
     };
-    let files = [open(NAMES[0])?, open(NAMES[1])?];
-    File::open(path)?.sync_all()?;
-    Ok(files)
+    Ok([open(NAMES[0])?, open(NAMES[1])?])
 }
 
 const NAMES: [&str; 2] = ["0", "1"];
@@ -626,6 +626,14 @@ mod tests {
         values: BTreeMap<Vec<u8>, Vec<u8>>,
     }
 
+    /// Puts a value, or takes it away.
+    fn change(map: &mut BTreeMap<Vec<u8>, Vec<u8>>, key: &[u8], value: &Option<Vec<u8>>) {
+        match value {
+            Some(value) => drop(map.insert(key.into(), value.clone())),
+            None => drop(map.remove(key)),
+        }
+    }
+
     impl Model {
         fn of(disk: &dyn Disk) -> Model {
             let all = |pairs: Pairs<'_>| {
@@ -689,23 +697,17 @@ mod tests {
                 };
                 let done = match rng.random_range(0..8) {
                     0..4 => {
-                        let change = |rng: &mut StdRng| ([rng.random_range(0..40); 10], value(rng));
+                        let one = |rng: &mut StdRng| ([rng.random_range(0..40); 10], value(rng));
                         let changes: Changes =
-                            (0..rng.random_range(1..6)).map(|_| change(rng)).collect();
+                            (0..rng.random_range(1..6)).map(|_| one(rng)).collect();
                         for (key, value) in &changes {
-                            match value {
-                                Some(v) => drop(model.entries.insert(key.to_vec(), v.clone())),
-                                None => drop(model.entries.remove(key.as_slice())),
-                            }
+                            change(&mut model.entries, key, value);
                         }
                         disk.write(changes)
                     }
                     4 => {
                         let (key, value) = (["vote", "purged"][rng.random_range(0..2)], value(rng));
-                        match &value {
-                            Some(v) => drop(model.values.insert(key.into(), v.clone())),
-                            None => drop(model.values.remove(key.as_bytes())),
-                        }
+                        change(&mut model.values, key.as_bytes(), &value);
                         let done = disk.set(key, value.clone());
                         if done.is_ok() {
                             assert_eq!(disk.get(key).unwrap().map(|v| v.to_vec()), value);

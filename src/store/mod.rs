@@ -4,7 +4,7 @@
 //! DATA_DIR/LOCK         held while a process uses the directory
 //! DATA_DIR/identity     node id, incarnation, cluster id
 //! DATA_DIR/log/         sled: entries, vote, committed and purged positions   (`log`)
-//! DATA_DIR/log/journal  what is on its way to sled                               (`journal`)
+//! DATA_DIR/log/journal  what is on its way to sled                            (`journal`)
 //! DATA_DIR/log/mark     how far the log had come at least                     (`mark`)
 //! DATA_DIR/snapshots/   one file a snapshot, the newest two                   (`snapshot`)
 //! DATA_DIR/reserve      empty space for a node on a full disk                 (`space`)
