@@ -8,8 +8,8 @@ use portwarden::core::{
     Applied, Authority, Claim, Command, GpuSpec, Labels, Millis, Origin, Outcome, Placement,
     Policy, Port, PortRequest, Ports, RangeSpec, Selector, State, Uid, WorkerSpec, apply, digest,
 };
-use portwarden::store::codec::{Batch, decode_payload};
-use portwarden::store::{LogRecord, LogStore};
+use portwarden::store::codec::{Batch, MembershipRecord, SnapshotHead, decode_payload};
+use portwarden::store::{LogRecord, LogStore, SnapshotFile, write_snapshot};
 
 const SPAN: Millis = Millis(600_000);
 
@@ -159,6 +159,33 @@ fn of_digest(c: &mut Criterion) {
     c.bench_function("digest of 50 000 allocations", |b| b.iter(|| digest(black_box(&state))));
 }
 
+/// Written to memory, and read back as a node's start does, with every invariant checked.
+fn of_snapshots(c: &mut Criterion) {
+    let state = filled(1_000);
+    let mut bytes = Vec::new();
+    let head = SnapshotHead {
+        last: None,
+        membership_at: None,
+        membership: MembershipRecord { configs: Vec::new(), nodes: Default::default() },
+    };
+    write_snapshot(&mut bytes, &head, &state).expect("written");
+    let mut group = c.benchmark_group("snapshot of 50 000 allocations");
+    group.throughput(Throughput::Bytes(bytes.len() as u64)).sample_size(20);
+    group.bench_function("write", |b| {
+        b.iter(|| {
+            bytes.clear();
+            write_snapshot(&mut bytes, &head, black_box(&state)).expect("written");
+        });
+    });
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("one.snap");
+    std::fs::write(&path, &bytes).expect("written");
+    group.bench_function("read", |b| {
+        b.iter(|| SnapshotFile::read(&path).and_then(|file| file.load()).expect("read"));
+    });
+    group.finish();
+}
+
 fn of_codec(c: &mut Criterion) {
     let commands: Vec<_> = (0..256)
         .map(|i| allocate(vec![claim(&format!("instance-{i}"), Placement::Worker(worker(i)))]))
@@ -206,5 +233,5 @@ fn of_log(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, of_apply, of_digest, of_codec, of_log);
+criterion_group!(benches, of_apply, of_digest, of_snapshots, of_codec, of_log);
 criterion_main!(benches);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, Streaming};
 
+use super::convert::Addresses;
 use super::dispatch::{
     Api, Failure, Freshness, Method, Read, Reading, Responses, Write, Writing, propose,
 };
@@ -59,11 +60,11 @@ impl Allocate {
     pub(super) fn answer(
         revision: u64,
         outcome: Outcome,
-        view: &State,
+        addresses: &impl Addresses,
     ) -> Option<v1::AllocateResponse> {
         let Outcome::Allocated { allocations, repeated } = outcome else { return None };
         Some(v1::AllocateResponse {
-            allocations: allocations.iter().map(|a| convert::allocation(a, view)).collect(),
+            allocations: allocations.iter().map(|a| convert::allocation(a, addresses)).collect(),
             repeated_request: repeated,
             revision,
         })
@@ -92,9 +93,13 @@ impl Write for Confirm {
         })
     }
 
-    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::ConfirmResponse> {
+    fn answer(
+        revision: u64,
+        outcome: Outcome,
+        addresses: &impl Addresses,
+    ) -> Option<v1::ConfirmResponse> {
         let Outcome::Confirmed(allocation) = outcome else { return None };
-        let allocation = Some(convert::allocation(&allocation, view));
+        let allocation = Some(convert::allocation(&allocation, addresses));
         Some(v1::ConfirmResponse { allocation, revision })
     }
 }
@@ -115,9 +120,13 @@ impl Write for Attach {
         })
     }
 
-    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::AttachResponse> {
+    fn answer(
+        revision: u64,
+        outcome: Outcome,
+        addresses: &impl Addresses,
+    ) -> Option<v1::AttachResponse> {
         let Outcome::Attached(allocation) = outcome else { return None };
-        let allocation = Some(convert::allocation(&allocation, view));
+        let allocation = Some(convert::allocation(&allocation, addresses));
         Some(v1::AttachResponse { allocation, revision })
     }
 }
@@ -140,11 +149,15 @@ impl Write for Release {
         Ok(Command::Release { name: convert::instance(&request.name)?, authority })
     }
 
-    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::ReleaseResponse> {
+    fn answer(
+        revision: u64,
+        outcome: Outcome,
+        addresses: &impl Addresses,
+    ) -> Option<v1::ReleaseResponse> {
         let Outcome::Released(allocation) = outcome else { return None };
         Some(v1::ReleaseResponse {
             released: allocation.is_some(),
-            allocation: allocation.map(|a| convert::allocation(&a, view)),
+            allocation: allocation.map(|a| convert::allocation(&a, addresses)),
             revision,
         })
     }
@@ -166,13 +179,17 @@ impl Write for ReportConflict {
         })
     }
 
-    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<v1::ReportConflictResponse> {
+    fn answer(
+        revision: u64,
+        outcome: Outcome,
+        addresses: &impl Addresses,
+    ) -> Option<v1::ReportConflictResponse> {
         let (allocation, reclaimed, reason) = match outcome {
             Outcome::Swapped(allocation) => (allocation, false, String::new()),
             Outcome::Reclaimed { allocation, reason } => (allocation, true, reason),
             _ => return None,
         };
-        let allocation = Some(convert::allocation(&allocation, view));
+        let allocation = Some(convert::allocation(&allocation, addresses));
         Some(v1::ReportConflictResponse { allocation, reclaimed, reason, revision })
     }
 }

@@ -13,8 +13,8 @@ use crate::core::{
     Allocation, Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, Handle, HeldGpu, HeldPort,
     Identity, InstanceName, Invalid, LabelKey, LabelValue, Labels, Lease, LeaseId, Liveness,
     Millis, Phase, Placement, Policy, Pool, Port, PortName, PortRequest, Ports, RangeName,
-    RangeSpec, Revision, Selector, Source, State, Token, Uid, Worker, WorkerName, WorkerPatch,
-    WorkerPhase, WorkerSpec, limits,
+    RangeSpec, Revision, Selector, Source, Specs, State, Token, Uid, Worker, WorkerName,
+    WorkerPatch, WorkerPhase, WorkerSpec, limits,
 };
 use crate::node::sweeper::{Drift, InUse, Sample};
 use crate::proto::v1;
@@ -75,7 +75,7 @@ fn parse_claim(claim: &v1::Claim) -> Result<Claim, Invalid> {
         gpus: claim
             .gpus
             .as_ref()
-            .map(|gpus| parse_gpus(gpus).map_err(|e| e.within("gpus")))
+            .map(|gpus| parse_gpus(gpus).map(Box::new).map_err(|e| e.within("gpus")))
             .transpose()?,
         lease: lease(claim.lease),
         confirm_within: match claim.confirm_within_ms {
@@ -351,14 +351,31 @@ fn given(text: &str) -> Option<&str> {
 
 // Outward.
 
-/// `view` knows the worker's address.
-pub fn allocation(allocation: &Allocation, view: &State) -> v1::Allocation {
-    let worker = view.worker(&allocation.worker);
+/// Where the instances of workers are reached.
+pub trait Addresses {
+    /// `None` of a worker that there is not.
+    fn address(&self, worker: &WorkerName) -> Option<&str>;
+}
+
+impl Addresses for State {
+    fn address(&self, worker: &WorkerName) -> Option<&str> {
+        self.worker(worker).map(|found| found.spec.address.as_str())
+    }
+}
+
+impl Addresses for Specs {
+    fn address(&self, worker: &WorkerName) -> Option<&str> {
+        self.get(worker).map(|spec| spec.address.as_str())
+    }
+}
+
+pub fn allocation(allocation: &Allocation, addresses: &impl Addresses) -> v1::Allocation {
+    let address = addresses.address(&allocation.worker);
     v1::Allocation {
         name: allocation.name().to_string(),
         uid: allocation.claim.uid.to_string(),
         worker: allocation.worker.to_string(),
-        address: worker.map(|w| w.spec.address.clone()).unwrap_or_default(),
+        address: address.unwrap_or_default().into(),
         ports: allocation.ports.iter().map(held_port).collect(),
         gpus: allocation.gpus.iter().map(held_gpu).collect(),
         token: allocation.token.0,
@@ -367,8 +384,8 @@ pub fn allocation(allocation: &Allocation, view: &State) -> v1::Allocation {
         lease: allocation.lease.map_or(0, |id| id.0),
         labels: labels(&allocation.claim.labels),
         swaps: allocation.swaps,
-        reason: allocation.reason.clone().unwrap_or_default(),
-        liveness: allocation.liveness.as_ref().map(liveness),
+        reason: allocation.reason.as_deref().unwrap_or_default().into(),
+        liveness: allocation.liveness.as_deref().map(liveness),
         confirm_within_ms: allocation.confirm_within.0,
         granted_at_ms: allocation.granted_at.0,
         changed_at_ms: allocation.changed_at.0,

@@ -29,9 +29,12 @@ use tokio::time::{Instant, sleep};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
+use super::convert::Addresses;
 use super::pages::{PageToken, Views};
 use super::{allocator, cluster, errors, leases, session, watch as changes, workers};
-use crate::core::{Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, State};
+use crate::core::{
+    Allocation, Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State,
+};
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
@@ -64,6 +67,8 @@ pub trait Backend: Send + Sync + 'static {
     async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError>;
     async fn read(&self, deadline: Deadline) -> Result<State, CallError>;
     async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError>;
+    /// Of the workers on which these are, from the node's own copy as it is.
+    fn specs_of(&self, allocations: &[&Allocation]) -> Specs;
     async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError>;
     async fn forward(
         &self,
@@ -124,6 +129,9 @@ impl Backend for Node {
     }
     async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError> {
         Node::read_stale(self, min, deadline).await
+    }
+    fn specs_of(&self, allocations: &[&Allocation]) -> Specs {
+        Node::specs_of(self, allocations)
     }
     async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError> {
         Node::route(self, deadline).await
@@ -234,8 +242,13 @@ pub(super) trait Write: Send + Sync + 'static {
 
     fn command(request: &Self::Request) -> Result<Command, Status>;
 
-    /// `view` is at the revision of the outcome or later. `None`: not an outcome of this command.
-    fn answer(revision: u64, outcome: Outcome, view: &State) -> Option<Self::Response>;
+    /// The addresses are those at the revision of the outcome or later. `None`: not an outcome of
+    /// this command.
+    fn answer(
+        revision: u64,
+        outcome: Outcome,
+        addresses: &impl Addresses,
+    ) -> Option<Self::Response>;
 }
 
 pub(super) struct Writing<W>(PhantomData<fn() -> W>);
@@ -258,26 +271,24 @@ impl<W: Write> Method for Writing<W> {
     }
 }
 
-/// Proposes a command on this node, and makes the answer of its outcome and of a view that is at
-/// the outcome's revision or later.
+/// Proposes a command on this node, and makes the answer of its outcome.
 pub(super) async fn propose<R>(
     api: &Api,
     command: Command,
     deadline: Deadline,
     path: &str,
-    answer: impl FnOnce(u64, Outcome, &State) -> Option<R>,
+    answer: impl FnOnce(u64, Outcome, &Specs) -> Option<R>,
 ) -> Result<R, Failure> {
     let node = &api.inner.node;
     let applied = node.propose(command, deadline).await.map_err(Failure::Call)?;
     let outcome = applied.outcome.map_err(|r| Failure::Answer(errors::refusal(r)))?;
-    // It is done: whatever goes wrong from here on must not read as if it were not.
-    let done = |what: String| Failure::Call(CallError::Unknown(what));
-    let view = node
-        .read_stale(applied.revision, deadline)
-        .await
-        .map_err(|e| done(format!("it was applied, but the answer could not be made ({e:?})")))?;
-    answer(applied.revision.0, outcome, &view)
-        .ok_or_else(|| done(format!("{path} was answered with another's outcome")))
+    let told: Vec<_> = outcome.allocations().iter().map(Arc::as_ref).collect();
+    let specs = node.specs_of(&told);
+    // It is done: what goes wrong here must not read as if it were not.
+    answer(applied.revision.0, outcome, &specs).ok_or_else(|| {
+        let what = format!("{path} was answered with another's outcome");
+        Failure::Call(CallError::Unknown(what))
+    })
 }
 
 /// How fresh an answer must be.

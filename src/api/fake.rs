@@ -8,7 +8,9 @@ use tonic::Status;
 
 use super::convert;
 use super::dispatch::{Api, Backend};
-use crate::core::{Applied, Command, LeaseId, Millis, Origin, Revision, State, apply};
+use crate::core::{
+    Allocation, Applied, Command, LeaseId, Millis, Origin, Revision, Specs, State, apply,
+};
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
@@ -104,6 +106,9 @@ impl Backend for Fake {
     }
     async fn read_stale(&self, _: Revision, _: Deadline) -> Result<State, CallError> {
         Ok(self.state.lock().unwrap().clone())
+    }
+    fn specs_of(&self, allocations: &[&Allocation]) -> Specs {
+        self.state.lock().unwrap().specs_of(allocations.iter().copied())
     }
     async fn route(&self, _: Deadline) -> Result<Option<NodeId>, CallError> {
         Ok((!self.forwards.lock().unwrap().is_empty()).then_some(2))

@@ -4,6 +4,7 @@ use futures::StreamExt as _;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::convert::Addresses;
 use super::dispatch::{Api, Failure, Freshness, Method, Read, Reading, Responses, Write, Writing};
 use super::pages::{PageToken, fill, page_size};
 use super::{convert, errors};
@@ -26,7 +27,7 @@ impl Write for Grant {
         Ok(Command::GrantLease { ttl })
     }
 
-    fn answer(revision: u64, outcome: Outcome, _: &State) -> Option<v1::GrantResponse> {
+    fn answer(revision: u64, outcome: Outcome, _: &impl Addresses) -> Option<v1::GrantResponse> {
         let Outcome::Lease(lease) = outcome else { return None };
         Some(v1::GrantResponse { lease: Some(convert::lease_message(&lease)), revision })
     }
@@ -43,7 +44,7 @@ impl Write for Revoke {
         Ok(Command::RevokeLease { id: lease_id(request.id)? })
     }
 
-    fn answer(revision: u64, outcome: Outcome, _: &State) -> Option<v1::RevokeResponse> {
+    fn answer(revision: u64, outcome: Outcome, _: &impl Addresses) -> Option<v1::RevokeResponse> {
         let Outcome::LeaseEnded(lease) = outcome else { return None };
         Some(v1::RevokeResponse { revoked: lease.is_some(), revision })
     }

@@ -1,9 +1,10 @@
 //! `Session`: many commands on one stream.
 //!
 //! A message of commands is one call through the dispatcher: it goes to the leader whole, its
-//! commands are proposed as one group, and they are answered from one view. Messages are worked on
+//! commands are proposed as one group, and they are answered together. Messages are worked on
 //! side by side, and answered in their order.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{StreamExt as _, future, stream};
@@ -15,7 +16,7 @@ use super::allocator::{Allocate, Attach, Confirm, Release, ReportConflict, alloc
 use super::dispatch::{Api, Failure, Method, Responses, Write};
 use super::observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX};
 use super::{convert, errors};
-use crate::core::{Applied, Command, InstanceName, Invalid, Millis, Outcome, State};
+use crate::core::{Applied, Command, InstanceName, Invalid, Millis, Outcome, Specs, State};
 use crate::node::{CallError, Deadline};
 use crate::proto::session::Size;
 use crate::proto::v1;
@@ -70,17 +71,15 @@ impl Method for Session {
         if let Some(error) = all_elsewhere(&applied, read.as_ref()) {
             return Err(Failure::Call(error));
         }
-        let newest = applied.iter().flatten().map(|applied| applied.revision).max();
-        let view = match newest {
-            Some(revision) => node.read_stale(revision, deadline).await,
-            None => Ok(State::default()), // no outcome is shown in it
-        };
+        let outcomes = applied.iter().flatten().flat_map(|applied| &applied.outcome);
+        let told: Vec<_> = outcomes.flat_map(Outcome::allocations).map(Arc::as_ref).collect();
+        let specs = node.specs_of(&told);
         let mut applied = applied.into_iter();
         let answer = |(id, step): &(u64, Step)| {
             let answer = match (step, &read) {
                 (Step::Wrong(status), _) => Err(status.clone()),
                 (Step::Write(_), _) => match applied.next() {
-                    Some(applied) => written(applied, &view),
+                    Some(applied) => written(applied, &specs),
                     None => Err(errors::outcome_unknown("the command got no answer")),
                 },
                 (Step::Read(name), Some(Ok(view))) => get(view, name).map(Answer::Get),
@@ -161,28 +160,23 @@ fn all_elsewhere(
     first.filter(|_| all.all(elsewhere))
 }
 
-fn written(
-    applied: Result<Applied, CallError>,
-    view: &Result<State, CallError>,
-) -> Result<Answer, Status> {
+fn written(applied: Result<Applied, CallError>, specs: &Specs) -> Result<Answer, Status> {
     let applied = applied.map_err(errors::call)?;
     let outcome = applied.outcome.map_err(errors::refusal)?;
     let revision = applied.revision.0;
-    // It is done: whatever goes wrong from here on must not read as if it were not.
-    let unseen = |e| format!("it was applied, but the answer could not be made ({e:?})");
-    let view = view.as_ref().map_err(|e| errors::outcome_unknown(&unseen(e)))?;
     let answer = match &outcome {
         Outcome::Allocated { .. } => {
-            Allocate::answer(revision, outcome, view).map(Answer::Allocate)
+            Allocate::answer(revision, outcome, specs).map(Answer::Allocate)
         }
-        Outcome::Confirmed(_) => Confirm::answer(revision, outcome, view).map(Answer::Confirm),
-        Outcome::Attached(_) => Attach::answer(revision, outcome, view).map(Answer::Attach),
-        Outcome::Released(_) => Release::answer(revision, outcome, view).map(Answer::Release),
+        Outcome::Confirmed(_) => Confirm::answer(revision, outcome, specs).map(Answer::Confirm),
+        Outcome::Attached(_) => Attach::answer(revision, outcome, specs).map(Answer::Attach),
+        Outcome::Released(_) => Release::answer(revision, outcome, specs).map(Answer::Release),
         Outcome::Swapped(_) | Outcome::Reclaimed { .. } => {
-            ReportConflict::answer(revision, outcome, view).map(Answer::ReportConflict)
+            ReportConflict::answer(revision, outcome, specs).map(Answer::ReportConflict)
         }
         _ => None,
     };
+    // It is done: what goes wrong here must not read as if it were not.
     answer.ok_or_else(|| errors::outcome_unknown("it was answered with another's outcome"))
 }
 

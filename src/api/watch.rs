@@ -13,14 +13,15 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::convert::Addresses;
 use super::dispatch::{Api, Freshness, Read, Reading, Responses};
 use super::{convert, errors};
 use crate::core::{
-    self, Allocation, ChangeKind, Event, ReleaseReason, Revision, Selector, State, WorkerName,
-    limits,
+    self, Allocation, ChangeKind, Event, ReleaseReason, Revision, Selector, Specs, State,
+    WorkerName, limits,
 };
 use crate::node::Deadline;
-use crate::node::watch::{Batch, End, NoWatch, Subscription};
+use crate::node::watch::{Batch, End, Group, NoWatch, Subscription};
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::proto::{peer, v1};
@@ -98,15 +99,18 @@ impl Filter {
     }
 }
 
-/// `view` knows the workers' addresses.
-pub(super) fn shown(event: &Event, revision: Revision, view: &State) -> v1::WatchEvent {
+pub(super) fn shown(
+    event: &Event,
+    revision: Revision,
+    addresses: &impl Addresses,
+) -> v1::WatchEvent {
     let shown = |kind: &str| v1::WatchEvent {
         r#type: kind.into(),
         revision: revision.0,
         ..Default::default()
     };
     let of = |kind: &str, allocation: &Allocation, reason: String| v1::WatchEvent {
-        allocation: Some(convert::allocation(allocation, view)),
+        allocation: Some(convert::allocation(allocation, addresses)),
         reason,
         ..shown(kind)
     };
@@ -119,7 +123,7 @@ pub(super) fn shown(event: &Event, revision: Revision, view: &State) -> v1::Watc
                 Some(ChangeKind::Swapped { .. }) => "swapped",
                 Some(ChangeKind::Confirmed) | None => "confirmed",
             };
-            of(kind, allocation, allocation.reason.clone().unwrap_or_default())
+            of(kind, allocation, allocation.reason.as_deref().unwrap_or_default().into())
         }
         Event::Released { allocation, why } => {
             let kind = match why {
@@ -215,29 +219,29 @@ impl Watcher {
             End::Slow => slow(),
             End::Gap => errors::compacted(self.api.inner.node.hub().oldest()),
         })?;
-        let view = self.api.inner.node.read_stale(Revision(0), Instant::now() + UNPROVEN_MAX);
-        let view = view.await.map_err(errors::call)?;
-        for message in self.messages(&batch, &view) {
+        let node = self.api.inner.node.clone();
+        let specs = batch.specs(|allocations| node.specs_of(allocations));
+        for message in self.messages(&batch.groups, specs) {
             self.send(message).await?;
         }
         Ok(())
     }
 
     /// One revision is split over messages only where it is too large for one.
-    fn messages(&mut self, batch: &Batch, view: &State) -> Vec<v1::WatchResponse> {
+    fn messages(&mut self, groups: &[Group], specs: &Specs) -> Vec<v1::WatchResponse> {
         let mut done = Vec::new();
         let (mut events, mut bytes, mut split) = (Vec::new(), 0, false);
         let mut close = |events: &mut Vec<_>, told: Revision, partial: bool| {
             let events = std::mem::take(events);
             done.push(v1::WatchResponse { revision: told.0, events, partial });
         };
-        for group in batch.iter().filter(|group| group.revision >= self.from) {
+        for group in groups.iter().filter(|group| group.revision >= self.from) {
             for event in group.events.iter().filter(|event| self.filter.matches(event)) {
                 if bytes >= MESSAGE_SOFT_BYTES {
                     close(&mut events, self.told, true);
                     (bytes, split) = (0, true);
                 }
-                let event = shown(event, group.revision, view);
+                let event = shown(event, group.revision, specs);
                 bytes += event.encoded_len();
                 events.push(event);
             }

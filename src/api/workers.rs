@@ -2,6 +2,7 @@
 
 use tonic::{Request, Response, Status};
 
+use super::convert::Addresses;
 use super::dispatch::{Api, Failure, Freshness, Method, Read, Reading, Write, Writing};
 use super::pages::{PageToken, fill, page_size};
 use super::{convert, errors};
@@ -30,7 +31,11 @@ macro_rules! worker_write {
                 command(request)
             }
 
-            fn answer(revision: u64, outcome: Outcome, _: &State) -> Option<v1::WorkerResponse> {
+            fn answer(
+                revision: u64,
+                outcome: Outcome,
+                _: &impl Addresses,
+            ) -> Option<v1::WorkerResponse> {
                 worker_answer(revision, outcome)
             }
         }
@@ -137,7 +142,7 @@ impl Write for Remove {
         })
     }
 
-    fn answer(revision: u64, outcome: Outcome, _: &State) -> Option<v1::RemoveResponse> {
+    fn answer(revision: u64, outcome: Outcome, _: &impl Addresses) -> Option<v1::RemoveResponse> {
         let Outcome::WorkerRemoved { removed } = outcome else { return None };
         Some(v1::RemoveResponse { removed, revision })
     }

@@ -41,9 +41,9 @@ pub struct Allocation {
     pub claim: Arc<Claim>,
     pub worker: WorkerName,
     /// In the order of the claim's port requests.
-    pub ports: Vec<HeldPort>,
+    pub ports: Box<[HeldPort]>,
     /// In rising order of index.
-    pub gpus: Vec<HeldGpu>,
+    pub gpus: Box<[HeldGpu]>,
     /// Revision of the grant; members of a gang share it.
     pub token: Token,
     /// Revision of the last change.
@@ -52,11 +52,11 @@ pub struct Allocation {
     /// Was it confirmed since its last grant or swap?
     pub confirmed: bool,
     /// While it lingers: what happened.
-    pub reason: Option<String>,
+    pub reason: Option<Arc<str>>,
     /// Never while it lingers: the end of the lease is what made it linger, or it was taken off it.
     pub lease: Option<LeaseId>,
     /// How the worker's agent can tell whether it lives.
-    pub liveness: Option<Liveness>,
+    pub liveness: Option<Arc<Liveness>>,
     /// How long it may stay `Reserved`, counted from its version.
     pub confirm_within: Millis,
     /// When the leader proposed the grant and the last change, by its wall clock. For people.

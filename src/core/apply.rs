@@ -286,8 +286,8 @@ impl Change<'_> {
         let allocation = self.state.put_allocation(Allocation {
             claim: claim.clone(),
             worker,
-            ports,
-            gpus,
+            ports: ports.into(),
+            gpus: gpus.into(),
             token: Token(self.revision.0),
             version: self.revision,
             phase: if claim.bound { Phase::Bound } else { Phase::Reserved },
@@ -316,7 +316,7 @@ impl Change<'_> {
     ) -> Result<Outcome, Refusal> {
         let held = self.held_under(name, token)?;
         let says_nothing_new = held.phase == Phase::Bound
-            && (liveness.is_none() || liveness == held.liveness.as_ref())
+            && (liveness.is_none() || liveness == held.liveness.as_deref())
             && (lease.is_none() || lease == held.lease);
         if says_nothing_new
             && (version == Revision(0)
@@ -334,7 +334,7 @@ impl Change<'_> {
             confirmed: true,
             reason: None,
             lease: lease.or(held.lease),
-            liveness: liveness.cloned().or_else(|| held.liveness.clone()),
+            liveness: liveness.cloned().map(Arc::new).or_else(|| held.liveness.clone()),
             last_change: Some(LastChange { from, kind: ChangeKind::Confirmed }),
             ..Allocation::clone(&held)
         });
@@ -350,7 +350,7 @@ impl Change<'_> {
     ) -> Result<Outcome, Refusal> {
         let held = self.held_under(name, token)?;
         if held.phase == Phase::Lingering {
-            let reason = held.reason.clone().unwrap_or_default();
+            let reason = held.reason.as_deref().unwrap_or_default().into();
             return Err(Refusal::Lingers { name: name.clone(), reason });
         }
         if held.lease == lease
@@ -441,7 +441,7 @@ impl Change<'_> {
         }
         Ok(Outcome::Lingers(self.put_changed(Allocation {
             phase: Phase::Lingering,
-            reason: Some(reason),
+            reason: Some(reason.into()),
             lease: None,
             last_change: Some(LastChange {
                 from: held.version,
@@ -534,7 +534,7 @@ impl Change<'_> {
         self.state.put_worker(worker);
         let outcome = match moved {
             Ok(ports) => Outcome::Swapped(self.put_changed(Allocation {
-                ports,
+                ports: ports.into(),
                 phase: Phase::Reserved,
                 confirmed: false,
                 reason: None,
@@ -574,7 +574,7 @@ impl Change<'_> {
             let pool = worker.pool_of_mut(number);
             let pool = pool.ok_or_else(|| not_free(name, *port, Taken::Unmanaged))?;
             // An operator's word outlasts what others saw.
-            let known = pool.quarantined.get(&number).map(|quarantine| quarantine.source);
+            let known = pool.quarantine_of(number).map(|quarantine| quarantine.source);
             if known.is_some_and(|known| known == source || source != Source::Operator) {
                 continue;
             }
@@ -611,7 +611,7 @@ impl Change<'_> {
             let may = |q: &Quarantine| {
                 by == Actor::Operator || (q.source != Source::Operator && was_seen(q))
             };
-            if pool.quarantined.get(&number).is_some_and(may) {
+            if pool.quarantine_of(number).is_some_and(may) {
                 changed |= pool.lift(number);
             }
         }

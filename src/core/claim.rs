@@ -15,7 +15,7 @@ pub struct Claim {
     pub uid: Uid,
     pub placement: Placement,
     pub ports: Vec<PortRequest>,
-    pub gpus: Option<GpuRequest>,
+    pub gpus: Option<Box<GpuRequest>>,
     pub lease: Option<LeaseId>,
     /// How long it may stay `Reserved`; the server's default where it is not said.
     pub confirm_within: Option<Millis>,

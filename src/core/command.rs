@@ -345,6 +345,28 @@ pub enum Outcome {
     FeatureLevel(u32),
 }
 
+impl Outcome {
+    /// Those that it tells of.
+    pub fn allocations(&self) -> &[Arc<Allocation>] {
+        match self {
+            Outcome::Allocated { allocations, .. } => allocations,
+            Outcome::Confirmed(allocation)
+            | Outcome::Attached(allocation)
+            | Outcome::Lingers(allocation)
+            | Outcome::Released(Some(allocation))
+            | Outcome::Swapped(allocation)
+            | Outcome::Reclaimed { allocation, .. } => std::slice::from_ref(allocation),
+            Outcome::Worker(_)
+            | Outcome::WorkerRemoved { .. }
+            | Outcome::Released(None)
+            | Outcome::Lease(_)
+            | Outcome::LeaseEnded(_)
+            | Outcome::Noted
+            | Outcome::FeatureLevel(_) => &[],
+        }
+    }
+}
+
 /// Why a command changed nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -566,4 +588,20 @@ pub enum Event {
         expired: bool,
     },
     FeatureLevel(u32),
+}
+
+impl Event {
+    /// The one that changed, if it is an allocation.
+    pub fn allocation(&self) -> Option<&Allocation> {
+        match self {
+            Event::Allocated(allocation)
+            | Event::Changed(allocation)
+            | Event::Released { allocation, .. } => Some(allocation),
+            Event::Worker(_)
+            | Event::WorkerRemoved(_)
+            | Event::LeaseGranted(_)
+            | Event::LeaseEnded { .. }
+            | Event::FeatureLevel(_) => None,
+        }
+    }
 }

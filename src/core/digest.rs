@@ -161,12 +161,13 @@ impl Sink {
         let (cursor, next_freed) = pool.cursors();
         self.number(u64::from(cursor));
         self.number(next_freed);
-        self.each(pool.freed.iter(), |sink, (at, port)| {
-            sink.number(*at);
-            sink.number(u64::from(*port));
+        self.each(pool.freed_order(), |sink, (at, port)| {
+            sink.number(at);
+            sink.number(u64::from(port));
         });
-        self.each(pool.quarantined.iter(), |sink, (port, quarantine)| {
-            sink.number(u64::from(*port));
+        let quarantines: Vec<_> = pool.quarantines().collect();
+        self.each(quarantines.into_iter(), |sink, (port, quarantine)| {
+            sink.number(u64::from(port));
             let Quarantine { reason, source, since } = quarantine;
             sink.text(reason);
             sink.text(source.name());
@@ -213,7 +214,7 @@ impl Sink {
         self.number(u64::from(*confirmed));
         self.maybe(reason.as_ref(), |sink, reason| sink.text(reason));
         self.maybe(lease.as_ref(), |sink, lease| sink.number(lease.0));
-        self.maybe(liveness.as_ref(), |sink, Liveness { boot_id, handle }| {
+        self.maybe(liveness.as_deref(), |sink, Liveness { boot_id, handle }| {
             sink.text(boot_id);
             match handle {
                 Handle::Process { pid, start_ticks } => {
@@ -293,7 +294,7 @@ impl Sink {
             sink.text(kind);
             sink.number(number);
         });
-        self.maybe(gpus.as_ref(), |sink, GpuRequest { which, share }| {
+        self.maybe(gpus.as_deref(), |sink, GpuRequest { which, share }| {
             match which {
                 GpuChoice::Count(n) => {
                     sink.text("count");

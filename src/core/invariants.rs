@@ -71,6 +71,10 @@ fn check_worker(state: &State, name: &WorkerName, worker: &Worker) -> Result<(),
         if pool.name != range.name || (pool.first(), pool.last()) != bounds {
             return fail(format!("range {} is not as its spec", range.name));
         }
+        let bounds = range.first..=range.last;
+        if pool.reserved_count() as usize != worker.spec.reserved.range(bounds).count() {
+            return fail(format!("range {}: a reserved port is something else", range.name));
+        }
         for (number, holder) in pool.holders() {
             port_holders.insert((number, holder.clone()));
         }
@@ -214,7 +218,7 @@ fn check_departure(state: &State, name: &InstanceName, gone: &Departure) -> Resu
 
 /// Does an allocation hold exactly what its claim asks for, in the claim's order?
 fn answers(held: &Allocation) -> bool {
-    let mut ports = held.ports.as_slice();
+    let mut ports = &*held.ports;
     for (i, asked) in held.claim.ports.iter().enumerate() {
         let count = asked.ports.count() as usize;
         let Some((given, rest)) = ports.split_at_checked(count) else { return false };
@@ -235,7 +239,7 @@ fn answers(held: &Allocation) -> bool {
             return false;
         }
     }
-    let gpus_as_asked = match &held.claim.gpus {
+    let gpus_as_asked = match held.claim.gpus.as_deref() {
         None => held.gpus.is_empty(),
         Some(GpuRequest { which, share }) => {
             let chosen = held.gpus.iter().map(|g| g.index);

@@ -1,7 +1,8 @@
 //! The names and numbers that the table is made of, each its own type, parsed once at the edge.
 
 use std::fmt;
-use std::sync::Arc;
+
+use smol_str::SmolStr;
 
 use super::limits::*;
 
@@ -82,7 +83,7 @@ macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident, $field:literal, $max:expr, $inner:literal, $empty:literal) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(Arc<str>);
+        pub struct $name(SmolStr);
 
         impl $name {
             /// Parses a name; the error names the field, the value and the limit.
@@ -98,7 +99,7 @@ macro_rules! name_type {
             /// Sorts before every name: the start of a search.
             #[allow(dead_code)]
             pub(super) fn lowest() -> Self {
-                $name("".into())
+                $name(SmolStr::default())
             }
         }
 
@@ -110,7 +111,7 @@ macro_rules! name_type {
 
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::Debug::fmt(&*self.0, f)
+                fmt::Debug::fmt(self.as_str(), f)
             }
         }
 

@@ -111,7 +111,7 @@ pub fn explain(state: &State, claim: &Claim) -> Explanation {
 
 /// What a claim orders the workers by, and the least that one must have free of it.
 fn need(claim: &Claim) -> (Resource, u64) {
-    match &claim.gpus {
+    match claim.gpus.as_deref() {
         Some(GpuRequest { share: GpuShare::MemoryBytes(bytes), .. }) => {
             (Resource::GpuBytes, *bytes)
         }

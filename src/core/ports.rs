@@ -7,6 +7,8 @@
 //!
 //! All parts are persistent maps: cloning a pool is O(1) in the number of ports.
 
+use std::sync::Arc;
+
 use imbl::{OrdMap, Vector};
 
 use super::invariants::COUNTER_MAX;
@@ -59,18 +61,28 @@ pub struct Pool {
     pub name: RangeName,
     pub(super) first: u16,
     pub(super) last: u16,
+    /// What every port is, but those that were never used.
+    slots: OrdMap<u16, Slot>,
+    /// How many of them are not free.
+    held: u32,
+    quarantined: u32,
+    reserved: u32,
     /// One bit a port, set while free; bit 0 of word 0 is `first`.
     free_bits: Vector<u64>,
-    free: u32,
     /// No never-used port lies below this one. `u32`: it ends one past `last`.
-    pub(super) cursor: u32,
+    cursor: u32,
     /// Freed ports by the order in which they became free.
-    pub(super) freed: OrdMap<u64, u16>,
-    freed_at: OrdMap<u16, u64>,
-    pub(super) next_freed: u64,
-    pub(super) held: OrdMap<u16, InstanceName>,
-    pub(super) quarantined: OrdMap<u16, Quarantine>,
-    pub(super) reserved: OrdMap<u16, ()>,
+    freed: OrdMap<u64, u16>,
+    next_freed: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Slot {
+    Held(InstanceName),
+    /// Free again, at this place in the queue.
+    Freed(u64),
+    Quarantined(Arc<Quarantine>),
+    Reserved,
 }
 
 impl Pool {
@@ -89,24 +101,19 @@ impl Pool {
             name,
             first,
             last,
+            slots: OrdMap::new(),
+            held: 0,
+            quarantined: 0,
+            reserved: 0,
             free_bits: std::iter::repeat_n(0, words as usize).collect(),
-            free: 0,
             cursor: u32::from(first),
             freed: OrdMap::new(),
-            freed_at: OrdMap::new(),
             next_freed: 1,
-            held: OrdMap::new(),
-            quarantined: OrdMap::new(),
-            reserved: reserved
-                .into_iter()
-                .map(Port::get)
-                .filter(|p| (first..=last).contains(p))
-                .map(|p| (p, ()))
-                .collect(),
         };
-        for number in first..=last {
-            if !pool.reserved.contains_key(&number) {
-                pool.set_free(number, true);
+        (first..=last).for_each(|number| pool.turn(number));
+        for port in reserved {
+            if pool.is_free(port.get()) {
+                pool.put(port.get(), Slot::Reserved);
             }
         }
         pool
@@ -117,12 +124,9 @@ impl Pool {
     /// its number, not the name of its range. A port that is reserved by now stays reserved. The
     /// caller has checked that nothing held leaves its range.
     pub(super) fn inherit(&mut self, old: &Pool) {
-        for (number, holder) in &old.held {
-            self.take(*number, holder);
-        }
-        for (number, quarantine) in &old.quarantined {
-            if self.is_free(*number) {
-                self.quarantine(*number, quarantine.clone());
+        for (number, slot) in &old.slots {
+            if matches!(slot, Slot::Held(_) | Slot::Quarantined(_)) && self.is_free(*number) {
+                self.put(*number, slot.clone());
             }
         }
         for number in old.freed.values() {
@@ -132,29 +136,31 @@ impl Pool {
         }
     }
 
-    /// Rebuilds a pool from what a snapshot keeps of it: its holders come from the allocations.
-    /// What does not fit the range is kept all the same, so that the invariants refuse it.
+    /// Rebuilds a pool, from one that was never used and what a snapshot keeps of it: its holders come
+    /// from the allocations. Fails where the parts contradict each other.
     pub fn restore(
-        empty: Pool,
-        cursor: u32,
-        next_freed: u64,
+        unused: Pool,
+        (cursor, next_freed): (u32, u64),
         freed: impl IntoIterator<Item = (u64, u16)>,
         quarantined: impl IntoIterator<Item = (u16, Quarantine)>,
-    ) -> Pool {
-        let mut pool = empty;
+    ) -> Result<Pool, String> {
+        let mut pool = Pool { cursor, next_freed, ..unused };
         for (number, quarantine) in quarantined {
-            if pool.is_free(number) {
-                pool.unfree(number);
+            if !pool.is_unused(number) {
+                return Err(format!("range {}: port {number} cannot be quarantined", pool.name));
             }
-            pool.quarantined.insert(number, quarantine);
+            pool.quarantine(number, quarantine);
         }
+        let mut before = 0;
         for (at, number) in freed {
-            pool.freed.insert(at, number);
-            pool.freed_at.insert(number, at);
+            if !pool.is_unused(number) || !(before + 1..next_freed).contains(&at) {
+                let what = format!("port {number} cannot wait at place {at} of the freed");
+                return Err(format!("range {}: {what}", pool.name));
+            }
+            pool.put(number, Slot::Freed(at));
+            before = at;
         }
-        pool.cursor = cursor;
-        pool.next_freed = next_freed;
-        pool
+        Ok(pool)
     }
 
     pub fn first(&self) -> u16 {
@@ -170,19 +176,19 @@ impl Pool {
     }
 
     pub fn free_count(&self) -> u32 {
-        self.free
+        self.managed_count() - self.held - self.quarantined - self.reserved
     }
 
     pub fn held_count(&self) -> u32 {
-        self.held.len() as u32
+        self.held
     }
 
     pub fn quarantined_count(&self) -> u32 {
-        self.quarantined.len() as u32
+        self.quarantined
     }
 
     pub fn reserved_count(&self) -> u32 {
-        self.reserved.len() as u32
+        self.reserved
     }
 
     pub fn contains(&self, number: u16) -> bool {
@@ -190,16 +196,23 @@ impl Pool {
     }
 
     pub fn quarantines(&self) -> impl Iterator<Item = (u16, &Quarantine)> {
-        self.quarantined.iter().map(|(port, quarantine)| (*port, quarantine))
+        let quarantined = self.slots.iter().filter_map(|(port, slot)| match slot {
+            Slot::Quarantined(quarantine) => Some((*port, quarantine.as_ref())),
+            _ => None,
+        });
+        quarantined.take(self.quarantined as usize)
+    }
+
+    pub fn quarantine_of(&self, number: u16) -> Option<&Quarantine> {
+        match self.slots.get(&number) {
+            Some(Slot::Quarantined(quarantine)) => Some(quarantine),
+            _ => None,
+        }
     }
 
     /// Freed ports with their place in the queue, longest free first.
-    pub fn freed_order(&self) -> impl Iterator<Item = (u64, u16)> + '_ {
+    pub fn freed_order(&self) -> impl ExactSizeIterator<Item = (u64, u16)> + '_ {
         self.freed.iter().map(|(at, port)| (*at, *port))
-    }
-
-    pub fn reserved_ports(&self) -> impl Iterator<Item = u16> + '_ {
-        self.reserved.keys().copied()
     }
 
     /// Place in the range where the search for a never-used port goes on, and the next number of
@@ -210,11 +223,18 @@ impl Pool {
 
     /// Holders by port.
     pub fn holders(&self) -> impl Iterator<Item = (u16, &InstanceName)> {
-        self.held.iter().map(|(port, name)| (*port, name))
+        let held = self.slots.iter().filter_map(|(port, slot)| match slot {
+            Slot::Held(holder) => Some((*port, holder)),
+            _ => None,
+        });
+        held.take(self.held as usize)
     }
 
     pub fn holder(&self, number: u16) -> Option<&InstanceName> {
-        self.held.get(&number)
+        match self.slots.get(&number) {
+            Some(Slot::Held(holder)) => Some(holder),
+            _ => None,
+        }
     }
 
     pub fn is_free(&self, number: u16) -> bool {
@@ -224,18 +244,21 @@ impl Pool {
         }
     }
 
+    /// Is it free, and was it always?
+    fn is_unused(&self, number: u16) -> bool {
+        self.is_free(number) && !self.slots.contains_key(&number)
+    }
+
     /// Why this port cannot be given; `None` where it can.
     pub fn taken(&self, number: u16) -> Option<Taken> {
-        if self.is_free(number) {
-            None
-        } else if let Some(holder) = self.held.get(&number) {
-            Some(Taken::Held(holder.clone()))
-        } else if let Some(quarantine) = self.quarantined.get(&number) {
-            Some(Taken::Quarantined(quarantine.reason.clone()))
-        } else if self.reserved.contains_key(&number) {
-            Some(Taken::Reserved)
-        } else {
-            Some(Taken::Unmanaged)
+        match self.slots.get(&number) {
+            Some(Slot::Held(holder)) => Some(Taken::Held(holder.clone())),
+            Some(Slot::Quarantined(quarantine)) => {
+                Some(Taken::Quarantined(quarantine.reason.clone()))
+            }
+            Some(Slot::Reserved) => Some(Taken::Reserved),
+            Some(Slot::Freed(_)) => None,
+            None => (!self.contains(number)).then_some(Taken::Unmanaged),
         }
     }
 
@@ -251,8 +274,7 @@ impl Pool {
         if !self.is_free(number) {
             return false;
         }
-        self.unfree(number);
-        self.held.insert(number, holder.clone());
+        self.put(number, Slot::Held(holder.clone()));
         true
     }
 
@@ -273,29 +295,23 @@ impl Pool {
 
     /// Takes a held port back into the queue of freed ports.
     pub fn free(&mut self, number: u16) {
-        let was = self.held.remove(&number);
-        debug_assert!(was.is_some(), "only a held port is freed");
-        self.set_free(number, true);
+        debug_assert!(self.holder(number).is_some(), "only a held port is freed");
         self.enqueue(number);
     }
 
     /// Takes a port out of use, or says anew why it is. The caller deals with a holder, and has
     /// checked that it is not reserved.
     pub fn quarantine(&mut self, number: u16, quarantine: Quarantine) {
-        if self.held.remove(&number).is_none() && self.is_free(number) {
-            self.unfree(number);
-        }
-        self.quarantined.insert(number, quarantine);
+        self.put(number, Slot::Quarantined(Arc::new(quarantine)));
     }
 
     /// Puts a quarantined port back in use, at the end of the queue. False where it was not.
     pub fn lift(&mut self, number: u16) -> bool {
-        if self.quarantined.remove(&number).is_none() {
-            return false;
+        let quarantined = self.quarantine_of(number).is_some();
+        if quarantined {
+            self.enqueue(number);
         }
-        self.set_free(number, true);
-        self.enqueue(number);
-        true
+        quarantined
     }
 
     fn place(&self, number: u16) -> (usize, u64) {
@@ -303,24 +319,47 @@ impl Pool {
         (offset / 64, 1 << (offset % 64))
     }
 
-    fn set_free(&mut self, number: u16, free: bool) {
+    /// From free to not free, and back.
+    fn turn(&mut self, number: u16) {
         let (word, bit) = self.place(number);
-        let word = &mut self.free_bits[word];
-        debug_assert_eq!(*word & bit == 0, free, "port {number} changes state");
-        *word ^= bit;
-        self.free = if free { self.free + 1 } else { self.free - 1 };
+        self.free_bits[word] ^= bit;
     }
 
-    fn unfree(&mut self, number: u16) {
-        self.set_free(number, false);
-        if let Some(at) = self.freed_at.remove(&number) {
-            self.freed.remove(&at);
+    /// The one way in which a port changes: counts, queue and bit follow.
+    fn put(&mut self, number: u16, slot: Slot) {
+        if let Slot::Freed(at) = slot {
+            self.freed.insert(at, number);
+        }
+        self.count(&slot, 1);
+        let frees = matches!(slot, Slot::Freed(_));
+        let was_free = match self.slots.insert(number, slot) {
+            None => true,
+            Some(Slot::Freed(at)) => {
+                self.freed.remove(&at);
+                true
+            }
+            Some(old) => {
+                self.count(&old, -1);
+                false
+            }
+        };
+        if was_free != frees {
+            self.turn(number);
         }
     }
 
+    fn count(&mut self, slot: &Slot, change: i32) {
+        let count = match slot {
+            Slot::Held(_) => &mut self.held,
+            Slot::Quarantined(_) => &mut self.quarantined,
+            Slot::Reserved => &mut self.reserved,
+            Slot::Freed(_) => return,
+        };
+        *count = count.wrapping_add_signed(change);
+    }
+
     fn enqueue(&mut self, number: u16) {
-        self.freed.insert(self.next_freed, number);
-        self.freed_at.insert(number, self.next_freed);
+        self.put(number, Slot::Freed(self.next_freed));
         self.next_freed += 1;
     }
 
@@ -329,7 +368,7 @@ impl Pool {
     fn next_unused(&mut self) -> Option<u16> {
         while self.cursor <= u32::from(self.last) {
             let number = self.cursor as u16;
-            if self.is_free(number) && !self.freed_at.contains_key(&number) {
+            if self.is_unused(number) {
                 return Some(number);
             }
             self.cursor += 1;
@@ -348,7 +387,10 @@ impl Pool {
         let mut best: Option<(u64, u16)> = None;
         for first in windows {
             let youngest = (first..=first + (count - 1) as u16)
-                .map(|number| self.freed_at.get(&number).copied().unwrap_or(0))
+                .map(|number| match self.slots.get(&number) {
+                    Some(Slot::Freed(at)) => *at,
+                    _ => 0,
+                })
                 .max()
                 .unwrap_or(0);
             if best.is_none_or(|(age, _)| youngest < age) {
@@ -394,43 +436,41 @@ impl Pool {
     /// The pool's own invariants; the message names what is wrong.
     pub(super) fn check(&self) -> Result<(), String> {
         let fail = |what: String| Err(format!("range {}: {what}", self.name));
-        let mut free = 0;
-        for number in self.first..=self.last {
-            let states = [
-                self.is_free(number),
-                self.held.contains_key(&number),
-                self.quarantined.contains_key(&number),
-                self.reserved.contains_key(&number),
-            ];
-            if states.iter().filter(|s| **s).count() != 1 {
-                return fail(format!(
-                    "port {number}: [free, held, quarantined, reserved] = {states:?}"
-                ));
+        let mut counted = Pool { held: 0, quarantined: 0, reserved: 0, ..self.clone() };
+        let mut queued = 0;
+        for (number, slot) in &self.slots {
+            counted.count(slot, 1);
+            if !self.contains(*number) {
+                return fail("a port outside the range".into());
             }
-            free += u32::from(states[0]);
-            let queued = self.freed_at.get(&number);
-            if queued.is_some() && !states[0] {
-                return fail(format!("port {number} waits in the queue but is not free"));
+            if self.is_free(*number) != matches!(slot, Slot::Freed(_)) {
+                return fail(format!("port {number} is {slot:?}, its bit says otherwise"));
             }
-            if states[0] && queued.is_none() && u32::from(number) < self.cursor {
+            if let Slot::Freed(at) = slot {
+                queued += 1;
+                if self.freed.get(at) != Some(number) {
+                    return fail("the queue of freed ports and its index differ".into());
+                }
+            }
+        }
+        if queued != self.freed.len() {
+            return fail("the queue of freed ports and its index differ".into());
+        }
+        let counts = |pool: &Pool| [pool.held, pool.quarantined, pool.reserved];
+        if counts(&counted) != counts(self) {
+            return fail(format!(
+                "[held, quarantined, reserved] are {:?}, {:?} are counted",
+                counts(&counted),
+                counts(self)
+            ));
+        }
+        for number in (self.first..=self.last).filter(|number| !self.slots.contains_key(number)) {
+            if !self.is_free(number) {
+                return fail(format!("port {number} was never used and is not free"));
+            }
+            if u32::from(number) < self.cursor {
                 return fail(format!("never-used port {number} lies below the cursor"));
             }
-        }
-        let outside = |n: &u16| !self.contains(*n);
-        if self.held.keys().any(outside)
-            || self.quarantined.keys().any(outside)
-            || self.reserved.keys().any(outside)
-            || self.freed_at.keys().any(outside)
-        {
-            return fail("a port outside the range".into());
-        }
-        if free != self.free {
-            return fail(format!("{free} ports are free, {} are counted", self.free));
-        }
-        let inverse = self.freed.len() == self.freed_at.len()
-            && self.freed.iter().all(|(at, port)| self.freed_at.get(port) == Some(at));
-        if !inverse {
-            return fail("the queue of freed ports and its index differ".into());
         }
         if !(u32::from(self.first)..=u32::from(self.last) + 1).contains(&self.cursor) {
             return fail(format!("the cursor {} is outside", self.cursor));

@@ -9,7 +9,7 @@ use super::claim::GpuShare;
 use super::limits::DEPARTURES_MAX;
 use super::name::{InstanceName, LabelKey, LabelValue, LeaseId, Millis, Revision, WorkerName};
 use super::ports::Pool;
-use super::worker::{Identity, Worker, WorkerPhase, WorkerSpec};
+use super::worker::{Identity, Specs, Worker, WorkerPhase, WorkerSpec};
 
 /// The feature level that this build writes and the highest that it understands.
 pub const FEATURE_LEVEL: u32 = 1;
@@ -89,6 +89,14 @@ impl Default for State {
 impl State {
     pub fn worker(&self, name: &WorkerName) -> Option<&Arc<Worker>> {
         self.workers.get(name)
+    }
+
+    /// Of the workers on which these are, as far as there are such workers.
+    pub fn specs_of<'a>(&self, allocations: impl IntoIterator<Item = &'a Allocation>) -> Specs {
+        let found = |on: &Allocation| {
+            self.workers.get_key_value(&on.worker).map(|(name, w)| (name.clone(), w.spec.clone()))
+        };
+        allocations.into_iter().filter_map(found).collect()
     }
 
     pub fn allocation(&self, name: &InstanceName) -> Option<&Arc<Allocation>> {

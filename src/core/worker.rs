@@ -1,6 +1,6 @@
 //! A worker: one network namespace of one machine, with its ranges of ports and its GPUs.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -162,6 +162,9 @@ impl WorkerSpec {
         Ok(())
     }
 }
+
+/// What some workers say of themselves.
+pub type Specs = BTreeMap<WorkerName, Arc<WorkerSpec>>;
 
 /// Changes to a worker; what is `None` stays.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -13,6 +13,7 @@ mod agreement;
 pub mod backups;
 mod bootstrap;
 mod compaction;
+mod lag;
 pub mod members;
 mod observers;
 mod outcome;
@@ -47,7 +48,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tonic::transport::server::{Connected, TcpIncoming};
 use tracing::{error, info, warn};
 
-use crate::core::{Applied, Command, Millis, Revision, State};
+use crate::core::{Allocation, Applied, Command, Millis, Revision, Specs, State};
 use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
@@ -509,6 +510,15 @@ impl Node {
                 let why = format!("this node is at revision {have}, {min_revision} is asked for");
                 Err(CallError::NotReady(why))
             }
+        }
+    }
+
+    /// Of the workers on which these are, from this node's own copy as it is. Whoever has the answer
+    /// to a proposal finds what was applied in it.
+    pub fn specs_of(&self, allocations: &[&Allocation]) -> Specs {
+        match allocations {
+            [] => Specs::new(),
+            some => self.inner.view.look(|table| table.state.specs_of(some.iter().copied())),
         }
     }
 

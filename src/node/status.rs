@@ -7,6 +7,7 @@ use futures::future::join_all;
 use openraft::ServerState;
 use tokio::time::Instant;
 
+use super::lag::LAG_PROBLEM_ENTRIES;
 use super::{Deadline, Node};
 use crate::core::{FEATURE_LEVEL, Phase};
 use crate::proto::peer;
@@ -14,8 +15,6 @@ use crate::raft::{Member, NodeId};
 
 /// How long a member may take to say how it is.
 const ASK_TIMEOUT: Duration = Duration::from_millis(700);
-/// Entries behind the leader from which on a member counts as lagging.
-const LAG_PROBLEM_ENTRIES: u64 = 1000;
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StatusReport {

@@ -176,7 +176,7 @@ fn verdict(
         return None;
     }
     let of_this_boot = |liveness: &&Liveness| liveness.boot_id == sample.identity.boot_id;
-    if let Some(liveness) = held.liveness.as_ref().filter(of_this_boot) {
+    if let Some(liveness) = held.liveness.as_deref().filter(of_this_boot) {
         let (token, alive) = sample.handles.get(held.name())?;
         let gone = *token == held.token && !alive;
         return gone.then(|| (Proof::Samples(GONE_SAMPLES), format!("{liveness} is gone")));
@@ -606,7 +606,7 @@ mod tests {
                 uid: Uid::parse("u").unwrap(),
                 placement: Placement::Worker("w".parse().unwrap()),
                 ports,
-                gpus,
+                gpus: gpus.map(Box::new),
                 lease: None::<LeaseId>,
                 confirm_within: None,
                 bound: false,

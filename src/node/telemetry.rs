@@ -10,6 +10,7 @@ use openraft::ServerState;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Node;
+use super::lag::Lags;
 use crate::core::{
     Applied, Cause, Command, Event, Phase, Refusal, ReleaseReason, State, WorkerPhase,
 };
@@ -216,6 +217,7 @@ pub(super) async fn report(node: Node) {
     }
     let mut every = interval(REPORT_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut lags = Lags::default();
     loop {
         every.tick().await;
         let raft = node.inner.metrics();
@@ -242,16 +244,20 @@ pub(super) async fn report(node: Node) {
             let labels = [("node", id.clone()), ("phase", phase.name().to_string())];
             gauge!("portwarden_allocations", &labels).set(count);
         }
-        show_lag(&raft);
+        show_lag(&raft, &mut lags);
     }
 }
 
 /// How far the members are behind; 0 where this node does not lead.
-fn show_lag(raft: &Metrics) {
+fn show_lag(raft: &Metrics, lags: &mut Lags) {
     let last = raft.last_log_index.unwrap_or(0);
     for (member, _) in raft.membership_config.nodes() {
         let matched = raft.replication.as_ref().and_then(|matched| matched.get(member));
         let lag = matched.map_or(0, |id| last - id.as_ref().map_or(0, |id| id.index()).min(last));
         gauge!("portwarden_member_lag_entries", "member" => member.to_string()).set(lag as f64);
+        match raft.replication {
+            Some(_) => lags.tell(*member, lag),
+            None => *lags = Lags::default(), // another leads, or nobody
+        }
     }
 }

@@ -16,12 +16,12 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use imbl::Vector;
 use tokio::sync::{mpsc, watch};
 
-use crate::core::{Applied, Command, Event, Revision, State, WorkerName};
+use crate::core::{Allocation, Applied, Command, Event, Revision, Specs, State, WorkerName};
 use crate::raft::ApplyObserver;
 
 /// Events that are kept for watchers that come back.
@@ -38,8 +38,34 @@ pub struct Group {
     pub events: Vec<Event>,
 }
 
-/// What was published together; one revision or more, rising.
-pub type Batch = Arc<Vec<Group>>;
+/// What was published together.
+#[derive(Debug)]
+pub struct Published {
+    /// One revision or more, rising.
+    pub groups: Vec<Group>,
+    /// Of the workers on which its allocations are, once a watcher asked.
+    specs: OnceLock<Specs>,
+}
+
+pub type Batch = Arc<Published>;
+
+impl Published {
+    fn events(&self) -> impl Iterator<Item = &Event> {
+        self.groups.iter().flat_map(|group| &group.events)
+    }
+
+    fn last(&self) -> Option<Revision> {
+        self.groups.last().map(|group| group.revision)
+    }
+
+    /// What the workers of its allocations say of themselves: `look` is asked once for all watchers.
+    pub fn specs(&self, look: impl FnOnce(&[&Allocation]) -> Specs) -> &Specs {
+        self.specs.get_or_init(|| {
+            let allocations: Vec<_> = self.events().filter_map(Event::allocation).collect();
+            look(&allocations)
+        })
+    }
+}
 
 /// Why a watcher hears nothing more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,8 +126,8 @@ pub struct Subscription {
     waiting: Arc<AtomicUsize>,
 }
 
-fn events_of(batch: &[Group]) -> usize {
-    batch.iter().map(|group| group.events.len()).sum()
+fn events_of(batch: &Published) -> usize {
+    batch.groups.iter().map(|group| group.events.len()).sum()
 }
 
 impl Default for Hub {
@@ -145,7 +171,7 @@ impl Hub {
         }
         book.watchers.insert(id, Watcher { worker, queue, waiting: waiting.clone() });
         let first = book.kept.binary_search_by(|batch| match batch.last() {
-            Some(last) if last.revision >= from => Ordering::Greater,
+            Some(last) if last >= from => Ordering::Greater,
             _ => Ordering::Less,
         });
         let kept = book.kept.skip(first.unwrap_or_else(|first| first));
@@ -174,13 +200,12 @@ impl Book {
         if groups.is_empty() {
             return;
         }
-        let batch = Arc::new(groups);
+        let batch = Arc::new(Published { groups, specs: OnceLock::new() });
         let events = events_of(&batch);
         let concerned: BTreeSet<u64> = match self.by_worker.is_empty() {
             true => BTreeSet::new(),
             false => batch
-                .iter()
-                .flat_map(|group| &group.events)
+                .events()
                 .filter_map(worker_of)
                 .filter_map(|worker| self.by_worker.get(worker))
                 .flatten()
@@ -203,7 +228,7 @@ impl Book {
             && let Some(oldest) = self.kept.pop_front()
         {
             self.kept_events -= events_of(&oldest);
-            self.before = oldest.last().map_or(self.before, |group| group.revision);
+            self.before = oldest.last().unwrap_or(self.before);
         }
     }
 
@@ -233,10 +258,7 @@ fn worker_of(event: &Event) -> Option<&WorkerName> {
     match event {
         Event::Worker(worker) => Some(&worker.name),
         Event::WorkerRemoved(name) => Some(name),
-        Event::Allocated(allocation)
-        | Event::Changed(allocation)
-        | Event::Released { allocation, .. } => Some(&allocation.worker),
-        Event::LeaseGranted(_) | Event::LeaseEnded { .. } | Event::FeatureLevel(_) => None,
+        other => other.allocation().map(|allocation| &allocation.worker),
     }
 }
 
@@ -339,7 +361,7 @@ mod tests {
     }
 
     fn revisions(batch: &Batch) -> Vec<u64> {
-        batch.iter().map(|group| group.revision.0).collect()
+        batch.groups.iter().map(|group| group.revision.0).collect()
     }
 
     fn heard(subscription: &mut Subscription) -> Vec<Vec<u64>> {
@@ -402,7 +424,7 @@ mod tests {
         let mut count = 0;
         let end = loop {
             match slow.try_next().unwrap() {
-                Ok(batch) => count += batch.len(),
+                Ok(batch) => count += batch.groups.len(),
                 Err(end) => break end,
             }
         };
@@ -418,7 +440,7 @@ mod tests {
         hub.published(&at(1));
         hub.installed(&at(90));
         assert_eq!(watcher.try_next().map(|b| revisions(&b.unwrap())), Some(vec![1]));
-        assert_eq!(watcher.try_next(), Some(Err(End::Gap)));
+        assert!(matches!(watcher.try_next(), Some(Err(End::Gap))));
         let refused = hub.subscribe(Revision(2), None).err();
         assert_eq!(refused, Some(NoWatch::TooOld { oldest: Revision(91) }));
     }

@@ -151,6 +151,8 @@ impl StateMachine {
         while let Some(file) = snapshots.newest() {
             match load(&file) {
                 Ok(loaded) => {
+                    let (path, revision) = (file.path().display(), loaded.state.revision);
+                    tracing::info!(%path, %revision, "the newest snapshot was read");
                     table = loaded;
                     break;
                 }
@@ -340,6 +342,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         // It may be large: it goes when others see the new one.
         let old = std::mem::replace(&mut self.view.change().table, table);
         drop(old);
+        let index = meta.last_log_id.map_or(0, |at| at.index);
+        tracing::info!(index, "the table is a peer's snapshot now");
         self.changed.send_replace(());
         self.observer.installed(&self.view.current().table.state);
         Ok(())

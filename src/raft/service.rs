@@ -16,8 +16,10 @@ use openraft::raft::{
     AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderError,
     TransferLeaderRequest, VoteRequest,
 };
+use tokio::time::Instant;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::info;
 
 use super::PEER_MESSAGE_MAX_BYTES;
 use super::convert::{self, Malformed, read_entry, read_log_id, read_vote, wire_log_id, wire_vote};
@@ -38,6 +40,8 @@ use crate::store::{SnapshotFile, SnapshotStore, StoreError};
 
 /// How long a peer may take to say that it is the one who calls.
 const SESSION_PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// While a snapshot is received: from one word in the log to the next.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 
 /// The Raft of this node, once it runs. Clones share it.
 #[derive(Clone, Default)]
@@ -396,6 +400,8 @@ async fn receive(
 ) -> Result<SnapshotFile, Status> {
     let mut incoming = on_disk(move || snapshots.receive()).await?;
     let mut received = 0;
+    info!(bytes = length, "a peer sends its snapshot");
+    let mut told = Instant::now();
     let crc32 = loop {
         match messages.message().await?.and_then(|message| message.part) {
             Some(Part::Data(data)) => {
@@ -404,6 +410,10 @@ async fn receive(
                     return Err(malformed(format!("more than the announced {length} bytes")));
                 }
                 incoming = on_disk(move || incoming.write(&data).map(|()| incoming)).await?;
+                if told.elapsed() >= TELL_EVERY {
+                    told = Instant::now();
+                    info!(received, of = length, "a peer sends its snapshot");
+                }
             }
             Some(Part::End(proto::SnapshotEnd { crc32 })) => break crc32,
             Some(Part::Head(_)) | None => {
@@ -411,6 +421,7 @@ async fn receive(
             }
         }
     };
+    info!(bytes = length, "a peer's snapshot is here, and is checked");
     let file = on_disk(move || {
         let file = incoming.finish(length, crc32)?;
         file.verify()?;

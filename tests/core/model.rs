@@ -409,7 +409,7 @@ impl Model {
     /// Specific ports first, then bands, then the others.
     fn give(&mut self, claim: &Claim, worker: &WorkerName, policy: Policy) -> Option<()> {
         let mut gpus = BTreeSet::new();
-        if let Some(GpuRequest { which, share }) = &claim.gpus {
+        if let Some(GpuRequest { which, share }) = claim.gpus.as_deref() {
             let free = |gpu: &GpuSpec| gpu.memory_bytes - self.used(worker, gpu);
             let mut fit: Vec<_> = self.workers[worker].spec.gpus.iter().collect();
             fit.retain(|gpu| match share {

@@ -291,7 +291,8 @@ fn any_claim() -> impl Strategy<Value = Claim> {
     )
         .prop_map(|((name, uid), placement, ports, gpus, bound)| {
             with(claim(name, "w0").uid(uid), |c| {
-                (c.placement, c.ports, c.gpus, c.bound) = (placement, ports, gpus, bound);
+                (c.placement, c.ports, c.gpus, c.bound) =
+                    (placement, ports, gpus.map(Box::new), bound);
             })
         })
 }
@@ -472,7 +473,7 @@ fn held(a: &Allocation) -> Held {
         phase: a.phase,
         confirmed: a.confirmed,
         lease: a.lease,
-        liveness: a.liveness.clone(),
+        liveness: a.liveness.as_deref().cloned(),
         last: a.last_change.clone(),
     }
 }

@@ -65,7 +65,7 @@ pub fn claim(name: &str, on: Placement, ports: Ports, gpus: Option<GpuRequest>) 
         uid: Uid::parse(&format!("uid-{name}")).unwrap(),
         placement: on,
         ports: vec![PortRequest { name: PortName::parse("http").ok(), range: None, ports }],
-        gpus,
+        gpus: gpus.map(Box::new),
         lease: None,
         confirm_within: None,
         bound: false,

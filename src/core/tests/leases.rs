@@ -161,7 +161,7 @@ fn the_end_of_a_lease_leaves_what_an_agent_watches_lingering_with_all_that_it_ho
     for (name, before) in [("a", &a), ("b", &b)] {
         let held = t.get(name);
         assert_eq!((held.phase, held.lease), (Phase::Lingering, None));
-        assert_eq!(held.reason, Some(format!("lease {lease} expired")));
+        assert_eq!(held.reason, Some(format!("lease {lease} expired").into()));
         assert_eq!((&held.ports, &held.gpus), (&before.ports, &before.gpus));
         assert_eq!((held.token, held.version), (before.token, t.state.revision));
         assert_eq!(held.confirmed, before.confirmed, "it is another thing to wait for evidence of");
@@ -190,7 +190,7 @@ fn a_revoked_lease_ends_as_an_expired_one_and_says_so() {
     let lease = t.lease();
     t.gang(&[claim("a", "w").count(1).on(lease), claim("b", "x").count(1).on(lease)]);
     t.ok(revoke(lease));
-    assert_eq!(t.get("a").reason, Some(format!("lease {lease} was revoked")));
+    assert_eq!(t.get("a").reason, Some(format!("lease {lease} was revoked").into()));
     let gone = t.state.departure(&instance("b")).unwrap();
     assert_eq!(gone.why.to_string(), format!("reclaimed: lease {lease} was revoked"));
     assert!(matches!(t.events.last(), Some(Event::LeaseEnded { expired: false, .. })));

@@ -175,7 +175,7 @@ impl Ask for Claim {
     }
 
     fn gpus(mut self, which: GpuChoice, share: GpuShare) -> Self {
-        self.gpus = Some(GpuRequest { which, share });
+        self.gpus = Some(Box::new(GpuRequest { which, share }));
         self
     }
 
@@ -328,9 +328,9 @@ impl Parts {
                 let reserved = spec.reserved.iter().copied();
                 let empty = Pool::new(range.name.clone(), range.first, range.last, reserved);
                 let PoolPart { cursor, next_freed, freed, quarantines } = part;
-                Pool::restore(empty, cursor, next_freed, freed, quarantines)
+                Pool::restore(empty, (cursor, next_freed), freed, quarantines)
             };
-            let pools = pools.into_iter().zip(&spec.ranges).map(pool).collect();
+            let pools = pools.into_iter().zip(&spec.ranges).map(pool).collect::<Result<_, _>>()?;
             restore.worker(name, spec, phases, pools, revisions)?;
         }
         self.allocations.into_iter().try_for_each(|a| restore.allocation(a))?;

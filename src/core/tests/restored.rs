@@ -1,5 +1,7 @@
 //! A snapshot brings back the same table, and a damaged one is refused.
 
+use std::sync::Arc;
+
 use super::*;
 
 /// A table with something of everything that a snapshot keeps.
@@ -83,12 +85,14 @@ fn a_damaged_allocation_is_refused_and_never_panics() {
         ("quarantined port", |a| a.ports[0].number = 40009),
         ("one port too many", |a| {
             let extra = HeldPort { request: 99, number: 41003, ..a.ports[2].clone() };
-            a.ports.push(extra);
+            a.ports = [&a.ports, [extra].as_slice()].concat().into();
         }),
-        ("one port too few", |a| drop(a.ports.pop())),
+        ("one port too few", |a| a.ports = a.ports[..a.ports.len() - 1].into()),
         ("order", |a| a.ports.swap(0, 2)),
         ("torn band", |a| a.ports[3].number = 41003),
-        ("GPU twice", |a| a.gpus.push(a.gpus[0].clone())),
+        ("GPU twice", |a| {
+            a.gpus = [&a.gpus, [a.gpus[0].clone()].as_slice()].concat().into();
+        }),
         ("GPU of nowhere", |a| a.gpus[0].index = 9),
         ("more memory than asked", |a| a.gpus[0].memory_bytes += 1),
         ("too much memory", |a| a.gpus[0].memory_bytes = 30 * GIB),
@@ -109,7 +113,7 @@ fn a_damaged_allocation_is_refused_and_never_panics() {
         ("reserved and confirmed", |a| a.confirmed = true),
         ("a reason not to be there", |a| a.reason = Some("lost".into())),
         ("a lease of nowhere", |a| a.lease = Some(LeaseId(2))),
-        ("a handle of a failed start", |a| a.liveness = process("b1", 7)),
+        ("a handle of a failed start", |a| a.liveness = process("b1", 7).map(Arc::new)),
         ("lingering on a lease", |a| {
             (a.phase, a.reason) = (Phase::Lingering, Some("lost".into()));
         }),
@@ -127,7 +131,7 @@ fn damage_beyond_one_allocation_is_refused_too() {
         ("a feature level of another build", |p| p.feature_level = FEATURE_LEVEL + 1),
         ("a revision that leaves no room", |p| p.revision = Revision(u64::MAX)),
         ("a revision that lies behind", |p| p.revision = Revision(5)),
-        ("a handle of nothing", |p| p.allocation("d").liveness = process("", 7)),
+        ("a handle of nothing", |p| p.allocation("d").liveness = process("", 7).map(Arc::new)),
         ("lingering without a reason", |p| p.allocation("l").reason = None),
         ("silent and not lingering", |p| {
             let (d, cause) = (p.allocation("d"), Cause::LeaseEnded);

@@ -799,7 +799,7 @@ impl<'a> From<&'a table::Claim> for Claim<'a> {
                 }
             },
             ports: ports.iter().map(PortRequest::from).collect(),
-            gpus: gpus.as_ref().map(GpuRequest::from),
+            gpus: gpus.as_deref().map(GpuRequest::from),
             lease: lease(id),
             confirm_within: confirm_within.map(|span| span.0),
             bound: *bound,
@@ -837,7 +837,7 @@ impl Claim<'_> {
                 Placement::Spread(terms) => select(terms, table::Policy::Spread)?,
             },
             ports: each(ports, PortRequest::restore)?,
-            gpus: gpus.map(GpuRequest::restore),
+            gpus: gpus.map(GpuRequest::restore).map(Box::new),
             lease: lease.map(LeaseId),
             confirm_within: confirm_within.map(Millis),
             bound,
@@ -1219,33 +1219,10 @@ impl<'a> From<&'a table::Pool> for Pool<'a> {
 }
 
 impl Pool<'_> {
-    /// Core takes what it is given here at its word, so that all is checked before.
     fn restore(self, range: &table::RangeSpec, spec: &table::WorkerSpec) -> Checked<table::Pool> {
         let Pool { cursor, next_freed, freed, quarantined } = self;
         let name = &range.name;
-        let (first, last) = (range.first.get(), range.last.get());
-        let fail = |what: &str| Err(Why(format!("range {name}: {what}")));
-        if !(u32::from(first)..=u32::from(last) + 1).contains(&cursor) {
-            return fail("its cursor is outside");
-        }
-        let reserved: BTreeSet<u16> = spec.reserved.iter().map(|p| p.get()).collect();
-        let mut out_of_use = BTreeSet::new();
-        for Quarantined { port, .. } in &quarantined {
-            let inside = (first..=last).contains(port) && !reserved.contains(port);
-            if !inside || !out_of_use.insert(*port) {
-                return fail(&format!("port {port} cannot be quarantined"));
-            }
-        }
-        let mut before = 0;
-        for (at, port) in &freed {
-            let inside = (first..=last).contains(port) && !reserved.contains(port);
-            let in_order = before < *at && *at < next_freed;
-            if !inside || !in_order || !out_of_use.insert(*port) {
-                return fail(&format!("port {port} cannot wait at place {at} of the freed"));
-            }
-            before = *at;
-        }
-        let empty =
+        let unused =
             table::Pool::new(name.clone(), range.first, range.last, spec.reserved.iter().copied());
         let quarantined = quarantined.into_iter().map(|quarantined| {
             let Quarantined { port, reason, source, since } = quarantined;
@@ -1256,7 +1233,7 @@ impl Pool<'_> {
             };
             (port, Quarantine { reason: reason.into(), source, since: Revision(since) })
         });
-        Ok(table::Pool::restore(empty, cursor, next_freed, freed, quarantined))
+        table::Pool::restore(unused, (cursor, next_freed), freed, quarantined).map_err(Why)
     }
 }
 
@@ -1332,7 +1309,7 @@ impl<'a> From<&'a table::Allocation> for Allocation<'a> {
             confirmed: *confirmed,
             reason: reason.as_deref(),
             lease: lease(id),
-            liveness: liveness.as_ref().map(Liveness::from),
+            liveness: liveness.as_deref().map(Liveness::from),
             confirm_within: confirm_within.0,
             granted_at: granted_at.0,
             changed_at: changed_at.0,
@@ -1379,7 +1356,7 @@ impl Allocation<'_> {
         into.allocation(table::Allocation {
             claim: Arc::new(claim),
             worker: table::WorkerName::parse(worker)?,
-            ports: each(ports, HeldPort::restore)?,
+            ports: each(ports, HeldPort::restore)?.into(),
             gpus: gpus.into_iter().map(HeldGpu::restore).collect(),
             token: Token(token),
             version: Revision(version),
@@ -1389,9 +1366,9 @@ impl Allocation<'_> {
                 Phase::Lingering => table::Phase::Lingering,
             },
             confirmed,
-            reason: reason.map(String::from),
+            reason: reason.map(Arc::from),
             lease: lease.map(LeaseId),
-            liveness: optional(liveness, Liveness::restore)?,
+            liveness: optional(liveness, Liveness::restore)?.map(Arc::new),
             confirm_within: Millis(confirm_within),
             granted_at: Millis(granted_at),
             changed_at: Millis(changed_at),

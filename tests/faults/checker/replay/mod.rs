@@ -74,7 +74,7 @@ struct Place {
 #[derive(Clone)]
 enum Maker {
     Call(usize),
-    System(Command),
+    System(Box<Command>),
 }
 
 struct Search<'a> {
@@ -189,7 +189,7 @@ impl Search<'_> {
         let seen: BTreeSet<_> = seen.map(|name| format!("instance {name}")).collect();
         match facts.events.get(&revision) {
             Some(events) => {
-                let system = by_itself(state, events).into_iter().map(Maker::System);
+                let system = by_itself(state, events).into_iter().map(Box::new).map(Maker::System);
                 answered.chain(system).chain(about(subjects_of(events))).collect()
             }
             None => {
@@ -202,7 +202,7 @@ impl Search<'_> {
                     .collect();
                 // What is long past is done or lost more often than not.
                 unknown.reverse();
-                let system = anything_by_itself(state).into_iter().map(Maker::System);
+                let system = anything_by_itself(state).into_iter().map(Box::new).map(Maker::System);
                 answered.chain(unknown).chain(system).collect()
             }
         }
