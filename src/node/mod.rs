@@ -282,7 +282,7 @@ impl Node {
         let hub = watch::Hub::default();
         let sweeper = sweeper::Sweeper::default();
         let observers = observers::Observers(vec![
-            Arc::new(telemetry::ApplyMetrics),
+            Arc::new(telemetry::ApplyMetrics::default()),
             Arc::new(agreement.clone()),
             Arc::new(timers.clone()),
             Arc::new(sweeper.clone()),

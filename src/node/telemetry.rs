@@ -1,6 +1,8 @@
 //! What a node shows of itself: metrics. Every family is registered at start, so that an alert on a
 //! counter that never moved still finds it; label sets are bounded (never a worker or an instance).
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use metrics::{
@@ -12,7 +14,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::Node;
 use super::lag::Lags;
 use crate::core::{
-    Applied, Cause, Command, Event, Phase, Refusal, ReleaseReason, State, WorkerPhase,
+    Applied, Cause, Command, Event, Outcome, Phase, Refusal, ReleaseReason, State, WorkerPhase,
 };
 use crate::raft::{ApplyObserver, Metrics};
 
@@ -138,11 +140,32 @@ pub fn describe() {
     }
 }
 
-/// Counts what is applied, on every replica alike.
-pub(super) struct ApplyMetrics;
+/// Counts what is applied, on every replica alike. Gathered over a round: to look a counter up by its
+/// labels takes as long as a quarter of a command.
+#[derive(Default)]
+pub(super) struct ApplyMetrics(Mutex<Tally>);
 
-impl ApplyObserver for ApplyMetrics {
-    fn applied(&self, command: &Command, applied: &Applied, events: &[Event]) {
+/// How often, by family and labels.
+#[derive(Default)]
+struct Tally(BTreeMap<(&'static str, Labels), u64>);
+
+/// An empty label is none.
+type Labels = [(&'static str, &'static str); 2];
+
+const NONE: (&str, &str) = ("", "");
+
+impl ApplyMetrics {
+    fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tally {
+    fn count(&mut self, family: &'static str, labels: Labels) {
+        *self.0.entry((family, labels)).or_default() += 1;
+    }
+
+    fn command(&mut self, command: &Command, applied: &Applied, events: &[Event]) {
         let outcome = match &applied.outcome {
             Ok(_) => "ok",
             Err(Refusal::Invalid(_)) => "invalid",
@@ -152,55 +175,67 @@ impl ApplyObserver for ApplyMetrics {
             }
             Err(_) => "conflict",
         };
-        let kind = command.kind();
-        counter!("portwarden_commands_applied_total", "command" => kind, "outcome" => outcome)
-            .increment(1);
+        let labels = [("command", command.kind()), ("outcome", outcome)];
+        self.count("portwarden_commands_applied_total", labels);
         if matches!(command, Command::Quarantine { .. }) && !events.is_empty() {
-            counter!("portwarden_quarantines_total").increment(1);
+            self.count("portwarden_quarantines_total", [NONE; 2]);
         }
         if matches!(command, Command::SetWorkerPhase { phase: WorkerPhase::Lost, .. })
             && !events.is_empty()
         {
-            counter!("portwarden_workers_lost_total").increment(1);
+            self.count("portwarden_workers_lost_total", [NONE; 2]);
         }
-        for event in events {
-            count_event(event);
-        }
-        match &applied.outcome {
-            Ok(crate::core::Outcome::Swapped(_)) => {
-                counter!("portwarden_conflicts_total", "outcome" => "swapped").increment(1);
+        events.iter().for_each(|event| self.event(event));
+        let conflict = match &applied.outcome {
+            Ok(Outcome::Swapped(_)) => "swapped",
+            Ok(Outcome::Reclaimed { .. }) => "reclaimed",
+            _ => return,
+        };
+        self.count("portwarden_conflicts_total", [("outcome", conflict), NONE]);
+    }
+
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::Released { why, .. } => {
+                let reason = match why {
+                    ReleaseReason::ByHolder => "holder",
+                    ReleaseReason::Forced { .. } => "forced",
+                    ReleaseReason::Reclaimed { cause, .. } => {
+                        self.count("portwarden_reclaims_total", [("cause", cause.name()), NONE]);
+                        "reclaimed"
+                    }
+                };
+                self.count("portwarden_releases_total", [("reason", reason), NONE]);
             }
-            Ok(crate::core::Outcome::Reclaimed { .. }) => {
-                counter!("portwarden_conflicts_total", "outcome" => "reclaimed").increment(1);
+            // It lingers since this change: the next one ends it.
+            Event::Changed(allocation) if allocation.phase == Phase::Lingering => {
+                let cause =
+                    if allocation.confirmed { Cause::LeaseEnded } else { Cause::Unconfirmed };
+                self.count("portwarden_lingering_total", [("cause", cause.name()), NONE]);
             }
             _ => {}
         }
     }
 
-    fn installed(&self, _: &State) {
-        counter!("portwarden_snapshots_installed_total").increment(1);
+    fn publish(&mut self) {
+        for ((family, labels), count) in std::mem::take(&mut self.0) {
+            let given: Vec<_> = labels.into_iter().filter(|label| *label != NONE).collect();
+            counter!(family, &given).increment(count);
+        }
     }
 }
 
-fn count_event(event: &Event) {
-    match event {
-        Event::Released { why, .. } => {
-            let reason = match why {
-                ReleaseReason::ByHolder => "holder",
-                ReleaseReason::Forced { .. } => "forced",
-                ReleaseReason::Reclaimed { cause, .. } => {
-                    counter!("portwarden_reclaims_total", "cause" => cause.name()).increment(1);
-                    "reclaimed"
-                }
-            };
-            counter!("portwarden_releases_total", "reason" => reason).increment(1);
-        }
-        // It lingers since this change: the next one ends it.
-        Event::Changed(allocation) if allocation.phase == Phase::Lingering => {
-            let cause = if allocation.confirmed { Cause::LeaseEnded } else { Cause::Unconfirmed };
-            counter!("portwarden_lingering_total", "cause" => cause.name()).increment(1);
-        }
-        _ => {}
+impl ApplyObserver for ApplyMetrics {
+    fn applied(&self, command: &Command, applied: &Applied, events: &[Event]) {
+        self.tally().command(command, applied, events);
+    }
+
+    fn published(&self, _: &State) {
+        self.tally().publish();
+    }
+
+    fn installed(&self, _: &State) {
+        counter!("portwarden_snapshots_installed_total").increment(1);
     }
 }
 
