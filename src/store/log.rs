@@ -190,7 +190,6 @@ enum Op {
         ballot: Ballot,
         done: tokio::sync::oneshot::Sender<()>,
     },
-    Committed(Option<Position>),
     /// `end`: index after the last entry that stays.
     Truncate {
         end: u64,
@@ -408,11 +407,9 @@ impl LogStore {
         self.written(saved).await;
     }
 
-    /// Rides with the next flush.
+    /// Rides with the next flush; nobody is woken for it.
     pub fn save_committed(&self, committed: Option<Position>) {
-        let mut index = self.index();
-        index.committed = committed;
-        self.send(Op::Committed(committed));
+        self.index().committed = committed;
     }
 
     /// Drops the entries after `last`; `None`: all of them. Returns when they are gone from the disk.
@@ -538,6 +535,8 @@ struct Writer {
     durable: Marked,
     /// Entries up to this one are being removed from the disk.
     purging: Option<u64>,
+    /// The committed position as it was written last.
+    committed: Option<Position>,
     /// Where the first entry on the disk may lie.
     oldest: Bound<Key>,
     _lock: Arc<Lock>,
@@ -571,6 +570,7 @@ impl Writer {
             mark,
             durable: Marked { last: found.last, vote: found.vote },
             purging: found.purged.map(|at| at.index),
+            committed: found.committed,
             oldest: Bound::Unbounded,
             index: Arc::new(Mutex::new(found)),
             _lock: lock,
@@ -590,6 +590,7 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => self.mark(Mark::sync),
             }
         }
+        self.write_committed(&mut Round::default());
         self.must(self.disk.flush());
         self.mark(Mark::sync);
         self.must(self.disk.close());
@@ -658,9 +659,6 @@ impl Writer {
                 round.ends.vote = Some(ballot);
                 round.changed.push(done);
             }
-            Op::Committed(committed) => {
-                self.set(round, COMMITTED, committed.map(|at| codec::encode_position(&at)));
-            }
             Op::Truncate { end, last, done } => {
                 self.truncate(round, end, last);
                 round.changed.push(done);
@@ -678,6 +676,7 @@ impl Writer {
     /// One flush for all of the round, then the answers.
     fn finish(&mut self, mut round: Round) {
         self.write_batch(&mut round);
+        self.write_committed(&mut round);
         if round.appended.is_empty() && round.changed.is_empty() {
             return; // nobody waits: it rides with the next flush
         }
@@ -704,6 +703,14 @@ impl Writer {
     fn set(&self, round: &mut Round, key: &str, value: Option<Vec<u8>>) {
         self.write_batch(round);
         self.must(self.disk.set(key, value));
+    }
+
+    fn write_committed(&mut self, round: &mut Round) {
+        let committed = guard(&self.index).committed;
+        if self.committed != committed {
+            self.set(round, COMMITTED, committed.map(|at| codec::encode_position(&at)));
+            self.committed = committed;
+        }
     }
 
     fn write_batch(&self, round: &mut Round) {
