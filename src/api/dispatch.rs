@@ -16,6 +16,7 @@
 //! A method is a [`Write`], which proposes one command, or a [`Read`], which answers from a view;
 //! those of both kinds are listed once, in `Api::run_local`.
 
+use std::collections::BTreeSet;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
@@ -33,7 +34,7 @@ use super::convert::Addresses;
 use super::pages::{PageToken, Views};
 use super::{allocator, cluster, errors, leases, session, watch as changes, workers};
 use crate::core::{
-    Allocation, Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State,
+    Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State, WorkerName,
 };
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
@@ -67,8 +68,8 @@ pub trait Backend: Send + Sync + 'static {
     async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError>;
     async fn read(&self, deadline: Deadline) -> Result<State, CallError>;
     async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError>;
-    /// Of the workers on which these are, from the node's own copy as it is.
-    fn specs_of(&self, allocations: &[&Allocation]) -> Specs;
+    /// Of these workers, from the node's own copy as it is.
+    fn specs_of(&self, workers: &BTreeSet<&WorkerName>) -> Specs;
     async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError>;
     async fn forward(
         &self,
@@ -130,8 +131,8 @@ impl Backend for Node {
     async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError> {
         Node::read_stale(self, min, deadline).await
     }
-    fn specs_of(&self, allocations: &[&Allocation]) -> Specs {
-        Node::specs_of(self, allocations)
+    fn specs_of(&self, workers: &BTreeSet<&WorkerName>) -> Specs {
+        Node::specs_of(self, workers)
     }
     async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError> {
         Node::route(self, deadline).await
@@ -282,8 +283,7 @@ pub(super) async fn propose<R>(
     let node = &api.inner.node;
     let applied = node.propose(command, deadline).await.map_err(Failure::Call)?;
     let outcome = applied.outcome.map_err(|r| Failure::Answer(errors::refusal(r)))?;
-    let told: Vec<_> = outcome.allocations().iter().map(Arc::as_ref).collect();
-    let specs = node.specs_of(&told);
+    let specs = node.specs_of(&outcome.allocations().iter().map(|held| &held.worker).collect());
     // It is done: what goes wrong here must not read as if it were not.
     answer(applied.revision.0, outcome, &specs).ok_or_else(|| {
         let what = format!("{path} was answered with another's outcome");

@@ -1,6 +1,6 @@
 //! For tests: a node in memory that fails as told.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::mpsc;
@@ -9,7 +9,7 @@ use tonic::Status;
 use super::convert;
 use super::dispatch::{Api, Backend};
 use crate::core::{
-    Allocation, Applied, Command, LeaseId, Millis, Origin, Revision, Specs, State, apply,
+    Applied, Command, LeaseId, Millis, Origin, Revision, Specs, State, WorkerName, apply,
 };
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
@@ -107,8 +107,8 @@ impl Backend for Fake {
     async fn read_stale(&self, _: Revision, _: Deadline) -> Result<State, CallError> {
         Ok(self.state.lock().unwrap().clone())
     }
-    fn specs_of(&self, allocations: &[&Allocation]) -> Specs {
-        self.state.lock().unwrap().specs_of(allocations.iter().copied())
+    fn specs_of(&self, workers: &BTreeSet<&WorkerName>) -> Specs {
+        self.state.lock().unwrap().specs_of(workers)
     }
     async fn route(&self, _: Deadline) -> Result<Option<NodeId>, CallError> {
         Ok((!self.forwards.lock().unwrap().is_empty()).then_some(2))

@@ -4,7 +4,6 @@
 //! commands are proposed as one group, and they are answered together. Messages are worked on
 //! side by side, and answered in their order.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{StreamExt as _, future, stream};
@@ -72,8 +71,8 @@ impl Method for Session {
             return Err(Failure::Call(error));
         }
         let outcomes = applied.iter().flatten().flat_map(|applied| &applied.outcome);
-        let told: Vec<_> = outcomes.flat_map(Outcome::allocations).map(Arc::as_ref).collect();
-        let specs = node.specs_of(&told);
+        let told = outcomes.flat_map(Outcome::allocations);
+        let specs = node.specs_of(&told.map(|held| &held.worker).collect());
         let mut applied = applied.into_iter();
         let answer = |(id, step): &(u64, Step)| {
             let answer = match (step, &read) {

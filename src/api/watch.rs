@@ -21,7 +21,7 @@ use crate::core::{
     WorkerName, limits,
 };
 use crate::node::Deadline;
-use crate::node::watch::{Batch, End, Group, NoWatch, Subscription};
+use crate::node::watch::{End, Group, NoWatch, Subscription, Told};
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::proto::{peer, v1};
@@ -87,14 +87,12 @@ impl Filter {
             None => selector.terms().is_empty() && prefix.is_empty(),
         };
         match event {
-            Event::Allocated(allocation)
-            | Event::Changed(allocation)
-            | Event::Released { allocation, .. } => of_allocation(allocation),
             Event::Worker(worker) => of_worker(&worker.name),
             Event::WorkerRemoved(name) => of_worker(name),
-            Event::LeaseGranted(_) | Event::LeaseEnded { .. } | Event::FeatureLevel(_) => {
-                worker.is_none() && selector.terms().is_empty() && prefix.is_empty()
-            }
+            other => match other.allocation() {
+                Some(allocation) => of_allocation(allocation),
+                None => worker.is_none() && selector.terms().is_empty() && prefix.is_empty(),
+            },
         }
     }
 }
@@ -214,14 +212,14 @@ impl Watcher {
         v1::WatchResponse { revision: self.told.0, ..Default::default() }
     }
 
-    async fn tell(&mut self, batch: Result<Batch, End>) -> Result<(), Status> {
-        let batch = batch.map_err(|end| match end {
+    async fn tell(&mut self, told: Result<Told, End>) -> Result<(), Status> {
+        let told = told.map_err(|end| match end {
             End::Slow => slow(),
             End::Gap => errors::compacted(self.api.inner.node.hub().oldest()),
         })?;
         let node = self.api.inner.node.clone();
-        let specs = batch.specs(|allocations| node.specs_of(allocations));
-        for message in self.messages(&batch.groups, specs) {
+        let specs = told.specs(|workers| node.specs_of(workers));
+        for message in self.messages(&told.batch, specs) {
             self.send(message).await?;
         }
         Ok(())

@@ -165,8 +165,7 @@ impl Sink {
             sink.number(at);
             sink.number(u64::from(port));
         });
-        let quarantines: Vec<_> = pool.quarantines().collect();
-        self.each(quarantines.into_iter(), |sink, (port, quarantine)| {
+        self.each(pool.quarantines(), |sink, (port, quarantine)| {
             sink.number(u64::from(port));
             let Quarantine { reason, source, since } = quarantine;
             sink.text(reason);

@@ -10,6 +10,7 @@ use super::allocation::{
 use super::claim::{GpuChoice, GpuRequest, GpuShare, Ports};
 use super::limits::{DEPARTURES_MAX, LEASE_ALLOCATIONS_MAX, SWAPS_MAX};
 use super::name::{InstanceName, LeaseId, Millis, Revision, WorkerName};
+use super::ports::Taken;
 use super::state::{FEATURE_LEVEL, Indexes, Resource, State, scopes, uuids};
 use super::worker::{Worker, WorkerPhase};
 
@@ -72,8 +73,11 @@ fn check_worker(state: &State, name: &WorkerName, worker: &Worker) -> Result<(),
             return fail(format!("range {} is not as its spec", range.name));
         }
         let bounds = range.first..=range.last;
-        if pool.reserved_count() as usize != worker.spec.reserved.range(bounds).count() {
-            return fail(format!("range {}: a reserved port is something else", range.name));
+        let mut reserved = worker.spec.reserved.range(bounds.clone());
+        if reserved.any(|port| pool.taken(port.get()) != Some(Taken::Reserved))
+            || pool.reserved_count() as usize != worker.spec.reserved.range(bounds).count()
+        {
+            return fail(format!("range {}: its reserved ports are not its spec's", range.name));
         }
         for (number, holder) in pool.holders() {
             port_holders.insert((number, holder.clone()));

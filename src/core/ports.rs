@@ -63,10 +63,11 @@ pub struct Pool {
     pub(super) last: u16,
     /// What every port is, but those that were never used.
     slots: OrdMap<u16, Slot>,
-    /// How many of them are not free.
+    /// How many of them are held and reserved.
     held: u32,
-    quarantined: u32,
     reserved: u32,
+    /// Of those that are quarantined, why.
+    quarantined: OrdMap<u16, Arc<Quarantine>>,
     /// One bit a port, set while free; bit 0 of word 0 is `first`.
     free_bits: Vector<u64>,
     /// No never-used port lies below this one. `u32`: it ends one past `last`.
@@ -81,7 +82,7 @@ enum Slot {
     Held(InstanceName),
     /// Free again, at this place in the queue.
     Freed(u64),
-    Quarantined(Arc<Quarantine>),
+    Quarantined,
     Reserved,
 }
 
@@ -103,8 +104,8 @@ impl Pool {
             last,
             slots: OrdMap::new(),
             held: 0,
-            quarantined: 0,
             reserved: 0,
+            quarantined: OrdMap::new(),
             free_bits: std::iter::repeat_n(0, words as usize).collect(),
             cursor: u32::from(first),
             freed: OrdMap::new(),
@@ -124,9 +125,12 @@ impl Pool {
     /// its number, not the name of its range. A port that is reserved by now stays reserved. The
     /// caller has checked that nothing held leaves its range.
     pub(super) fn inherit(&mut self, old: &Pool) {
-        for (number, slot) in &old.slots {
-            if matches!(slot, Slot::Held(_) | Slot::Quarantined(_)) && self.is_free(*number) {
-                self.put(*number, slot.clone());
+        for (number, holder) in old.holders() {
+            self.take(number, holder);
+        }
+        for (number, quarantine) in &old.quarantined {
+            if self.is_free(*number) {
+                self.put_quarantine(*number, quarantine.clone());
             }
         }
         for number in old.freed.values() {
@@ -137,7 +141,8 @@ impl Pool {
     }
 
     /// Rebuilds a pool, from one that was never used and what a snapshot keeps of it: its holders come
-    /// from the allocations. Fails where the parts contradict each other.
+    /// from the allocations. Fails where two parts claim a port, or one is none of this range; cursor and
+    /// counter are left to the invariants.
     pub fn restore(
         unused: Pool,
         (cursor, next_freed): (u32, u64),
@@ -176,7 +181,7 @@ impl Pool {
     }
 
     pub fn free_count(&self) -> u32 {
-        self.managed_count() - self.held - self.quarantined - self.reserved
+        self.managed_count() - self.held - self.reserved - self.quarantined_count()
     }
 
     pub fn held_count(&self) -> u32 {
@@ -184,7 +189,7 @@ impl Pool {
     }
 
     pub fn quarantined_count(&self) -> u32 {
-        self.quarantined
+        self.quarantined.len() as u32
     }
 
     pub fn reserved_count(&self) -> u32 {
@@ -195,19 +200,12 @@ impl Pool {
         (self.first..=self.last).contains(&number)
     }
 
-    pub fn quarantines(&self) -> impl Iterator<Item = (u16, &Quarantine)> {
-        let quarantined = self.slots.iter().filter_map(|(port, slot)| match slot {
-            Slot::Quarantined(quarantine) => Some((*port, quarantine.as_ref())),
-            _ => None,
-        });
-        quarantined.take(self.quarantined as usize)
+    pub fn quarantines(&self) -> impl ExactSizeIterator<Item = (u16, &Quarantine)> {
+        self.quarantined.iter().map(|(port, quarantine)| (*port, quarantine.as_ref()))
     }
 
     pub fn quarantine_of(&self, number: u16) -> Option<&Quarantine> {
-        match self.slots.get(&number) {
-            Some(Slot::Quarantined(quarantine)) => Some(quarantine),
-            _ => None,
-        }
+        self.quarantined.get(&number).map(Arc::as_ref)
     }
 
     /// Freed ports with their place in the queue, longest free first.
@@ -253,8 +251,9 @@ impl Pool {
     pub fn taken(&self, number: u16) -> Option<Taken> {
         match self.slots.get(&number) {
             Some(Slot::Held(holder)) => Some(Taken::Held(holder.clone())),
-            Some(Slot::Quarantined(quarantine)) => {
-                Some(Taken::Quarantined(quarantine.reason.clone()))
+            Some(Slot::Quarantined) => {
+                let why = self.quarantine_of(number).map(|quarantine| quarantine.reason.clone());
+                Some(Taken::Quarantined(why.unwrap_or_default()))
             }
             Some(Slot::Reserved) => Some(Taken::Reserved),
             Some(Slot::Freed(_)) => None,
@@ -302,7 +301,7 @@ impl Pool {
     /// Takes a port out of use, or says anew why it is. The caller deals with a holder, and has
     /// checked that it is not reserved.
     pub fn quarantine(&mut self, number: u16, quarantine: Quarantine) {
-        self.put(number, Slot::Quarantined(Arc::new(quarantine)));
+        self.put_quarantine(number, Arc::new(quarantine));
     }
 
     /// Puts a quarantined port back in use, at the end of the queue. False where it was not.
@@ -340,6 +339,7 @@ impl Pool {
             }
             Some(old) => {
                 self.count(&old, -1);
+                self.quarantined.remove(&number);
                 false
             }
         };
@@ -348,12 +348,16 @@ impl Pool {
         }
     }
 
+    fn put_quarantine(&mut self, number: u16, quarantine: Arc<Quarantine>) {
+        self.put(number, Slot::Quarantined);
+        self.quarantined.insert(number, quarantine);
+    }
+
     fn count(&mut self, slot: &Slot, change: i32) {
         let count = match slot {
             Slot::Held(_) => &mut self.held,
-            Slot::Quarantined(_) => &mut self.quarantined,
             Slot::Reserved => &mut self.reserved,
-            Slot::Freed(_) => return,
+            Slot::Quarantined | Slot::Freed(_) => return,
         };
         *count = count.wrapping_add_signed(change);
     }
@@ -436,8 +440,8 @@ impl Pool {
     /// The pool's own invariants; the message names what is wrong.
     pub(super) fn check(&self) -> Result<(), String> {
         let fail = |what: String| Err(format!("range {}: {what}", self.name));
-        let mut counted = Pool { held: 0, quarantined: 0, reserved: 0, ..self.clone() };
-        let mut queued = 0;
+        let mut counted = Pool { held: 0, reserved: 0, ..self.clone() };
+        let (mut queued, mut quarantined) = (0, 0);
         for (number, slot) in &self.slots {
             counted.count(slot, 1);
             if !self.contains(*number) {
@@ -446,20 +450,27 @@ impl Pool {
             if self.is_free(*number) != matches!(slot, Slot::Freed(_)) {
                 return fail(format!("port {number} is {slot:?}, its bit says otherwise"));
             }
-            if let Slot::Freed(at) = slot {
-                queued += 1;
-                if self.freed.get(at) != Some(number) {
-                    return fail("the queue of freed ports and its index differ".into());
+            match slot {
+                Slot::Freed(at) if self.freed.get(at) != Some(number) => {
+                    return fail(format!("freed port {number} is not at its place in the queue"));
                 }
+                Slot::Quarantined if !self.quarantined.contains_key(number) => {
+                    return fail(format!("port {number} is quarantined for nothing"));
+                }
+                Slot::Freed(_) => queued += 1,
+                Slot::Quarantined => quarantined += 1,
+                Slot::Held(_) | Slot::Reserved => {}
             }
         }
-        if queued != self.freed.len() {
-            return fail("the queue of freed ports and its index differ".into());
+        if (queued, quarantined) != (self.freed.len(), self.quarantined.len()) {
+            return fail(
+                "a port waits in the queue, or has a quarantine, and is something else".into(),
+            );
         }
-        let counts = |pool: &Pool| [pool.held, pool.quarantined, pool.reserved];
+        let counts = |pool: &Pool| [pool.held, pool.reserved];
         if counts(&counted) != counts(self) {
             return fail(format!(
-                "[held, quarantined, reserved] are {:?}, {:?} are counted",
+                "[held, reserved] are {:?}, {:?} are counted",
                 counts(&counted),
                 counts(self)
             ));

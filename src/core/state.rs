@@ -1,5 +1,6 @@
 //! The table itself: who holds what, and the indexes that keep every request cheap.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
@@ -91,12 +92,12 @@ impl State {
         self.workers.get(name)
     }
 
-    /// Of the workers on which these are, as far as there are such workers.
-    pub fn specs_of<'a>(&self, allocations: impl IntoIterator<Item = &'a Allocation>) -> Specs {
-        let found = |on: &Allocation| {
-            self.workers.get_key_value(&on.worker).map(|(name, w)| (name.clone(), w.spec.clone()))
+    /// As far as there are such workers.
+    pub fn specs_of(&self, workers: &BTreeSet<&WorkerName>) -> Specs {
+        let found = |name: &&WorkerName| {
+            self.workers.get_key_value(*name).map(|(name, w)| (name.clone(), w.spec.clone()))
         };
-        allocations.into_iter().filter_map(found).collect()
+        workers.iter().filter_map(found).collect()
     }
 
     pub fn allocation(&self, name: &InstanceName) -> Option<&Arc<Allocation>> {

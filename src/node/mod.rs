@@ -30,7 +30,7 @@ mod timers;
 mod wall_clock;
 pub mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -48,7 +48,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tonic::transport::server::{Connected, TcpIncoming};
 use tracing::{error, info, warn};
 
-use crate::core::{Allocation, Applied, Command, Millis, Revision, Specs, State};
+use crate::core::{Applied, Command, Millis, Revision, Specs, State, WorkerName};
 use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
@@ -513,12 +513,12 @@ impl Node {
         }
     }
 
-    /// Of the workers on which these are, from this node's own copy as it is. Whoever has the answer
-    /// to a proposal finds what was applied in it.
-    pub fn specs_of(&self, allocations: &[&Allocation]) -> Specs {
-        match allocations {
-            [] => Specs::new(),
-            some => self.inner.view.look(|table| table.state.specs_of(some.iter().copied())),
+    /// Of these workers, from this node's own copy as it is. Whoever has the answer to a proposal finds
+    /// what was applied in it.
+    pub fn specs_of(&self, workers: &BTreeSet<&WorkerName>) -> Specs {
+        match workers.is_empty() {
+            true => Specs::new(),
+            false => self.inner.view.look(|table| table.state.specs_of(workers)),
         }
     }
 

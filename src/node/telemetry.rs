@@ -290,8 +290,9 @@ fn show_lag(raft: &Metrics, lags: &mut Lags) {
         let matched = raft.replication.as_ref().and_then(|matched| matched.get(member));
         let lag = matched.map_or(0, |id| last - id.as_ref().map_or(0, |id| id.index()).min(last));
         gauge!("portwarden_member_lag_entries", "member" => member.to_string()).set(lag as f64);
-        match raft.replication {
-            Some(_) => lags.tell(*member, lag),
+        match matched {
+            Some(Some(_)) => lags.tell(*member, lag),
+            Some(None) => {}                 // it has not said yet how far it is
             None => *lags = Lags::default(), // another leads, or nobody
         }
     }

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use imbl::Vector;
 use tokio::sync::{mpsc, watch};
 
-use crate::core::{Allocation, Applied, Command, Event, Revision, Specs, State, WorkerName};
+use crate::core::{Applied, Command, Event, Revision, Specs, State, WorkerName};
 use crate::raft::ApplyObserver;
 
 /// Events that are kept for watchers that come back.
@@ -38,31 +38,28 @@ pub struct Group {
     pub events: Vec<Event>,
 }
 
-/// What was published together.
-#[derive(Debug)]
-pub struct Published {
-    /// One revision or more, rising.
-    pub groups: Vec<Group>,
-    /// Of the workers on which its allocations are, once a watcher asked.
-    specs: OnceLock<Specs>,
+/// What was published together; one revision or more, rising.
+pub type Batch = Arc<Vec<Group>>;
+
+/// A batch on its way to a watcher.
+#[derive(Debug, Clone)]
+pub struct Told {
+    pub batch: Batch,
+    /// Of the workers on which its allocations are, once a watcher asked. Those who are told at the
+    /// same time share it.
+    specs: Arc<OnceLock<Specs>>,
 }
 
-pub type Batch = Arc<Published>;
-
-impl Published {
-    fn events(&self) -> impl Iterator<Item = &Event> {
-        self.groups.iter().flat_map(|group| &group.events)
+impl Told {
+    fn new(batch: Batch) -> Told {
+        Told { batch, specs: Arc::default() }
     }
 
-    fn last(&self) -> Option<Revision> {
-        self.groups.last().map(|group| group.revision)
-    }
-
-    /// What the workers of its allocations say of themselves: `look` is asked once for all watchers.
-    pub fn specs(&self, look: impl FnOnce(&[&Allocation]) -> Specs) -> &Specs {
+    /// What the workers of its allocations say of themselves: `look` is asked once.
+    pub fn specs(&self, look: impl FnOnce(&BTreeSet<&WorkerName>) -> Specs) -> &Specs {
         self.specs.get_or_init(|| {
-            let allocations: Vec<_> = self.events().filter_map(Event::allocation).collect();
-            look(&allocations)
+            let allocations = events(&self.batch).filter_map(Event::allocation);
+            look(&allocations.map(|allocation| &allocation.worker).collect())
         })
     }
 }
@@ -113,7 +110,7 @@ struct Book {
 
 struct Watcher {
     worker: Option<WorkerName>,
-    queue: mpsc::UnboundedSender<Result<Batch, End>>,
+    queue: mpsc::UnboundedSender<Result<Told, End>>,
     waiting: Arc<AtomicUsize>,
 }
 
@@ -122,12 +119,16 @@ pub struct Subscription {
     hub: Hub,
     id: u64,
     kept: Vector<Batch>,
-    queue: mpsc::UnboundedReceiver<Result<Batch, End>>,
+    queue: mpsc::UnboundedReceiver<Result<Told, End>>,
     waiting: Arc<AtomicUsize>,
 }
 
-fn events_of(batch: &Published) -> usize {
-    batch.groups.iter().map(|group| group.events.len()).sum()
+fn events(batch: &Batch) -> impl Iterator<Item = &Event> {
+    batch.iter().flat_map(|group| &group.events)
+}
+
+fn events_of(batch: &Batch) -> usize {
+    batch.iter().map(|group| group.events.len()).sum()
 }
 
 impl Default for Hub {
@@ -171,7 +172,7 @@ impl Hub {
         }
         book.watchers.insert(id, Watcher { worker, queue, waiting: waiting.clone() });
         let first = book.kept.binary_search_by(|batch| match batch.last() {
-            Some(last) if last >= from => Ordering::Greater,
+            Some(last) if last.revision >= from => Ordering::Greater,
             _ => Ordering::Less,
         });
         let kept = book.kept.skip(first.unwrap_or_else(|first| first));
@@ -200,25 +201,25 @@ impl Book {
         if groups.is_empty() {
             return;
         }
-        let batch = Arc::new(Published { groups, specs: OnceLock::new() });
+        let batch = Arc::new(groups);
         let events = events_of(&batch);
         let concerned: BTreeSet<u64> = match self.by_worker.is_empty() {
             true => BTreeSet::new(),
-            false => batch
-                .events()
+            false => self::events(&batch)
                 .filter_map(worker_of)
                 .filter_map(|worker| self.by_worker.get(worker))
                 .flatten()
                 .copied()
                 .collect(),
         };
+        let told = Told::new(batch.clone());
         let mut slow = Vec::new();
         for id in self.of_all.iter().chain(&concerned) {
             let Some(watcher) = self.watchers.get(id) else { continue };
             if watcher.waiting.fetch_add(events, Relaxed) + events > LAG_MAX_EVENTS {
                 slow.push(*id);
             } else {
-                let _ = watcher.queue.send(Ok(batch.clone())); // it may have left
+                let _ = watcher.queue.send(Ok(told.clone())); // it may have left
             }
         }
         slow.into_iter().for_each(|id| self.end(id, End::Slow));
@@ -228,7 +229,7 @@ impl Book {
             && let Some(oldest) = self.kept.pop_front()
         {
             self.kept_events -= events_of(&oldest);
-            self.before = oldest.last().unwrap_or(self.before);
+            self.before = oldest.last().map_or(self.before, |group| group.revision);
         }
     }
 
@@ -289,9 +290,9 @@ impl ApplyObserver for Hub {
 
 impl Subscription {
     /// The next batch; waits for it.
-    pub async fn next(&mut self) -> Result<Batch, End> {
+    pub async fn next(&mut self) -> Result<Told, End> {
         if let Some(batch) = self.kept.pop_front() {
-            return Ok(batch);
+            return Ok(Told::new(batch));
         }
         let next = self.queue.recv().await;
         // The queue ends only after it said why.
@@ -299,17 +300,17 @@ impl Subscription {
     }
 
     /// The next batch, if it is there.
-    pub fn try_next(&mut self) -> Option<Result<Batch, End>> {
+    pub fn try_next(&mut self) -> Option<Result<Told, End>> {
         if let Some(batch) = self.kept.pop_front() {
-            return Some(Ok(batch));
+            return Some(Ok(Told::new(batch)));
         }
         let next = self.queue.try_recv().ok()?;
         Some(self.taken(next))
     }
 
-    fn taken(&self, next: Result<Batch, End>) -> Result<Batch, End> {
-        if let Ok(batch) = &next {
-            self.waiting.fetch_sub(events_of(batch), Relaxed);
+    fn taken(&self, next: Result<Told, End>) -> Result<Told, End> {
+        if let Ok(told) = &next {
+            self.waiting.fetch_sub(events_of(&told.batch), Relaxed);
         }
         next
     }
@@ -360,8 +361,8 @@ mod tests {
         hub
     }
 
-    fn revisions(batch: &Batch) -> Vec<u64> {
-        batch.groups.iter().map(|group| group.revision.0).collect()
+    fn revisions(told: &Told) -> Vec<u64> {
+        told.batch.iter().map(|group| group.revision.0).collect()
     }
 
     fn heard(subscription: &mut Subscription) -> Vec<Vec<u64>> {
@@ -384,6 +385,26 @@ mod tests {
         // What comes in one batch with what it asks for is for it to leave out.
         let mut between = hub.subscribe(Revision(6), None).unwrap();
         assert_eq!(heard(&mut between), [vec![5, 6], vec![7]]);
+    }
+
+    #[test]
+    fn those_who_are_told_together_share_a_look_and_one_who_comes_later_looks_anew() {
+        let hub = at_revision(4);
+        let mut live = [0; 2].map(|_| hub.subscribe(Revision(5), None).unwrap());
+        change(&hub, "a", 5);
+        hub.published(&at(5));
+        let mut late = hub.subscribe(Revision(5), None).unwrap();
+        let looks = std::cell::Cell::new(0);
+        let mut looked = |watcher: &mut Subscription| {
+            let told = watcher.try_next().unwrap().unwrap();
+            told.specs(|_| {
+                looks.set(looks.get() + 1);
+                Specs::new()
+            });
+            looks.get()
+        };
+        assert_eq!(live.each_mut().map(&mut looked), [1, 1]);
+        assert_eq!(looked(&mut late), 2);
     }
 
     #[test]
@@ -424,7 +445,7 @@ mod tests {
         let mut count = 0;
         let end = loop {
             match slow.try_next().unwrap() {
-                Ok(batch) => count += batch.groups.len(),
+                Ok(told) => count += told.batch.len(),
                 Err(end) => break end,
             }
         };

@@ -19,7 +19,7 @@ use openraft::raft::{
 use tokio::time::Instant;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::PEER_MESSAGE_MAX_BYTES;
 use super::convert::{self, Malformed, read_entry, read_log_id, read_vote, wire_log_id, wire_vote};
@@ -292,7 +292,9 @@ impl Peer for PeerService {
             codec::decode_head(&head.meta).map_err(|error| malformed(error.to_string()))?;
         let meta = convert::meta(&announced).map_err(|error| malformed(error.to_string()))?;
 
-        let snapshot = receive(self.snapshots.clone(), messages, head.length, announced).await?;
+        let snapshot = receive(self.snapshots.clone(), messages, head.length, announced).await;
+        let snapshot =
+            snapshot.inspect_err(|why| warn!(%why, "a peer's snapshot was not taken"))?;
         let answer = raft.install_full_snapshot(vote, Snapshot { meta, snapshot }).await;
         let answer = answer.map_err(stopped)?;
         Ok(Response::new(proto::SnapshotResponse { vote: Some(wire_vote(&answer.vote)) }))
@@ -421,7 +423,7 @@ async fn receive(
             }
         }
     };
-    info!(bytes = length, "a peer's snapshot is here, and is checked");
+    info!(bytes = length, "a peer's snapshot is here, and is being checked");
     let file = on_disk(move || {
         let file = incoming.finish(length, crc32)?;
         file.verify()?;

@@ -590,7 +590,8 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => self.mark(Mark::sync),
             }
         }
-        self.write_committed(&mut Round::default());
+        let mut nothing = Round { ends: self.durable, ..Round::default() };
+        self.write_committed(&mut nothing);
         self.must(self.disk.flush());
         self.mark(Mark::sync);
         self.must(self.disk.close());
@@ -610,6 +611,7 @@ impl Writer {
                 self.purge_slice();
             }
         }
+        self.write_committed(&mut Round { ends: self.durable, ..Round::default() });
     }
 
     /// All that waits, as far as one round takes it.
@@ -705,8 +707,9 @@ impl Writer {
         self.must(self.disk.set(key, value));
     }
 
+    /// As far as the log is on the disk once the round is.
     fn write_committed(&mut self, round: &mut Round) {
-        let committed = guard(&self.index).committed;
+        let committed = guard(&self.index).committed.min(round.ends.last);
         if self.committed != committed {
             self.set(round, COMMITTED, committed.map(|at| codec::encode_position(&at)));
             self.committed = committed;
@@ -1126,6 +1129,23 @@ mod tests {
         );
         let assembly = Assembly::begin(Path::new("log"), 258, value).unwrap();
         assert_eq!(assembly.complete(Path::new("log")).unwrap(), Some(record));
+    }
+
+    /// A start would take it for none, though all before it was committed too.
+    #[test]
+    fn the_committed_position_does_not_overtake_the_log() {
+        let (dir, disk) = (tempfile::tempdir().unwrap(), SimulatedDisk::default());
+        let lock = Arc::new(Lock::new(File::open(dir.path()).unwrap()));
+        let (found, on) = (Index::default(), Arc::new(disk.clone()));
+        let mut writer = Writer::new(dir.path(), on, None, found, lock);
+        let at = |index| Some(Position { term: 1, node: 1, index });
+        guard(&writer.index).committed = at(7);
+        for (last, written) in [(5, 5), (9, 7), (9, 7)] {
+            let ends = Marked { last: at(last), vote: None };
+            writer.write_committed(&mut Round { ends, ..Round::default() });
+            let found = disk.get(COMMITTED).unwrap().unwrap();
+            assert_eq!(Some(codec::decode_position(&found).unwrap()), at(written));
+        }
     }
 
     #[test]
