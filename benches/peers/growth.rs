@@ -1,6 +1,7 @@
 //! What grows: leases that are kept alive, watchers, callers beyond what can be served, and the table
 //! itself. `scripts/bench --growth`.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -92,14 +93,13 @@ pub struct Size {
     pub pairs_per_second: f64,
     pub p50_ms: f64,
     pub p99_ms: f64,
-    /// Snapshots of its own that the leader wrote meanwhile.
+    /// The same pairs for longer: the snapshots of its own that the leader wrote meanwhile, how long
+    /// one took on average, and the p99 of the pairs.
     pub snapshots: f64,
-    /// The same pairs for longer: what it wrote, how long that took on average, and their p99.
-    pub later_snapshots: f64,
     pub snapshot_seconds: f64,
     pub p99_with_snapshots_ms: f64,
-    /// Of the leader: all of its memory by the live allocations.
-    pub resident_bytes_an_allocation: f64,
+    /// All memory of the leader, after all that it did.
+    pub leader_resident_mib: f64,
     pub disk_mib: f64,
     /// The same pairs while a backup is read from the leader.
     pub p99_in_backup_ms: f64,
@@ -107,6 +107,8 @@ pub struct Size {
     pub backup_seconds: f64,
     /// A follower that was killed: from its start until it says that it is ready.
     pub restart_seconds: f64,
+    /// All memory that it has then.
+    pub restarted_resident_mib: f64,
     /// A follower that was away for longer than the log reaches back: from its start until it has
     /// all that the leader has, and the snapshots that it was sent.
     pub catch_up_seconds: f64,
@@ -134,6 +136,7 @@ const WORKER_LAST: u32 = 20_099;
 const SESSIONS: usize = 8;
 const BATCH: usize = 256;
 const MEASURED: Duration = Duration::from_secs(5);
+const WATCH_ROUNDS: usize = 6;
 /// For how long a follower is away, while more is written than two snapshots of the log are apart.
 const AWAY: Duration = Duration::from_secs(25);
 /// Long enough for the leader to write a snapshot.
@@ -236,39 +239,46 @@ async fn driven(ours: &Ours, name: &str, clients: u32, time: Duration) -> anyhow
 }
 
 async fn watched(ours: &Ours, count: usize) -> anyhow::Result<Watchers> {
-    let (mut with, mut without) = (Vec::new(), Vec::new());
-    let heard = Arc::new(AtomicU64::new(0));
-    for _ in 0..3 {
-        without.push(driven(ours, "allocate", 64, MEASURED).await?.operations_per_second);
-        let (callers, left) = ours.callers("allocate", 64).await?;
-        let clients: Vec<Client> =
-            (0..3).map(|at| ours.client_at(at)).collect::<anyhow::Result<_>>()?;
-        let prefix = left.as_ref().context("a bench")?.prefix().to_string();
-        let watches: Vec<_> = (0..count)
-            .map(|i| {
-                let worker = format!("{prefix}w{i}");
-                let request = v1::WatchRequest { worker, ..Default::default() };
-                let (mut watch, heard) = (clients[i % 3].watch(request), heard.clone());
-                tokio::spawn(async move {
-                    while let Ok(told) = watch.next().await {
-                        heard.fetch_add(told.events.len() as u64, Ordering::Relaxed);
-                    }
-                })
-            })
-            .collect();
-        sleep(Duration::from_secs(1)).await;
-        let report =
-            load::drive("allocate", callers, Duration::from_secs(1), sleep(MEASURED)).await?;
-        with.push(report.operations_per_second);
-        watches.iter().for_each(|watch| watch.abort());
-        ours.clean_up(left).await?;
+    let mut per_second: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    let mut events_heard = 0;
+    for round in 0..WATCH_ROUNDS {
+        // The machine changes within a round too.
+        let order = if round % 2 == 0 { [0, count] } else { [count, 0] };
+        for watchers in order {
+            let (rate, heard) = written_under(ours, watchers).await?;
+            per_second.entry(watchers).or_default().push(rate);
+            events_heard += heard;
+        }
     }
-    Ok(Watchers {
-        watchers: count,
-        without_per_second: without,
-        with_per_second: with,
-        events_heard: heard.load(Ordering::Relaxed),
-    })
+    let mut of = |watchers| per_second.remove(&watchers).unwrap_or_default();
+    let (without_per_second, with_per_second) = (of(0), of(count));
+    Ok(Watchers { watchers: count, without_per_second, with_per_second, events_heard })
+}
+
+/// What 64 writers do a second under so many watchers, and what those hear.
+async fn written_under(ours: &Ours, watchers: usize) -> anyhow::Result<(f64, u64)> {
+    let heard = Arc::new(AtomicU64::new(0));
+    let (callers, left) = ours.callers("allocate", 64).await?;
+    let clients: Vec<Client> =
+        (0..3).map(|at| ours.client_at(at)).collect::<anyhow::Result<_>>()?;
+    let prefix = left.as_ref().context("a bench")?.prefix().to_string();
+    let watches: Vec<_> = (0..watchers)
+        .map(|i| {
+            let worker = format!("{prefix}w{i}");
+            let request = v1::WatchRequest { worker, ..Default::default() };
+            let (mut watch, heard) = (clients[i % 3].watch(request), heard.clone());
+            tokio::spawn(async move {
+                while let Ok(told) = watch.next().await {
+                    heard.fetch_add(told.events.len() as u64, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+    sleep(Duration::from_secs(1)).await;
+    let report = load::drive("allocate", callers, Duration::from_secs(1), sleep(MEASURED)).await?;
+    watches.iter().for_each(|watch| watch.abort());
+    ours.clean_up(left).await?;
+    Ok((report.operations_per_second, heard.load(Ordering::Relaxed)))
 }
 
 async fn overloaded(ours: &Ours, under_way: u32) -> anyhow::Result<Overload> {
@@ -338,12 +348,12 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     let before = counted().await?;
     let report = driven(ours, "session", 2048, MEASURED).await?;
     let now = counted().await?;
-    let [apply, commands, _, snapshots] = std::array::from_fn(|i| now[i] - before[i]);
+    let [apply, commands, _, _] = std::array::from_fn(|i| now[i] - before[i]);
     let longer = driven(ours, "session", 2048, LONGER).await?;
     let later = counted().await?;
-    let [_, _, writing, later_snapshots] = std::array::from_fn(|i| later[i] - now[i]);
+    let [_, _, writing, snapshots] = std::array::from_fn(|i| later[i] - now[i]);
 
-    let resident = ours.resident_bytes(lead)?;
+    let leader_resident = ours.resident_bytes(lead)?;
     let leader = ours.client_at(lead)?.with_timeout(Duration::from_secs(60));
     let backup = tokio::spawn(async move {
         let began = Instant::now();
@@ -364,6 +374,7 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     ours.restart_until_ready(follower).await?;
     let restart_seconds = began.elapsed().as_secs_f64();
     ours.healthy().await?;
+    let restarted_resident = ours.resident_bytes(follower)?;
 
     ours.kill(follower);
     driven(ours, "session", 2048, AWAY).await?;
@@ -391,15 +402,15 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
         p50_ms: report.latency["all"].p50_ms,
         p99_ms: report.latency["all"].p99_ms,
         snapshots,
-        later_snapshots,
-        snapshot_seconds: writing / later_snapshots.max(1.0),
+        snapshot_seconds: writing / snapshots.max(1.0),
         p99_with_snapshots_ms: longer.latency["all"].p99_ms,
-        resident_bytes_an_allocation: resident / allocations as f64,
+        leader_resident_mib: leader_resident / MIB,
         disk_mib: ours.disk_bytes(lead)? / MIB,
         p99_in_backup_ms: during.latency["all"].p99_ms,
         backup_mib: backup_bytes as f64 / MIB,
         backup_seconds,
         restart_seconds,
+        restarted_resident_mib: restarted_resident / MIB,
         catch_up_seconds,
         catch_up_snapshots: caught_up.sum("portwarden_snapshots_installed_total"),
         list_seconds,
