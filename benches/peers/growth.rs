@@ -11,7 +11,7 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use portwarden::cli::bench;
 use portwarden::cli::bench::load::{self, Report};
 use portwarden::client::session::{Answer, Command};
-use portwarden::client::{Client, Keeper, Standing};
+use portwarden::client::{Client, Holding, Keeper, Standing};
 use portwarden::proto::v1;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
@@ -79,6 +79,12 @@ pub struct Overload {
     pub leader_resident_mib: f64,
     /// The leader is another one than before.
     pub leader_moved: bool,
+    /// Leases that were kept meanwhile, starts on them that were confirmed meanwhile, how many of both
+    /// were lost, and how long the slowest confirmation took.
+    pub leases: usize,
+    pub starts: usize,
+    pub lost: usize,
+    pub slowest_confirmation_ms: f64,
 }
 
 /// A table of one size.
@@ -137,6 +143,10 @@ const SESSIONS: usize = 8;
 const BATCH: usize = 256;
 const MEASURED: Duration = Duration::from_secs(5);
 const WATCH_ROUNDS: usize = 6;
+/// Leases and starts beside a load, and how long they have.
+const STARTS: usize = 200;
+const START_TTL: Duration = Duration::from_secs(5);
+const START_WITHIN_MS: u64 = 8_000;
 /// For how long a follower is away, while more is written than two snapshots of the log are apart.
 const AWAY: Duration = Duration::from_secs(25);
 /// Long enough for the leader to write a snapshot.
@@ -281,10 +291,76 @@ async fn written_under(ours: &Ours, watchers: usize) -> anyhow::Result<(f64, u64
     Ok((report.operations_per_second, heard.load(Ordering::Relaxed)))
 }
 
+/// Leases, and on each a start that is not confirmed yet: what load must not cost anybody.
+struct Starts {
+    client: Client,
+    holdings: Vec<Holding>,
+    reserved: Vec<v1::Allocation>,
+}
+
+impl Starts {
+    async fn begin(ours: &Ours) -> anyhow::Result<Starts> {
+        let client = ours.client()?;
+        let keeper = Keeper::start(client.clone());
+        let on = "starts".to_string();
+        bench::register(&client, [on.clone()].into_iter(), &bench::spec(30_000, 30_999)).await?;
+        let (mut holdings, mut reserved) = (Vec::new(), Vec::new());
+        for i in 0..STARTS {
+            let holding = keeper.grant(START_TTL).await?;
+            let claim = v1::Claim {
+                lease: holding.id(),
+                confirm_within_ms: START_WITHIN_MS,
+                bound: false,
+                ..bench::claim(&format!("start-{i}"), &on, 1)
+            };
+            reserved.extend(client.allocate(vec![claim]).await?.allocations);
+            holdings.push(holding);
+        }
+        Ok(Starts { client, holdings, reserved })
+    }
+
+    /// One after the other, over some four seconds; the slowest.
+    async fn confirm(&self) -> Duration {
+        let mut slowest = Duration::ZERO;
+        for reserved in &self.reserved {
+            let began = Instant::now();
+            // One that fails is found by `end`.
+            let _ = self.client.confirm(reserved).await;
+            slowest = slowest.max(began.elapsed());
+            sleep(Duration::from_millis(20)).await;
+        }
+        slowest
+    }
+
+    /// How many leases and starts are no longer what they should be.
+    async fn end(self) -> anyhow::Result<usize> {
+        let kept = |standing| matches!(standing, Standing::Held { .. });
+        let mut lost = self.holdings.iter().filter(|lease| !kept(lease.standing())).count();
+        for v1::Allocation { name, token, .. } in &self.reserved {
+            let found = self.client.get(name, None).await.ok().and_then(|got| got.allocation);
+            let stands = found
+                .is_some_and(|found| found.token == *token && found.phase() == v1::Phase::Bound);
+            lost += usize::from(!stands);
+            self.client.release(name, *token).await?;
+        }
+        for lease in &self.holdings {
+            self.client.lease_revoke(lease.id()).await?;
+        }
+        Ok(lost)
+    }
+}
+
 async fn overloaded(ours: &Ours, under_way: u32) -> anyhow::Result<Overload> {
     let lead = ours.leader().await?;
-    let report = driven(ours, "session", under_way, MEASURED).await?;
+    let starts = Starts::begin(ours).await?;
+    let (report, slowest) =
+        futures::future::join(driven(ours, "session", under_way, MEASURED), starts.confirm()).await;
+    let (report, lost) = (report?, starts.end().await?);
     Ok(Overload {
+        leases: STARTS,
+        starts: STARTS,
+        lost,
+        slowest_confirmation_ms: slowest.as_secs_f64() * 1e3,
         under_way,
         per_second: report.operations_per_second,
         refused: report.errors,
