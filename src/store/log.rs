@@ -590,8 +590,7 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => self.mark(Mark::sync),
             }
         }
-        let mut nothing = Round { ends: self.durable, ..Round::default() };
-        self.write_committed(&mut nothing);
+        self.write_committed(self.durable.last);
         self.must(self.disk.flush());
         self.mark(Mark::sync);
         self.must(self.disk.close());
@@ -611,7 +610,7 @@ impl Writer {
                 self.purge_slice();
             }
         }
-        self.write_committed(&mut Round { ends: self.durable, ..Round::default() });
+        self.write_committed(self.durable.last);
     }
 
     /// All that waits, as far as one round takes it.
@@ -678,7 +677,7 @@ impl Writer {
     /// One flush for all of the round, then the answers.
     fn finish(&mut self, mut round: Round) {
         self.write_batch(&mut round);
-        self.write_committed(&mut round);
+        self.write_committed(round.ends.last);
         if round.appended.is_empty() && round.changed.is_empty() {
             return; // nobody waits: it rides with the next flush
         }
@@ -707,11 +706,12 @@ impl Writer {
         self.must(self.disk.set(key, value));
     }
 
-    /// As far as the log is on the disk once the round is.
-    fn write_committed(&mut self, round: &mut Round) {
-        let committed = guard(&self.index).committed.min(round.ends.last);
+    /// Up to `last`, where the log ends on the disk once what was written is flushed.
+    fn write_committed(&mut self, last: Option<Position>) {
+        let committed = guard(&self.index).committed.min(last);
         if self.committed != committed {
-            self.set(round, COMMITTED, committed.map(|at| codec::encode_position(&at)));
+            let value = committed.map(|at| codec::encode_position(&at));
+            self.must(self.disk.set(COMMITTED, value));
             self.committed = committed;
         }
     }
@@ -1141,8 +1141,7 @@ mod tests {
         let at = |index| Some(Position { term: 1, node: 1, index });
         guard(&writer.index).committed = at(7);
         for (last, written) in [(5, 5), (9, 7), (9, 7)] {
-            let ends = Marked { last: at(last), vote: None };
-            writer.write_committed(&mut Round { ends, ..Round::default() });
+            writer.write_committed(at(last));
             let found = disk.get(COMMITTED).unwrap().unwrap();
             assert_eq!(Some(codec::decode_position(&found).unwrap()), at(written));
         }

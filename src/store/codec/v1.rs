@@ -1221,9 +1221,12 @@ impl<'a> From<&'a table::Pool> for Pool<'a> {
 impl Pool<'_> {
     fn restore(self, range: &table::RangeSpec, spec: &table::WorkerSpec) -> Checked<table::Pool> {
         let Pool { cursor, next_freed, freed, quarantined } = self;
-        let name = &range.name;
-        let unused =
-            table::Pool::new(name.clone(), range.first, range.last, spec.reserved.iter().copied());
+        let unused = table::Pool::new(
+            range.name.clone(),
+            range.first,
+            range.last,
+            spec.reserved.iter().copied(),
+        );
         let quarantined = quarantined.into_iter().map(|quarantined| {
             let Quarantined { port, reason, source, since } = quarantined;
             let source = match source {
