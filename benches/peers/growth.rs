@@ -18,11 +18,12 @@ use tokio::time::{Instant, sleep};
 
 use super::ours::Ours;
 
-#[derive(Debug, Serialize)]
+/// Empty where a part was not asked for.
+#[derive(Debug, Default, Serialize)]
 pub struct Growth {
     pub stages: Vec<Stages>,
-    pub leases: Leases,
-    pub watchers: Watchers,
+    pub leases: Option<Leases>,
+    pub watchers: Option<Watchers>,
     pub overload: Vec<Overload>,
     pub table: Vec<Size>,
 }
@@ -142,7 +143,9 @@ const WORKER_LAST: u32 = 20_099;
 const SESSIONS: usize = 8;
 const BATCH: usize = 256;
 const MEASURED: Duration = Duration::from_secs(5);
-const WATCH_ROUNDS: usize = 6;
+/// Many and short: the machine changes meanwhile.
+const WATCH_ROUNDS: usize = 16;
+const WATCHED: Duration = Duration::from_secs(2);
 /// Leases and starts beside a load, and how long they have.
 const STARTS: usize = 200;
 const START_TTL: Duration = Duration::from_secs(5);
@@ -153,29 +156,37 @@ const AWAY: Duration = Duration::from_secs(25);
 /// Long enough for the leader to write a snapshot.
 const LONGER: Duration = Duration::from_secs(15);
 
-pub async fn of(ours: &mut Ours, leases: usize, steps: &[(u32, u64)]) -> anyhow::Result<Growth> {
-    let mut all_stages = Vec::new();
-    for clients in [1, 16, 64, 256] {
-        all_stages.push(stages(ours, clients).await?);
-        eprintln!("{:?}", all_stages.last());
+/// `wanted` is asked with the name of each part, as [`Growth`] has it.
+pub async fn of(
+    ours: &mut Ours,
+    leases: usize,
+    steps: &[(u32, u64)],
+    wanted: impl Fn(&str) -> bool,
+) -> anyhow::Result<Growth> {
+    let mut all = Growth::default();
+    for clients in [1, 16, 64, 256].into_iter().filter(|_| wanted("stages")) {
+        all.stages.push(stages(ours, clients).await?);
+        eprintln!("{:?}", all.stages.last());
     }
-    let leases = kept_leases(ours, leases).await?;
-    eprintln!("{leases:?}");
-    let watchers = watched(ours, 1000).await?;
-    eprintln!("{watchers:?}");
-    let mut overload = Vec::new();
-    for under_way in [2048, 20_480] {
-        overload.push(overloaded(ours, under_way).await?);
-        eprintln!("{:?}", overload.last());
+    if wanted("leases") {
+        all.leases = Some(kept_leases(ours, leases).await?);
+        eprintln!("{:?}", all.leases);
     }
-    let mut table = Vec::new();
+    if wanted("watchers") {
+        all.watchers = Some(watched(ours, 1000).await?);
+        eprintln!("{:?}", all.watchers);
+    }
+    for under_way in [2048, 20_480].into_iter().filter(|_| wanted("overload")) {
+        all.overload.push(overloaded(ours, under_way).await?);
+        eprintln!("{:?}", all.overload.last());
+    }
     let mut has = (0, 0);
-    for to in steps {
-        table.push(grown(ours, has, *to).await?);
-        eprintln!("{:?}", table.last());
+    for to in steps.iter().filter(|_| wanted("table")) {
+        all.table.push(grown(ours, has, *to).await?);
+        eprintln!("{:?}", all.table.last());
         has = *to;
     }
-    Ok(Growth { stages: all_stages, leases, watchers, overload, table })
+    Ok(all)
 }
 
 async fn stages(ours: &Ours, clients: u32) -> anyhow::Result<Stages> {
@@ -286,7 +297,7 @@ async fn written_under(ours: &Ours, watchers: usize) -> anyhow::Result<(f64, u64
         })
         .collect();
     sleep(Duration::from_secs(1)).await;
-    let report = load::drive("allocate", callers, Duration::from_secs(1), sleep(MEASURED)).await?;
+    let report = load::drive("allocate", callers, Duration::from_secs(1), sleep(WATCHED)).await?;
     watches.iter().for_each(|watch| watch.abort());
     ours.clean_up(left).await?;
     Ok((report.operations_per_second, heard.load(Ordering::Relaxed)))

@@ -43,7 +43,7 @@ struct Args {
     /// Where the plots go
     #[arg(long)]
     plots: Option<PathBuf>,
-    /// Runs only the workloads with this in their names
+    /// Runs only the workloads, or the parts of --growth, with this in their names
     #[arg(long)]
     only: Option<String>,
     /// In place of the comparison: portwarden alone, with more and more leases, watchers, callers and
@@ -53,6 +53,12 @@ struct Args {
     /// As cargo passes it
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+impl Args {
+    fn wants(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| name.contains(only))
+    }
 }
 
 /// One line of the comparison.
@@ -141,10 +147,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let etcd = Etcd::start(&dir).await?;
     let postgres = Postgres::start(&dir).await?;
 
-    let wanted = |w: &&Workload| {
-        let name = format!("{}/{}@{}", w.system, w.name, w.clients);
-        args.only.as_ref().is_none_or(|only| name.contains(only))
-    };
+    let wanted = |w: &&Workload| args.wants(&format!("{}/{}@{}", w.system, w.name, w.clients));
     let workloads: Vec<&Workload> = WORKLOADS.iter().filter(wanted).collect();
     let mut measured: Vec<Vec<Report>> = workloads.iter().map(|_| Vec::new()).collect();
     for round in 0..rounds {
@@ -195,7 +198,7 @@ const LEASES: usize = 10_000;
 async fn grow(args: &Args, dir: &Path) -> anyhow::Result<()> {
     let mut ours = Ours::start(&args.binary, dir).await?;
     let sizes = if args.quick { &SIZES[..2] } else { &SIZES[..] };
-    let growth = growth::of(&mut ours, LEASES, sizes).await?;
+    let growth = growth::of(&mut ours, LEASES, sizes, |part| args.wants(part)).await?;
     println!("{}", serde_json::to_string_pretty(&growth)?);
     Ok(())
 }

@@ -130,7 +130,8 @@ impl Server {
             }
         });
         let told = tokio::spawn(tell_readiness(node.clone(), readiness, stopped(stopping)));
-        Server { node, api, stop, tasks: vec![served, told] }
+        let proven = tokio::spawn(api.clone().prove());
+        Server { node, api, stop, tasks: vec![served, told, proven] }
     }
 
     /// Where clients reach it.

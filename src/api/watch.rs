@@ -1,10 +1,11 @@
 //! `Allocator.Watch`: the changes of the table as a stream.
 //!
-//! A node serves its watchers from its own copy. When a watch begins, and every few seconds after,
-//! it asks the leader how far the table is by now, waits until its own copy is there, and tells the
-//! watcher so: a progress message is proof. A node that cannot prove it for
-//! [`UNPROVEN_MAX`] ends the stream, and the watcher goes on at another node from where it is.
+//! A node serves its watchers from its own copy. When a watch begins, and every few seconds for all
+//! of them, it asks the leader how far the table is by now, waits until its own copy is there, and
+//! tells them so: a progress message is proof. A node that cannot prove it for [`UNPROVEN_MAX`] ends
+//! its streams, and each watcher goes on at another node from where it is.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use prost::Message;
@@ -21,7 +22,7 @@ use crate::core::{
     WorkerName, limits,
 };
 use crate::node::Deadline;
-use crate::node::watch::{End, Group, NoWatch, Subscription, Told};
+use crate::node::watch::{End, Group, NoWatch, Subscription, Told, Word};
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::proto::{peer, v1};
@@ -31,6 +32,8 @@ const PATH: &str = "/portwarden.v1.Allocator/Watch";
 const PROGRESS_EVERY: Duration = Duration::from_secs(3);
 /// A stream whose node cannot say for so long how far the table is ends.
 const UNPROVEN_MAX: Duration = Duration::from_secs(10);
+/// From one attempt that failed to the next.
+const PROOF_PAUSE: Duration = Duration::from_millis(100);
 /// A watcher that takes nothing for so long is cut off.
 const SEND_MAX: Duration = Duration::from_secs(30);
 /// A message is closed once it is this large; one event is at most ~1.6 MiB, an answer 4 MiB.
@@ -185,26 +188,23 @@ impl Watcher {
         }
     }
 
-    async fn follow_on(&mut self) -> Result<std::convert::Infallible, Status> {
+    async fn follow_on(&mut self) -> Result<Infallible, Status> {
         self.send(self.progress()).await?;
         loop {
-            let api = self.api.clone();
-            let mut proof = std::pin::pin!(async move {
-                sleep(PROGRESS_EVERY).await;
-                api.current(Instant::now() + UNPROVEN_MAX).await
-            });
-            let reached = loop {
-                tokio::select! {
-                    batch = self.subscription.next() => self.tell(batch).await?,
-                    reached = &mut proof => break reached?,
+            match self.subscription.next().await {
+                Ok(Word::Told(told)) => self.tell(told).await?,
+                Ok(Word::Proven(revision)) => {
+                    self.told = self.told.max(revision);
+                    self.send(self.progress()).await?;
                 }
-            };
-            // All up to there is in the queue.
-            while let Some(batch) = self.subscription.try_next() {
-                self.tell(batch).await?;
+                Err(End::Slow) => return Err(slow()),
+                Err(End::Gap) => {
+                    return Err(errors::compacted(self.api.inner.node.hub().oldest()));
+                }
+                Err(End::Unproven) => {
+                    return Err(errors::not_ready("this node cannot learn how fresh its copy is"));
+                }
             }
-            self.told = self.told.max(reached);
-            self.send(self.progress()).await?;
         }
     }
 
@@ -212,11 +212,7 @@ impl Watcher {
         v1::WatchResponse { revision: self.told.0, ..Default::default() }
     }
 
-    async fn tell(&mut self, told: Result<Told, End>) -> Result<(), Status> {
-        let told = told.map_err(|end| match end {
-            End::Slow => slow(),
-            End::Gap => errors::compacted(self.api.inner.node.hub().oldest()),
-        })?;
+    async fn tell(&mut self, told: Told) -> Result<(), Status> {
         let node = self.api.inner.node.clone();
         let specs = told.specs(|workers| node.specs_of(workers));
         for message in self.messages(&told.batch, specs) {
@@ -277,6 +273,37 @@ impl Api {
         match timeout_at(deadline, self.inner.node.hub().reached(revision)).await {
             Ok(()) => Ok(revision),
             Err(_) => Err(errors::not_ready("this node's copy is behind the leader's")),
+        }
+    }
+
+    /// Proves to watchers how fresh they are, until this node stops.
+    pub(super) async fn prove(self) {
+        let hub = self.inner.node.hub();
+        let prove = async {
+            loop {
+                sleep(PROGRESS_EVERY).await;
+                if hub.watchers() == 0 {
+                    continue;
+                }
+                let deadline = Instant::now() + UNPROVEN_MAX;
+                let proven = loop {
+                    match self.current(deadline).await {
+                        Err(_) if Instant::now() < deadline => sleep(PROOF_PAUSE).await,
+                        proven => break proven,
+                    }
+                };
+                match proven {
+                    Ok(revision) => hub.prove(revision),
+                    Err(error) => {
+                        tracing::warn!(%error, "watchers are sent to other nodes");
+                        hub.end_all(End::Unproven);
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = prove => {}
+            () = self.stopping() => {}
         }
     }
 

@@ -354,6 +354,13 @@ impl Node {
         };
         let _ = hooks.node.set(Arc::downgrade(&node.inner));
         cell.set(raft);
+        let (hub, told) = (node.hub().clone(), node.inner.network.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = hub.run() => {}
+                () = told.closed() => {}
+            }
+        });
         tokio::spawn(watch_recovery(node.clone()));
         tokio::spawn(telemetry::report(node.clone()));
         tokio::spawn(survey::report(node.clone()));

@@ -1,14 +1,15 @@
 //! What changed of late, and who wants to hear of it.
 //!
-//! Every node has its own: it hears of each applied command, and hands on what was published
-//! together as one [`Batch`]. The newest are kept, so that a watcher that was cut off goes on where
-//! it was.
+//! Every node has its own: it hears of each applied command, and hands on what was published as one
+//! [`Batch`]: at once where little happens, and else what came in [`PACE`], for a message costs more
+//! than what it says. The newest are kept, so that a watcher that was cut off goes on where it was.
 //!
 //! - A watcher begins with what is kept from its revision on, and is registered in the same step:
 //!   nothing falls between the two, and nothing comes twice.
-//! - `apply` is never held up: what is kept is persistent (to begin costs O(1)), and a watcher's
-//!   queue takes references. One that falls [`LAG_MAX_EVENTS`] behind is cut off ([`End::Slow`]).
-//! - Who watches one worker costs nothing while other workers change.
+//! - `apply` is never held up: it leaves word of what changed and goes on, what is kept is persistent
+//!   (to begin costs O(1)), and a watcher's queue takes references. One that falls [`LAG_MAX_EVENTS`] behind is cut off ([`End::Slow`]).
+//! - Who watches one worker costs nothing while other workers change, and is told of those revisions
+//!   alone that concern it.
 //! - Once the table was replaced by a peer's snapshot, what came between is not known: everybody is
 //!   cut off ([`End::Gap`]), and nothing before is kept.
 //! - What is handed on is applied, so committed: no election takes it back.
@@ -17,9 +18,11 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use imbl::Vector;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::sleep;
 
 use crate::core::{Applied, Command, Event, Revision, Specs, State, WorkerName};
 use crate::raft::ApplyObserver;
@@ -28,6 +31,10 @@ use crate::raft::ApplyObserver;
 pub const HISTORY_MAX_EVENTS: usize = 100_000;
 /// Events that may wait for one watcher.
 pub const LAG_MAX_EVENTS: usize = 50_000;
+/// From one time that watchers are told of what changed to the next.
+const PACE: Duration = Duration::from_millis(10);
+/// Events that may wait for that: with more, `apply` tells of them itself.
+const DUE_MAX_EVENTS: usize = 4096;
 /// Watchers that one node serves at a time.
 pub const WATCHERS_MAX: usize = 4096;
 
@@ -35,13 +42,13 @@ pub const WATCHERS_MAX: usize = 4096;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
     pub revision: Revision,
-    pub events: Vec<Event>,
+    pub events: Arc<[Event]>,
 }
 
-/// What was published together; one revision or more, rising.
+/// What is told together; one revision or more, rising.
 pub type Batch = Arc<Vec<Group>>;
 
-/// A batch on its way to a watcher.
+/// A batch, or what concerns one worker in it, on its way to watchers.
 #[derive(Debug, Clone)]
 pub struct Told {
     pub batch: Batch,
@@ -64,6 +71,14 @@ impl Told {
     }
 }
 
+/// What a watcher hears.
+#[derive(Debug, Clone)]
+pub enum Word {
+    Told(Told),
+    /// It heard all up to here, and the table was no further a moment ago.
+    Proven(Revision),
+}
+
 /// Why a watcher hears nothing more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -71,6 +86,8 @@ pub enum End {
     Slow,
     /// The table was replaced.
     Gap,
+    /// Nobody can say how far the table is.
+    Unproven,
 }
 
 /// Why a watch does not begin.
@@ -87,9 +104,25 @@ pub enum NoWatch {
 pub struct Hub(Arc<Shared>);
 
 struct Shared {
+    /// Locked before `news` where both are.
     book: Mutex<Book>,
+    news: Mutex<News>,
     /// Everything up to here is in the queues.
     reached: watch::Sender<Revision>,
+    /// There are news.
+    due: Notify,
+}
+
+/// What is not told yet.
+#[derive(Default)]
+struct News {
+    /// Applied and not published yet.
+    pending: Vec<Group>,
+    /// Published.
+    due: Vec<Group>,
+    due_events: usize,
+    /// Everything up to here is published.
+    published: Revision,
 }
 
 #[derive(Default)]
@@ -99,8 +132,6 @@ struct Book {
     kept_events: usize,
     /// Everything after this revision is kept.
     before: Revision,
-    /// Applied and not published yet.
-    pending: Vec<Group>,
     watchers: BTreeMap<u64, Watcher>,
     /// Of `watchers`: those of one worker, and all others.
     by_worker: BTreeMap<WorkerName, BTreeSet<u64>>,
@@ -110,7 +141,7 @@ struct Book {
 
 struct Watcher {
     worker: Option<WorkerName>,
-    queue: mpsc::UnboundedSender<Result<Told, End>>,
+    queue: mpsc::UnboundedSender<Result<Word, End>>,
     waiting: Arc<AtomicUsize>,
 }
 
@@ -119,29 +150,34 @@ pub struct Subscription {
     hub: Hub,
     id: u64,
     kept: Vector<Batch>,
-    queue: mpsc::UnboundedReceiver<Result<Told, End>>,
+    queue: mpsc::UnboundedReceiver<Result<Word, End>>,
     waiting: Arc<AtomicUsize>,
 }
 
-fn events(batch: &Batch) -> impl Iterator<Item = &Event> {
-    batch.iter().flat_map(|group| &group.events)
+fn events(groups: &[Group]) -> impl Iterator<Item = &Event> {
+    groups.iter().flat_map(|group| group.events.iter())
 }
 
-fn events_of(batch: &Batch) -> usize {
-    batch.iter().map(|group| group.events.len()).sum()
+fn events_of(groups: &[Group]) -> usize {
+    groups.iter().map(|group| group.events.len()).sum()
 }
 
 impl Default for Hub {
     /// Of an empty table.
     fn default() -> Hub {
-        let book = Mutex::default();
-        Hub(Arc::new(Shared { book, reached: watch::Sender::new(Revision(0)) }))
+        let (book, news) = Default::default();
+        let (reached, due) = (watch::Sender::new(Revision(0)), Notify::new());
+        Hub(Arc::new(Shared { book, news, reached, due }))
     }
 }
 
 impl Hub {
     fn book(&self) -> MutexGuard<'_, Book> {
         self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn news(&self) -> MutexGuard<'_, News> {
+        self.0.news.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins with revision `from`. With a worker, batches in which nothing concerns it may be left
@@ -193,44 +229,90 @@ impl Hub {
     pub fn watchers(&self) -> usize {
         self.book().watchers.len()
     }
+
+    /// Tells all watchers that the table was at `revision`, once that is [reached](Hub::reached).
+    pub fn prove(&self, revision: Revision) {
+        for watcher in self.book().watchers.values() {
+            let _ = watcher.queue.send(Ok(Word::Proven(revision))); // it may have left
+        }
+    }
+
+    /// Cuts everybody off.
+    pub fn end_all(&self, why: End) {
+        self.book().end_all(why);
+    }
+
+    /// Tells watchers what is due, for as long as it is polled.
+    pub async fn run(&self) {
+        loop {
+            self.0.due.notified().await;
+            self.tell(&mut self.book());
+            sleep(PACE).await;
+        }
+    }
+
+    fn tell(&self, book: &mut Book) {
+        let (due, published) = self.news().take();
+        book.tell(due);
+        self.0.reached.send_replace(published);
+    }
+}
+
+impl News {
+    fn take(&mut self) -> (Vec<Group>, Revision) {
+        self.due_events = 0;
+        (std::mem::take(&mut self.due), self.published)
+    }
 }
 
 impl Book {
-    fn publish(&mut self) {
-        let groups = std::mem::take(&mut self.pending);
+    fn tell(&mut self, groups: Vec<Group>) {
         if groups.is_empty() {
             return;
         }
-        let batch = Arc::new(groups);
-        let events = events_of(&batch);
-        let concerned: BTreeSet<u64> = match self.by_worker.is_empty() {
-            true => BTreeSet::new(),
-            false => self::events(&batch)
-                .filter_map(worker_of)
-                .filter_map(|worker| self.by_worker.get(worker))
-                .flatten()
-                .copied()
-                .collect(),
-        };
-        let told = Told::new(batch.clone());
-        let mut slow = Vec::new();
-        for id in self.of_all.iter().chain(&concerned) {
-            let Some(watcher) = self.watchers.get(id) else { continue };
-            if watcher.waiting.fetch_add(events, Relaxed) + events > LAG_MAX_EVENTS {
-                slow.push(*id);
-            } else {
-                let _ = watcher.queue.send(Ok(told.clone())); // it may have left
+        let mut by_worker = BTreeMap::<&WorkerName, Vec<Group>>::new();
+        for group in groups.iter().filter(|_| !self.by_worker.is_empty()) {
+            let workers: BTreeSet<_> = group.events.iter().filter_map(worker_of).collect();
+            for worker in workers.into_iter().filter(|name| self.by_worker.contains_key(*name)) {
+                by_worker.entry(worker).or_default().push(group.clone());
             }
         }
+        let mut slow = Vec::new();
+        for (worker, groups) in by_worker {
+            slow.extend(self.hand(&self.by_worker[worker], Arc::new(groups)));
+        }
+        let batch = Arc::new(groups);
+        slow.extend(self.hand(&self.of_all, batch.clone()));
         slow.into_iter().for_each(|id| self.end(id, End::Slow));
+        self.kept_events += events_of(&batch);
         self.kept.push_back(batch);
-        self.kept_events += events;
         while self.kept_events > HISTORY_MAX_EVENTS
             && let Some(oldest) = self.kept.pop_front()
         {
             self.kept_events -= events_of(&oldest);
             self.before = oldest.last().map_or(self.before, |group| group.revision);
         }
+    }
+
+    /// Returns those who have too much waiting.
+    fn hand(&self, to: &BTreeSet<u64>, batch: Batch) -> Vec<u64> {
+        let events = events_of(&batch);
+        let told = Told::new(batch);
+        let mut slow = Vec::new();
+        for id in to {
+            let Some(watcher) = self.watchers.get(id) else { continue };
+            if watcher.waiting.fetch_add(events, Relaxed) + events > LAG_MAX_EVENTS {
+                slow.push(*id);
+            } else {
+                let _ = watcher.queue.send(Ok(Word::Told(told.clone()))); // it may have left
+            }
+        }
+        slow
+    }
+
+    fn end_all(&mut self, why: End) {
+        let everybody: Vec<_> = self.watchers.keys().copied().collect();
+        everybody.into_iter().for_each(|id| self.end(id, why));
     }
 
     fn end(&mut self, id: u64, why: End) {
@@ -266,50 +348,46 @@ fn worker_of(event: &Event) -> Option<&WorkerName> {
 impl ApplyObserver for Hub {
     fn applied(&self, _: &Command, applied: &Applied, events: &[Event]) {
         if !events.is_empty() {
-            let group = Group { revision: applied.revision, events: events.to_vec() };
-            self.book().pending.push(group);
+            let group = Group { revision: applied.revision, events: events.into() };
+            self.news().pending.push(group);
         }
     }
 
     fn published(&self, state: &State) {
-        self.book().publish();
-        self.0.reached.send_replace(state.revision);
+        let mut news = self.news();
+        let News { pending, due, due_events, published } = &mut *news;
+        *published = state.revision;
+        *due_events += events_of(pending);
+        due.append(pending);
+        let too_much = *due_events > DUE_MAX_EVENTS;
+        drop(news);
+        match too_much {
+            true => self.tell(&mut self.book()),
+            false => self.0.due.notify_one(),
+        }
     }
 
     fn installed(&self, state: &State) {
         let mut book = self.book();
-        let everybody: Vec<_> = book.watchers.keys().copied().collect();
-        everybody.into_iter().for_each(|id| book.end(id, End::Gap));
+        self.tell(&mut book);
+        book.end_all(End::Gap);
         book.kept.clear();
         book.kept_events = 0;
         book.before = state.revision;
-        drop(book);
-        self.0.reached.send_replace(state.revision);
+        self.news().published = state.revision;
+        self.tell(&mut book);
     }
 }
 
 impl Subscription {
-    /// The next batch; waits for it.
-    pub async fn next(&mut self) -> Result<Told, End> {
+    /// The next word; waits for it.
+    pub async fn next(&mut self) -> Result<Word, End> {
         if let Some(batch) = self.kept.pop_front() {
-            return Ok(Told::new(batch));
+            return Ok(Word::Told(Told::new(batch)));
         }
-        let next = self.queue.recv().await;
         // The queue ends only after it said why.
-        self.taken(next.unwrap_or(Err(End::Gap)))
-    }
-
-    /// The next batch, if it is there.
-    pub fn try_next(&mut self) -> Option<Result<Told, End>> {
-        if let Some(batch) = self.kept.pop_front() {
-            return Some(Ok(Told::new(batch)));
-        }
-        let next = self.queue.try_recv().ok()?;
-        Some(self.taken(next))
-    }
-
-    fn taken(&self, next: Result<Told, End>) -> Result<Told, End> {
-        if let Ok(told) = &next {
+        let next = self.queue.recv().await.unwrap_or(Err(End::Gap));
+        if let Ok(Word::Told(told)) = &next {
             self.waiting.fetch_sub(events_of(&told.batch), Relaxed);
         }
         next
@@ -324,6 +402,8 @@ impl Drop for Subscription {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
     use crate::core::{Outcome, WorkerSpec};
 
@@ -333,10 +413,14 @@ mod tests {
 
     /// A change of a worker at this revision.
     fn change(hub: &Hub, name: &str, revision: u64) {
-        let command = Command::RegisterWorker { name: worker(name), spec: spec() };
+        changes(hub, &[name], revision);
+    }
+
+    fn changes(hub: &Hub, names: &[&str], revision: u64) {
+        let command = Command::RegisterWorker { name: worker(names[0]), spec: spec() };
         let revision = Revision(revision);
         let outcome = Ok(Outcome::WorkerRemoved { removed: true });
-        let events = [Event::WorkerRemoved(worker(name))];
+        let events: Vec<_> = names.iter().map(|name| Event::WorkerRemoved(worker(name))).collect();
         hub.applied(&command, &Applied { revision, outcome }, &events);
     }
 
@@ -355,6 +439,12 @@ mod tests {
         crate::core::Restore::new(1, Revision(revision)).finish().unwrap()
     }
 
+    /// Publishes, and tells at once.
+    fn publish(hub: &Hub, revision: u64) {
+        hub.published(&at(revision));
+        hub.tell(&mut hub.book());
+    }
+
     fn at_revision(revision: u64) -> Hub {
         let hub = Hub::default();
         hub.installed(&at(revision));
@@ -365,8 +455,23 @@ mod tests {
         told.batch.iter().map(|group| group.revision.0).collect()
     }
 
+    /// What was told, and then the end, where there is one already.
+    fn all(subscription: &mut Subscription) -> (Vec<Told>, Option<End>) {
+        let mut all = Vec::new();
+        loop {
+            match subscription.next().now_or_never() {
+                Some(Ok(Word::Told(told))) => all.push(told),
+                Some(Ok(Word::Proven(revision))) => panic!("{revision} is proven"),
+                Some(Err(end)) => return (all, Some(end)),
+                None => return (all, None),
+            }
+        }
+    }
+
     fn heard(subscription: &mut Subscription) -> Vec<Vec<u64>> {
-        std::iter::from_fn(|| subscription.try_next()).map(|b| revisions(&b.unwrap())).collect()
+        let (told, end) = all(subscription);
+        assert_eq!(end, None);
+        told.iter().map(revisions).collect()
     }
 
     #[test]
@@ -374,12 +479,12 @@ mod tests {
         let hub = at_revision(4);
         change(&hub, "a", 5);
         change(&hub, "b", 6);
-        hub.published(&at(6));
+        publish(&hub, 6);
         let mut early = hub.subscribe(Revision(5), None).unwrap();
         let mut late = hub.subscribe(Revision(7), None).unwrap();
         change(&hub, "a", 7);
         assert_eq!(heard(&mut early), [[5, 6]], "what is not published is not told");
-        hub.published(&at(7));
+        publish(&hub, 7);
         assert_eq!(heard(&mut early), [[7]]);
         assert_eq!(heard(&mut late), [[7]]);
         // What comes in one batch with what it asks for is for it to leave out.
@@ -392,12 +497,11 @@ mod tests {
         let hub = at_revision(4);
         let mut live = [0; 2].map(|_| hub.subscribe(Revision(5), None).unwrap());
         change(&hub, "a", 5);
-        hub.published(&at(5));
+        publish(&hub, 5);
         let mut late = hub.subscribe(Revision(5), None).unwrap();
         let looks = std::cell::Cell::new(0);
         let mut looked = |watcher: &mut Subscription| {
-            let told = watcher.try_next().unwrap().unwrap();
-            told.specs(|_| {
+            all(watcher).0[0].specs(|_| {
                 looks.set(looks.get() + 1);
                 Specs::new()
             });
@@ -414,7 +518,7 @@ mod tests {
         assert_eq!(refused, Some(NoWatch::TooOld { oldest: Revision(5) }));
         for revision in 5..5 + HISTORY_MAX_EVENTS as u64 + 10 {
             change(&hub, "a", revision);
-            hub.published(&at(revision));
+            publish(&hub, revision);
         }
         let refused = hub.subscribe(Revision(14), None).err();
         assert_eq!(refused, Some(NoWatch::TooOld { oldest: Revision(15) }));
@@ -427,9 +531,19 @@ mod tests {
         let mut of_a = hub.subscribe(Revision(1), Some(worker("a"))).unwrap();
         for (name, revision) in [("a", 1), ("b", 2), ("a", 3)] {
             change(&hub, name, revision);
-            hub.published(&at(revision));
+            publish(&hub, revision);
         }
         assert_eq!(heard(&mut of_a), [[1], [3]]);
+        // Nor of what else is told at the same time, and once of a revision that it is in twice.
+        let mut of_b = hub.subscribe(Revision(4), Some(worker("b"))).unwrap();
+        let mut of_all = hub.subscribe(Revision(4), None).unwrap();
+        change(&hub, "b", 4);
+        changes(&hub, &["a", "b", "a"], 5);
+        change(&hub, "a", 6);
+        publish(&hub, 6);
+        assert_eq!(heard(&mut of_a), [[5, 6]]);
+        assert_eq!(heard(&mut of_b), [[4, 5]]);
+        assert_eq!(heard(&mut of_all), [[4, 5, 6]]);
     }
 
     #[test]
@@ -439,17 +553,11 @@ mod tests {
         let mut fast = hub.subscribe(Revision(1), None).unwrap();
         for revision in 1..=LAG_MAX_EVENTS as u64 + 1 {
             change(&hub, "a", revision);
-            hub.published(&at(revision));
+            publish(&hub, revision);
             assert_eq!(heard(&mut fast), [[revision]]);
         }
-        let mut count = 0;
-        let end = loop {
-            match slow.try_next().unwrap() {
-                Ok(told) => count += told.batch.len(),
-                Err(end) => break end,
-            }
-        };
-        assert_eq!((count, end), (LAG_MAX_EVENTS, End::Slow));
+        let (told, end) = all(&mut slow);
+        assert_eq!((told.len(), end), (LAG_MAX_EVENTS, Some(End::Slow)));
         assert_eq!(hub.watchers(), 1);
     }
 
@@ -458,12 +566,29 @@ mod tests {
         let hub = Hub::default();
         let mut watcher = hub.subscribe(Revision(1), None).unwrap();
         change(&hub, "a", 1);
-        hub.published(&at(1));
+        publish(&hub, 1);
         hub.installed(&at(90));
-        assert_eq!(watcher.try_next().map(|b| revisions(&b.unwrap())), Some(vec![1]));
-        assert!(matches!(watcher.try_next(), Some(Err(End::Gap))));
+        let (told, end) = all(&mut watcher);
+        assert_eq!((revisions(&told[0]), end), (vec![1], Some(End::Gap)));
         let refused = hub.subscribe(Revision(2), None).err();
         assert_eq!(refused, Some(NoWatch::TooOld { oldest: Revision(91) }));
+    }
+
+    #[test]
+    fn what_is_proven_comes_after_what_was_told() {
+        let hub = Hub::default();
+        let mut watchers =
+            [None, Some(worker("b"))].map(|worker| hub.subscribe(Revision(1), worker).unwrap());
+        change(&hub, "a", 1);
+        publish(&hub, 1);
+        hub.prove(Revision(1));
+        let mut next = |i: usize| watchers[i].next().now_or_never().unwrap();
+        assert!(matches!(next(0), Ok(Word::Told(_))));
+        assert!(matches!(next(0), Ok(Word::Proven(Revision(1)))));
+        assert!(matches!(next(1), Ok(Word::Proven(Revision(1)))));
+        hub.end_all(End::Unproven);
+        assert_eq!(watchers.each_mut().map(|w| all(w).1), [Some(End::Unproven); 2]);
+        assert_eq!(hub.watchers(), 0);
     }
 
     #[test]
@@ -476,6 +601,40 @@ mod tests {
         assert!(hub.subscribe(Revision(1), None).is_ok());
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_at_once_is_told_at_once_and_then_together_once_in_a_while() {
+        let hub = Hub::default();
+        let mut watcher = hub.subscribe(Revision(1), None).unwrap();
+        let running = hub.clone();
+        tokio::spawn(async move { running.run().await });
+        let mut heard = async |revision: u64| {
+            change(&hub, "a", revision);
+            hub.published(&at(revision));
+            tokio::task::yield_now().await;
+            heard(&mut watcher)
+        };
+        assert_eq!(heard(1).await, [[1]]);
+        assert!(heard(2).await.is_empty());
+        assert!(heard(3).await.is_empty());
+        sleep(PACE * 3 / 2).await;
+        assert_eq!(heard(4).await, [[2, 3]], "4 is for the next time");
+        sleep(PACE * 10).await;
+        assert_eq!(heard(5).await, [[4], [5]]);
+    }
+
+    #[test]
+    fn more_than_may_wait_is_told_at_once() {
+        let hub = Hub::default();
+        let mut watcher = hub.subscribe(Revision(1), None).unwrap();
+        let more = DUE_MAX_EVENTS as u64 + 1;
+        for revision in 1..=more {
+            assert!(heard(&mut watcher).is_empty());
+            change(&hub, "a", revision);
+            hub.published(&at(revision));
+        }
+        assert_eq!(heard(&mut watcher), [(1..=more).collect::<Vec<_>>()]);
+    }
+
     #[tokio::test]
     async fn what_was_reached_is_in_the_queues() {
         let hub = Hub::default();
@@ -483,7 +642,7 @@ mod tests {
         change(&hub, "a", 1);
         let waiting = hub.clone();
         let reached = tokio::spawn(async move { waiting.reached(Revision(1)).await });
-        hub.published(&at(1));
+        publish(&hub, 1);
         reached.await.unwrap();
         assert_eq!(heard(&mut watcher), [[1]]);
     }
