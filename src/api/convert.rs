@@ -331,13 +331,17 @@ pub fn phase_filter(phase: i32) -> Result<v1::Phase, Status> {
         .map_err(|_| errors::invalid(Invalid::new("phase", phase, "RESERVED, BOUND or LINGERING")))
 }
 
+/// Without room for more: most of them are kept for as long as what they are part of.
 fn each<T, U>(
     field: &str,
     items: &[T],
     parse: impl Fn(&T) -> Result<U, Invalid>,
 ) -> Result<Vec<U>, Invalid> {
-    let parse = |(i, item)| parse(item).map_err(|e: Invalid| e.within(format!("{field}[{i}]")));
-    items.iter().enumerate().map(parse).collect()
+    let mut all = Vec::with_capacity(items.len());
+    for (i, item) in items.iter().enumerate() {
+        all.push(parse(item).map_err(|e| e.within(format!("{field}[{i}]")))?);
+    }
+    Ok(all)
 }
 
 /// The same error under the name that the message has for the field.

@@ -58,6 +58,10 @@ fn a_claim_at_its_limits_is_accepted_and_one_more_is_refused_by_name() {
     let error = checked(gang(limits::CLAIMS_MAX + 1)).unwrap_err();
     assert_eq!(violation(&error), ("claims".into(), "\"65\" must be 1 to 64 claims".into()));
 
+    // It is kept: without room for more.
+    let kept = convert::claims(&[claim("a")]).unwrap();
+    assert_eq!(kept[0].ports.capacity(), kept[0].ports.len());
+
     accepted(|c| c.name = "a".repeat(limits::NAME_MAX_BYTES));
     let (field, text) = refused(|c| c.name = "a".repeat(limits::NAME_MAX_BYTES + 1));
     assert_eq!(field, "claims[0].name");

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use portwarden::core::{Command, State, digest};
+use portwarden::core::{Claim, Command, State, digest};
 use portwarden::store::SnapshotStore;
 use portwarden::store::codec::*;
 use proptest::prelude::*;
@@ -146,6 +146,29 @@ fn what_was_written_can_be_read() {
     assert!((3..10).contains(&records.len()), "sorted by name, as they were written");
     let state = decode(&records).unwrap();
     assert_eq!(digest(&state), digest(&samples::state()));
+}
+
+/// A claim stays in the table, a million of them in a large one.
+#[test]
+fn what_is_read_has_no_room_for_more() {
+    let exact = |claim: &Claim| assert_eq!(claim.ports.capacity(), claim.ports.len());
+    let mut claims = 0;
+    for (_, payload) in payloads() {
+        let Ok(Payload::Batch(batch)) = decode_payload(&encode_payload(&payload)) else { continue };
+        for command in batch.commands() {
+            let Command::Allocate { claims: all, .. } = command else { continue };
+            all.iter().for_each(|claim| exact(claim));
+            claims += all.len();
+        }
+    }
+    assert!(claims > 0);
+    let state = decode(&blocks(&samples::state())).unwrap();
+    assert!(state.allocation_count() > 0);
+    state.allocations_after(None).for_each(|held| exact(&held.claim));
+    for worker in state.workers_after(None) {
+        assert_eq!(worker.pools.capacity(), worker.pools.len());
+        assert_eq!(worker.spec.ranges.capacity(), worker.spec.ranges.len());
+    }
 }
 
 #[test]

@@ -37,8 +37,17 @@ impl From<String> for Why {
 
 type Checked<T> = Result<T, Why>;
 
-fn each<T, U>(items: Vec<T>, one: impl FnMut(T) -> Checked<U>) -> Checked<Vec<U>> {
-    items.into_iter().map(one).collect()
+/// Without room for more: most of them are kept for as long as what they are part of.
+fn each<T, U>(
+    items: impl IntoIterator<Item = T, IntoIter: ExactSizeIterator>,
+    mut one: impl FnMut(T) -> Checked<U>,
+) -> Checked<Vec<U>> {
+    let items = items.into_iter();
+    let mut all = Vec::with_capacity(items.len());
+    for item in items {
+        all.push(one(item)?);
+    }
+    Ok(all)
 }
 
 fn optional<T, U>(item: Option<T>, one: impl FnOnce(T) -> Checked<U>) -> Checked<Option<U>> {
@@ -1249,11 +1258,8 @@ impl Worker<'_> {
         if pools.len() != spec.ranges.len() {
             return Err(Why(format!("worker {name}: its pools are not those of its ranges")));
         }
-        let pools = pools
-            .into_iter()
-            .zip(&spec.ranges)
-            .map(|(pool, range)| pool.restore(range, &spec))
-            .collect::<Result<_, _>>()
+        let pools = pools.into_iter().zip(&spec.ranges);
+        let pools = each(pools, |(pool, range)| pool.restore(range, &spec))
             .map_err(|Why(why)| Why(format!("worker {name}: {why}")))?;
         let phases = (phase.into(), phase_before.into());
         into.worker(name.clone(), spec, phases, pools, [created, version, booted].map(Revision))?;
