@@ -41,9 +41,12 @@ pub struct Stages {
     pub queue: f64,
     /// From there until the entry is applied: it is written here, sent, written on a majority.
     pub proposal: f64,
-    /// Of the leader's own log, within that.
+    /// Within that: from sending entries to a follower until they are on its disk. The two followers
+    /// do it at the same time, and the first counts.
+    pub replicate: f64,
+    /// At the same time, the flush of the leader's own log.
     pub flush: f64,
-    /// Within that too.
+    /// Within `proposal`, after both.
     pub apply: f64,
     pub commands_an_entry: f64,
 }
@@ -127,10 +130,11 @@ pub struct Size {
 const MIB: f64 = 1_048_576.0;
 const TTL: Duration = Duration::from_secs(30);
 /// Histograms of a node, without `portwarden_`.
-const STAGES: [&str; 6] = [
+const STAGES: [&str; 7] = [
     "rpc_seconds",
     "queue_seconds",
     "proposal_seconds",
+    "replicate_seconds",
     "log_flush_seconds",
     "apply_seconds",
     "entry_commands",
@@ -211,9 +215,10 @@ async fn stages(ours: &Ours, clients: u32) -> anyhow::Result<Stages> {
         rpc: mean[0] * 1e3,
         queue: mean[1] * 1e3,
         proposal: mean[2] * 1e3,
-        flush: mean[3] * 1e3,
-        apply: mean[4] * 1e3,
-        commands_an_entry: mean[5],
+        replicate: mean[3] * 1e3,
+        flush: mean[4] * 1e3,
+        apply: mean[5] * 1e3,
+        commands_an_entry: mean[6],
     })
 }
 

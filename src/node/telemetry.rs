@@ -62,6 +62,10 @@ pub fn describe() {
         ("portwarden_read_round_seconds", "One read round"),
         ("portwarden_snapshot_seconds", "Writing one snapshot to the disk"),
         ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
+        (
+            "portwarden_replicate_seconds",
+            "From sending entries to a peer until it says that they are on its disk",
+        ),
         ("portwarden_log_flush_seconds", "One flush of the log to the disk"),
         ("portwarden_digest_seconds", "Digest of the table for a checkpoint"),
     ] {

@@ -12,17 +12,18 @@
 //! - Silence is bounded: connecting, each answer, each step of a snapshot.
 //! - [`ForwardError::NotSent`] only where the peer surely did not begin; any doubt is `Broken`.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::error::Error as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, ready};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt as _};
+use metrics::histogram;
 use openraft::errors::{
     NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable,
 };
@@ -552,12 +553,37 @@ fn wire_append(
     }
 }
 
+/// The requests of one append stream that are not answered yet, the oldest first: when each was sent,
+/// where it has entries.
+#[derive(Clone, Default)]
+struct Due(Arc<Mutex<VecDeque<Option<Instant>>>>);
+
+impl Due {
+    fn requests(&self) -> MutexGuard<'_, VecDeque<Option<Instant>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sent(&self, request: &AppendEntriesRequest<TypeConfig>) {
+        let has_entries = !request.entries.is_empty();
+        self.requests().push_back(has_entries.then(Instant::now));
+    }
+
+    fn answered(&self) {
+        if let Some(Some(sent)) = self.requests().pop_front() {
+            histogram!("portwarden_replicate_seconds").record(sent.elapsed().as_secs_f64());
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.requests().is_empty()
+    }
+}
+
 /// The answers of one append stream, with a limit on silence while one is due.
 struct Answers<'a> {
     client: &'a PeerClient,
     answers: Streaming<proto::AppendResponse>,
-    sent: Arc<AtomicU64>,
-    received: u64,
+    due: Due,
 }
 
 impl Answers<'_> {
@@ -565,13 +591,13 @@ impl Answers<'_> {
     async fn next(&mut self) -> Option<Result<StreamAppendResult<TypeConfig>, Rejected>> {
         let client = self.client;
         loop {
-            let sent = self.sent.load(Ordering::Relaxed);
+            let due = !self.due.is_empty();
             match tokio::time::timeout(APPEND_TIMEOUT, self.answers.message()).await {
                 Ok(Ok(Some(answer))) => {
-                    self.received += 1;
+                    self.due.answered();
                     return Some(client.read_append(answer));
                 }
-                Ok(Ok(None)) if self.sent.load(Ordering::Relaxed) > self.received => {
+                Ok(Ok(None)) if !self.due.is_empty() => {
                     let (target, address) = (client.target, &client.address);
                     let why = format!("node {target} at {address} left requests unanswered");
                     return Some(Err(NetworkError::from_string(why).into()));
@@ -579,7 +605,7 @@ impl Answers<'_> {
                 Ok(Ok(None)) => return None,
                 Ok(Err(status)) => return Some(Err(client.rejected(&status))),
                 // One that was due all the time.
-                Err(_) if sent > self.received => {
+                Err(_) if due => {
                     let silent = client.silent(RPCTypes::AppendEntries, APPEND_TIMEOUT);
                     return Some(Err(silent.into()));
                 }
@@ -616,12 +642,12 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
         let client: &'s PeerClient = self;
-        let sent = Arc::new(AtomicU64::new(0));
+        let due = Due::default();
         let mut header = client.header();
-        let counter = sent.clone();
+        let asked = due.clone();
         // Both this and tonic's encoder ask once more after the end.
         let mut requests = with_entries(input.fuse()).map(move |request| {
-            counter.fetch_add(1, Ordering::Relaxed);
+            asked.sent(&request);
             wire_append(header.take(), &request)
         });
         Box::pin(async move {
@@ -632,7 +658,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
             let mut peer = client.rpc()?;
             let limit = option.soft_ttl().max(CONNECT_TIMEOUT);
             let opened = client.within(RPCTypes::AppendEntries, limit, peer.append(requests));
-            let answers = Answers { client, answers: opened.await?, sent, received: 0 };
+            let answers = Answers { client, answers: opened.await?, due };
             let answers = stream::unfold(Some(answers), |state| async {
                 let mut answers = state?;
                 let answer = answers.next().await?;
