@@ -312,7 +312,7 @@ impl State {
 }
 
 /// A state that is being read back: workers and leases first, then allocations, which take their
-/// places again. What the records say is checked, so that a damaged snapshot is refused and not served.
+/// places again. Workers are indexed once they have. What the records say is checked, so that a damaged snapshot is refused and not served.
 #[derive(Debug, Default)]
 pub struct Restore {
     state: State,
@@ -346,7 +346,7 @@ impl Restore {
         }
         let new = Worker::new(name, spec, created);
         let worker = Worker { phase, phase_before, pools, version, booted, ..new };
-        self.state.put_worker(worker);
+        self.state.workers.insert(worker.name.clone(), Arc::new(worker));
         Ok(())
     }
 
@@ -359,11 +359,11 @@ impl Restore {
         if allocation.lease.is_some_and(|lease| self.state.lease(lease).is_none()) {
             return fail("its lease does not exist");
         }
-        match self.state.change_worker(&allocation.worker, |worker| take_again(worker, &allocation))
-        {
-            None => return fail("its worker does not exist"),
-            Some(Err(what)) => return fail(&what),
-            Some(Ok(())) => {}
+        let Some(worker) = self.state.workers.get_mut(&allocation.worker) else {
+            return fail("its worker does not exist");
+        };
+        if let Err(what) = take_again(Arc::make_mut(worker), &allocation) {
+            return fail(&what);
         }
         self.state.put_allocation(allocation);
         Ok(())
@@ -398,7 +398,9 @@ impl Restore {
     }
 
     /// The state, if every invariant holds.
-    pub fn finish(self) -> Result<State, String> {
+    pub fn finish(mut self) -> Result<State, String> {
+        let State { workers, indexes, .. } = &mut self.state;
+        workers.values().for_each(|worker| indexes.replace(None, Some(worker)));
         super::check_invariants(&self.state)?;
         Ok(self.state)
     }

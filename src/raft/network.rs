@@ -70,6 +70,8 @@ const SNAPSHOT_CHUNKS_AHEAD: usize = 4;
 /// Flow control of a stream: some append requests may be under way.
 pub(super) const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 pub(super) const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+/// A chunk of a snapshot goes in one frame, and not in sixteen.
+pub(super) const FRAME_MAX_BYTES: u32 = 1 << 20;
 
 /// Of which kind a refusal is: metadata beside FAILED_PRECONDITION.
 pub(super) const REFUSAL_KEY: &str = "portwarden-refusal";
@@ -829,7 +831,11 @@ async fn read_chunk(file: &SnapshotFile, offset: u64) -> std::io::Result<Vec<u8>
         loop {
             match file.read_at(&mut chunk, offset) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                read => return read.map(|read| chunk[..read].to_vec()),
+                Err(error) => return Err(error),
+                Ok(read) => {
+                    chunk.truncate(read);
+                    return Ok(chunk);
+                }
             }
         }
     });
