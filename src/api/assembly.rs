@@ -161,6 +161,7 @@ impl Server {
     /// Ends at once, as a killed process would, but for what the operating system closes: no
     /// handing over, no draining.
     pub async fn abort(self) {
+        self.api.end_streams();
         self.tasks.iter().for_each(JoinHandle::abort);
         self.node.stop().await;
     }

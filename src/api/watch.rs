@@ -342,3 +342,35 @@ impl Api {
         Ok(Response::new(Box::pin(ReceiverStream::new(messages))))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::fake::fake;
+    use crate::node::CallError;
+    use crate::raft::ApplyObserver as _;
+
+    #[tokio::test(start_paused = true)]
+    async fn watchers_are_told_how_fresh_they_are_and_end_where_nobody_knows() {
+        let (fake, api) = fake();
+        let table = fake.state.lock().unwrap().clone();
+        fake.hub.installed(&table);
+        let mut watcher = fake.hub.subscribe(Revision(table.revision.0 + 1), None).unwrap();
+        let proving = tokio::spawn(api.prove());
+        let fail = |times| {
+            let refused = || CallError::NotReady("it is to fail".into());
+            fake.failures.lock().unwrap().extend(std::iter::repeat_with(refused).take(times));
+        };
+        for failed in [0, 0, 2] {
+            fail(failed);
+            let word = watcher.next().await;
+            assert!(matches!(word, Ok(Word::Proven(at)) if at == table.revision), "{word:?}");
+        }
+        let before = Instant::now();
+        fail(100_000);
+        assert_eq!(watcher.next().await.map(drop), Err(End::Unproven));
+        let after = before.elapsed();
+        assert!((UNPROVEN_MAX..UNPROVEN_MAX + 2 * PROGRESS_EVERY).contains(&after), "{after:?}");
+        proving.abort();
+    }
+}

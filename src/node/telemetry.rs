@@ -64,7 +64,8 @@ pub fn describe() {
         ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
         (
             "portwarden_replicate_seconds",
-            "From sending entries to a peer until it says that they are on its disk",
+            "From the sending of entries to a peer, a connection's beginning included, until it says that \
+             they are on its disk",
         ),
         ("portwarden_log_flush_seconds", "One flush of the log to the disk"),
         ("portwarden_digest_seconds", "Digest of the table for a checkpoint"),

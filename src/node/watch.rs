@@ -6,8 +6,10 @@
 //!
 //! - A watcher begins with what is kept from its revision on, and is registered in the same step:
 //!   nothing falls between the two, and nothing comes twice.
-//! - `apply` is never held up: it leaves word of what changed and goes on, what is kept is persistent
-//!   (to begin costs O(1)), and a watcher's queue takes references. One that falls [`LAG_MAX_EVENTS`] behind is cut off ([`End::Slow`]).
+//! - `apply` waits for no watcher: it leaves word of what changed and goes on, and only hands it on
+//!   itself where too much lies there. What is kept is persistent (to begin costs O(1)), and a
+//!   watcher's queue takes references. One that falls [`LAG_MAX_EVENTS`] behind is cut off
+//!   ([`End::Slow`]).
 //! - Who watches one worker costs nothing while other workers change, and is told of those revisions
 //!   alone that concern it.
 //! - Once the table was replaced by a peer's snapshot, what came between is not known: everybody is
@@ -75,7 +77,7 @@ impl Told {
 #[derive(Debug, Clone)]
 pub enum Word {
     Told(Told),
-    /// It heard all up to here, and the table was no further a moment ago.
+    /// It heard all up to here, and the table was here when this was asked last.
     Proven(Revision),
 }
 
@@ -586,6 +588,15 @@ mod tests {
         assert!(matches!(next(0), Ok(Word::Told(_))));
         assert!(matches!(next(0), Ok(Word::Proven(Revision(1)))));
         assert!(matches!(next(1), Ok(Word::Proven(Revision(1)))));
+        // What was kept comes before it too.
+        let mut again = hub.subscribe(Revision(1), None).unwrap();
+        hub.prove(Revision(1));
+        let mut next = || again.next().now_or_never().unwrap();
+        assert!(matches!(next(), Ok(Word::Told(_))));
+        assert!(matches!(next(), Ok(Word::Proven(Revision(1)))));
+        for watcher in &mut watchers {
+            assert!(matches!(watcher.next().now_or_never(), Some(Ok(Word::Proven(_)))));
+        }
         hub.end_all(End::Unproven);
         assert_eq!(watchers.each_mut().map(|w| all(w).1), [Some(End::Unproven); 2]);
         assert_eq!(hub.watchers(), 0);
@@ -641,9 +652,11 @@ mod tests {
         let mut watcher = hub.subscribe(Revision(1), None).unwrap();
         change(&hub, "a", 1);
         let waiting = hub.clone();
-        let reached = tokio::spawn(async move { waiting.reached(Revision(1)).await });
-        publish(&hub, 1);
-        reached.await.unwrap();
+        let mut reached = std::pin::pin!(waiting.reached(Revision(1)));
+        hub.published(&at(1));
+        assert!(reached.as_mut().now_or_never().is_none(), "it is published, and not told");
+        hub.tell(&mut hub.book());
+        assert!(reached.now_or_never().is_some());
         assert_eq!(heard(&mut watcher), [[1]]);
     }
 }

@@ -570,10 +570,9 @@ impl Due {
         self.requests().push_back(has_entries.then(Instant::now));
     }
 
-    fn answered(&self) {
-        if let Some(Some(sent)) = self.requests().pop_front() {
-            histogram!("portwarden_replicate_seconds").record(sent.elapsed().as_secs_f64());
-        }
+    /// When what is answered now was sent, where it had entries.
+    fn answered(&self) -> Option<Instant> {
+        self.requests().pop_front().flatten()
     }
 
     fn is_empty(&self) -> bool {
@@ -596,8 +595,12 @@ impl Answers<'_> {
             let due = !self.due.is_empty();
             match tokio::time::timeout(APPEND_TIMEOUT, self.answers.message()).await {
                 Ok(Ok(Some(answer))) => {
-                    self.due.answered();
-                    return Some(client.read_append(answer));
+                    let (sent, read) = (self.due.answered(), client.read_append(answer));
+                    if let (Some(sent), Ok(Ok(_))) = (sent, &read) {
+                        let seconds = sent.elapsed().as_secs_f64();
+                        histogram!("portwarden_replicate_seconds").record(seconds);
+                    }
+                    return Some(read);
                 }
                 Ok(Ok(None)) if !self.due.is_empty() => {
                     let (target, address) = (client.target, &client.address);

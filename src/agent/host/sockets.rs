@@ -149,12 +149,15 @@ fn read(mut datagram: &[u8], found: &mut Vec<Socket>) -> io::Result<bool> {
 mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::AsFd;
 
     use rustix::net::{AddressFamily, SocketType, bind, socket};
 
-    fn states(port: u16, udp: bool) -> Vec<State> {
+    /// Of this socket alone: others may have its port towards other addresses.
+    fn states(of: impl AsFd, port: u16, udp: bool) -> Vec<State> {
+        let inode = rustix::fs::fstat(of).unwrap().st_ino;
         let all = sockets().unwrap().into_iter();
-        all.filter(|s| (s.port, s.udp) == (port, udp)).map(|s| s.state).collect()
+        all.filter(|s| (s.inode, s.port, s.udp) == (inode, port, udp)).map(|s| s.state).collect()
     }
 
     #[test]
@@ -162,16 +165,16 @@ mod tests {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let listener = TcpListener::bind(address).unwrap();
             let at = listener.local_addr().unwrap();
-            assert_eq!(states(at.port(), false), [State::Listening], "{address}");
+            assert_eq!(states(&listener, at.port(), false), [State::Listening], "{address}");
             let stream = TcpStream::connect(at).unwrap();
             let local = stream.local_addr().unwrap().port();
-            assert_eq!(states(local, false), [State::Otherwise], "{address}");
+            assert_eq!(states(&stream, local, false), [State::Otherwise], "{address}");
 
             let udp = UdpSocket::bind(address).unwrap();
             let port = udp.local_addr().unwrap().port();
-            assert_eq!(states(port, true), [State::Listening], "{address}");
+            assert_eq!(states(&udp, port, true), [State::Listening], "{address}");
             udp.connect(at).unwrap();
-            assert_eq!(states(port, true), [State::Otherwise], "{address}");
+            assert_eq!(states(&udp, port, true), [State::Otherwise], "{address}");
         }
     }
 
@@ -184,7 +187,7 @@ mod tests {
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
         let version: Vec<u32> = release.split('.').map_while(|part| part.parse().ok()).collect();
         let told = version.as_slice() >= [6, 8].as_slice();
-        let seen = states(port, false);
+        let seen = states(&bound, port, false);
         assert_eq!(seen, if told { vec![State::Otherwise] } else { vec![] }, "Linux {release}");
     }
 
@@ -196,7 +199,8 @@ mod tests {
         let (server, _) = listener.accept().unwrap();
         drop((server, listener)); // its side closes first
         drop(client);
-        let left = states(at.port(), false);
-        assert!(left.iter().all(|state| *state == State::Closing), "{left:?}");
+        let left: Vec<_> =
+            sockets().unwrap().into_iter().filter(|s| !s.udp && s.port == at.port()).collect();
+        assert!(left.iter().all(|socket| socket.state == State::Closing), "{left:?}");
     }
 }
