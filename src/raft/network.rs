@@ -71,7 +71,7 @@ const SNAPSHOT_CHUNKS_AHEAD: usize = 4;
 pub(super) const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 pub(super) const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// A chunk of a snapshot goes in one frame, and not in sixteen.
-pub(super) const FRAME_MAX_BYTES: u32 = 1 << 20;
+pub(super) const FRAME_BYTES: u32 = 1 << 20;
 
 /// Of which kind a refusal is: metadata beside FAILED_PRECONDITION.
 pub(super) const REFUSAL_KEY: &str = "portwarden-refusal";

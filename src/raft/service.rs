@@ -25,7 +25,7 @@ use super::PEER_MESSAGE_MAX_BYTES;
 use super::convert::{self, Malformed, read_entry, read_log_id, read_vote, wire_log_id, wire_vote};
 use super::identity::{self, Kind, Strictness};
 use super::network::{
-    CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, PeerNetwork,
+    CONNECTION_WINDOW_BYTES, FRAME_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, PeerNetwork,
     REFUSAL_KEY, STREAM_WINDOW_BYTES,
 };
 use super::types::{Raft, Snapshot, TypeConfig};
@@ -97,7 +97,7 @@ pub fn peer_transport() -> tonic::transport::Server {
     tonic::transport::Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_MAX_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
 }
