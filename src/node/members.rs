@@ -317,9 +317,8 @@ impl Node {
         if left.is_empty() {
             return Err(NotChanged::LastVoter(id));
         }
-        let live = left.iter().filter(|id| roll.is_live(**id)).count();
-        if is_voter && live * 2 <= left.len() && !force {
-            return Err(NotChanged::NoQuorum { id, live, voters: left.len() });
+        if is_voter && !force {
+            self.keeps_majority(id, &left, deadline).await?;
         }
         if id == self.id() {
             // The next leader removes this one.
@@ -335,6 +334,28 @@ impl Node {
         self.change(&roll, change, deadline).await?;
         tokio::spawn(farewell(self.clone(), id, member));
         Ok(())
+    }
+
+    /// Fails where most of the voters that are left are not live. Whoever has just begun to lead has not
+    /// heard from everybody yet, and waits for that.
+    async fn keeps_majority(
+        &self,
+        without: NodeId,
+        left: &BTreeSet<NodeId>,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged> {
+        let patience = (Instant::now() + LIVE_WITHIN).min(deadline - ANSWER_MARGIN);
+        loop {
+            let roll = self.roll();
+            let live = left.iter().filter(|id| roll.is_live(**id)).count();
+            if live * 2 > left.len() {
+                return Ok(());
+            }
+            if Instant::now() >= patience {
+                return Err(NotChanged::NoQuorum { id: without, live, voters: left.len() });
+            }
+            sleep(CATCH_UP_PAUSE).await;
+        }
     }
 
     async fn transfer(&self, id: NodeId, deadline: Deadline) -> Result<(), NotChanged> {
