@@ -242,8 +242,7 @@ async fn kept_leases(ours: &Ours, count: usize) -> anyhow::Result<Leases> {
     // Each was renewed once.
     sleep(TTL / 3).await;
     let busy = over(Duration::from_secs(20)).await?;
-    let held = |standing| matches!(standing, Standing::Held { .. });
-    let lost = holdings.iter().filter(|holding| !held(holding.standing())).count();
+    let lost = lost(&holdings);
     stream::iter(&holdings)
         .map(|holding| client.lease_revoke(holding.id()))
         .buffer_unordered(AT_ONCE)
@@ -256,6 +255,12 @@ async fn kept_leases(ours: &Ours, count: usize) -> anyhow::Result<Leases> {
         idle_nodes_percent: idle.iter().sum(),
         lost,
     })
+}
+
+/// How many of them are no longer held.
+fn lost(holdings: &[Holding]) -> usize {
+    let held = |holding: &&Holding| matches!(holding.standing(), Standing::Held { .. });
+    holdings.len() - holdings.iter().filter(held).count()
 }
 
 async fn driven(ours: &Ours, name: &str, clients: u32, time: Duration) -> anyhow::Result<Report> {
@@ -350,8 +355,7 @@ impl Starts {
 
     /// How many leases and starts are no longer what they should be.
     async fn end(self) -> anyhow::Result<usize> {
-        let kept = |standing| matches!(standing, Standing::Held { .. });
-        let mut lost = self.holdings.iter().filter(|lease| !kept(lease.standing())).count();
+        let mut lost = lost(&self.holdings);
         for v1::Allocation { name, token, .. } in &self.reserved {
             let found = self.client.get(name, None).await.ok().and_then(|got| got.allocation);
             let stands = found

@@ -312,7 +312,8 @@ impl State {
 }
 
 /// A state that is being read back: workers and leases first, then allocations, which take their
-/// places again. Workers are indexed once they have. What the records say is checked, so that a damaged snapshot is refused and not served.
+/// places again. Workers are indexed once they have. What the records say is checked, so that a
+/// damaged snapshot is refused and not served.
 #[derive(Debug, Default)]
 pub struct Restore {
     state: State,
