@@ -22,6 +22,9 @@ use crate::proto::{reason, v1};
 const PATH: &str = "/portwarden.v1.Allocator/Watch";
 /// Three progress messages have failed to come.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Least pause before the next stream, give or take half: a node that ends sends all its watchers away
+/// at once.
+const RETURN_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a watch is told.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,7 +98,7 @@ impl Watch {
             };
             let why = by(self.tour.door(), why);
             tracing::debug!(why, seen = self.seen, "the watch goes on elsewhere");
-            let pause = self.tour.move_on(pause);
+            let pause = self.tour.move_on(pause).max(self.client.jitter(RETURN_PAUSE));
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(ClientError::Unavailable { why });

@@ -186,6 +186,14 @@ impl Roll {
             })
     }
 
+    /// Fails once this node does not lead any more, and hears from nobody.
+    fn leads(&self) -> Result<(), CallError> {
+        match self.metrics.state {
+            ServerState::Leader => Ok(()),
+            _ => Err(CallError::NotLeader { leader: None }),
+        }
+    }
+
     /// The live voter, other than the leader, that has the most of its log; and what that lacks.
     pub fn next(&self) -> Option<(u64, NodeId)> {
         let others = self.voters().into_iter().filter(|id| *id != self.metrics.id);
@@ -284,9 +292,7 @@ impl Node {
             if roll.voters().contains(&id) && !roll.is_joint() {
                 return Ok(());
             }
-            if roll.metrics.state != ServerState::Leader {
-                return Err(CallError::NotLeader { leader: None }.into());
-            }
+            roll.leads()?;
             let (lag, live) = (roll.lag(id), roll.is_live(id));
             let pending = member.incarnation.is_empty();
             if pending && Instant::now() >= until_joined {
@@ -318,7 +324,7 @@ impl Node {
             return Err(NotChanged::LastVoter(id));
         }
         if is_voter && !force {
-            self.keeps_majority(id, &left, deadline).await?;
+            keeps_majority(|| self.roll(), id, &left, deadline).await?;
         }
         if id == self.id() {
             // The next leader removes this one.
@@ -334,28 +340,6 @@ impl Node {
         self.change(&roll, change, deadline).await?;
         tokio::spawn(farewell(self.clone(), id, member));
         Ok(())
-    }
-
-    /// Fails where most of the voters that are left are not live. Whoever has just begun to lead has not
-    /// heard from everybody yet, and waits for that.
-    async fn keeps_majority(
-        &self,
-        without: NodeId,
-        left: &BTreeSet<NodeId>,
-        deadline: Deadline,
-    ) -> Result<(), NotChanged> {
-        let patience = (Instant::now() + LIVE_WITHIN).min(deadline - ANSWER_MARGIN);
-        loop {
-            let roll = self.roll();
-            let live = left.iter().filter(|id| roll.is_live(**id)).count();
-            if live * 2 > left.len() {
-                return Ok(());
-            }
-            if Instant::now() >= patience {
-                return Err(NotChanged::NoQuorum { id: without, live, voters: left.len() });
-            }
-            sleep(CATCH_UP_PAUSE).await;
-        }
     }
 
     async fn transfer(&self, id: NodeId, deadline: Deadline) -> Result<(), NotChanged> {
@@ -540,13 +524,34 @@ fn all_know(asked: u32, members: Vec<(NodeId, Option<u32>)>) -> Result<(), NotCh
     Ok(())
 }
 
+/// Fails where most of the voters that are left are not live. Whoever has just begun to lead has not heard
+/// from everybody yet, and waits for that.
+async fn keeps_majority(
+    look: impl Fn() -> Roll,
+    without: NodeId,
+    left: &BTreeSet<NodeId>,
+    deadline: Deadline,
+) -> Result<(), NotChanged> {
+    let patience = (Instant::now() + LIVE_WITHIN).min(deadline - ANSWER_MARGIN);
+    loop {
+        let roll = look();
+        roll.leads()?;
+        let live = left.iter().filter(|id| roll.is_live(**id)).count();
+        if live * 2 > left.len() {
+            return Ok(());
+        }
+        if Instant::now() >= patience {
+            return Err(NotChanged::NoQuorum { id: without, live, voters: left.len() });
+        }
+        sleep(CATCH_UP_PAUSE).await;
+    }
+}
+
 /// The voter to lead after the one that looks; waits until one has caught up.
 async fn successor(look: impl Fn() -> Roll, deadline: Deadline) -> Result<NodeId, NotChanged> {
     loop {
         let roll = look();
-        if roll.metrics.state != ServerState::Leader {
-            return Err(CallError::NotLeader { leader: None }.into());
-        }
+        roll.leads()?;
         match roll.next() {
             Some((lag, id)) if lag <= PROMOTE_LAG_MAX_ENTRIES => return Ok(id),
             _ if Instant::now() + ANSWER_MARGIN < deadline => sleep(CATCH_UP_PAUSE).await,
@@ -563,7 +568,7 @@ pub(super) async fn tidy(node: Node) {
     while node.runs() {
         every.tick().await;
         let roll = node.roll();
-        if roll.metrics.state != ServerState::Leader {
+        if roll.leads().is_err() {
             continue;
         }
         let deadline = Instant::now() + TIDY_MAX;
@@ -667,11 +672,31 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_leader_that_has_just_begun_hears_from_the_others_before_it_refuses_to_remove_one() {
+        let left = BTreeSet::from([2, 3]);
+        let looks = Cell::new(0);
+        let hears_late = || {
+            looks.set(looks.get() + 1);
+            roll([(0, looks.get() > 9), (0, looks.get() > 3)])
+        };
+        assert_eq!(keeps_majority(hears_late, 1, &left, soon()).await, Ok(()));
+        assert_eq!(looks.get(), 10, "both of two");
+        let began = Instant::now();
+        let refused = keeps_majority(|| roll([(0, true), (0, false)]), 1, &left, soon()).await;
+        assert_eq!(refused, Err(NotChanged::NoQuorum { id: 1, live: 1, voters: 2 }));
+        assert_eq!(began.elapsed(), LIVE_WITHIN);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn who_was_deposed_meanwhile_sends_the_caller_on() {
-        let mut deposed = roll([(0, true), (0, true)]);
+        let mut deposed = roll([(0, false), (0, false)]);
         deposed.metrics.state = ServerState::Follower;
         let (metrics, not_leader) = (deposed.metrics, CallError::NotLeader { leader: None });
         let look = || Roll { metrics: metrics.clone() };
-        assert_eq!(successor(look, soon()).await, Err(not_leader.into()));
+        let began = Instant::now();
+        assert_eq!(successor(look, soon()).await, Err(not_leader.clone().into()));
+        let left = BTreeSet::from([2, 3]);
+        assert_eq!(keeps_majority(look, 1, &left, soon()).await, Err(not_leader.into()));
+        assert_eq!(began.elapsed(), Duration::ZERO, "at once");
     }
 }
