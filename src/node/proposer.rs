@@ -1,9 +1,10 @@
 //! From commands to log entries.
 //!
-//! While earlier proposals are in flight, commands wait in two bounded lanes; as soon as one of
-//! the few in flight is answered, everything that waits is packed into the next entry (bounded in
-//! count and weight). So one flush serves many commands under load, and a single command is
-//! proposed at once when nothing else is. Commands that came together stay together: they are
+//! While an entry is in flight, commands wait in two bounded lanes; once it is answered, everything
+//! that waits is packed into the next entry (bounded in count and weight). So one flush serves many
+//! commands under load, and a single command is proposed at once when nothing else is. A few entries
+//! are in flight at a time where the next one would be full, or the answer takes long ([`NEXT_AFTER`]):
+//! each costs all nodes a message and a flush. Commands that came together stay together: they are
 //! queued, packed and answered as one group.
 //!
 //! - Admission never waits: a full lane is [`CallError::Overloaded`].
@@ -36,6 +37,8 @@ const ENTRY_COMMANDS_MAX: usize = 512;
 const ENTRY_WEIGHT_MAX_BYTES: usize = 1 << 20;
 /// Entries proposed and not yet answered.
 const IN_FLIGHT_MAX: usize = 4;
+/// How long an entry that is not full waits for the answer to those before it.
+const NEXT_AFTER: Duration = Duration::from_millis(5);
 /// What an overloaded caller is told to wait.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
@@ -86,7 +89,8 @@ impl Proposer {
         let (urgent, urgent_queue) = Lane::new();
         let (normal, normal_queue) = Lane::new();
         let proposer = Proposer { urgent, normal, urgent_full: Arc::default() };
-        (proposer, pack(raft, urgent_queue, normal_queue))
+        let in_flight = InFlight::new([&proposer.urgent, &proposer.normal]);
+        (proposer, pack(raft, in_flight, urgent_queue, normal_queue))
     }
 
     /// Was a confirmation, or what is as urgent, turned away since the last call?
@@ -203,12 +207,45 @@ fn is_urgent(command: &Command) -> bool {
     )
 }
 
+/// The entries that are under way, and when the next may be.
+struct InFlight {
+    slots: Arc<Semaphore>,
+    rooms: [Arc<Semaphore>; 2],
+    /// When the last one was proposed.
+    latest: Instant,
+}
+
+impl InFlight {
+    fn new(lanes: [&Lane; 2]) -> InFlight {
+        let slots = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
+        InFlight { slots, rooms: lanes.map(|lane| lane.room.clone()), latest: Instant::now() }
+    }
+
+    /// Commands in the lanes.
+    fn waiting(&self) -> usize {
+        self.rooms.iter().map(|room| LANE_COMMANDS_MAX - room.available_permits()).sum()
+    }
+
+    /// Returns when the next entry may be proposed; it is under way until the slot is dropped. `None`:
+    /// never.
+    async fn slot(&mut self) -> Option<OwnedSemaphorePermit> {
+        if self.waiting() < ENTRY_COMMANDS_MAX {
+            let all_answered = self.slots.acquire_many(IN_FLIGHT_MAX as u32);
+            let _ = timeout_at(self.latest + NEXT_AFTER, all_answered).await;
+        }
+        let slot = self.slots.clone().acquire_owned().await.ok();
+        self.latest = Instant::now();
+        slot
+    }
+}
+
 async fn pack(
     raft: Raft,
+    mut in_flight: InFlight,
     mut urgent: mpsc::UnboundedReceiver<Group>,
     mut normal: mpsc::UnboundedReceiver<Group>,
 ) {
-    let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
+    let mut crowded = false;
     loop {
         let first = tokio::select! {
             biased;
@@ -216,8 +253,12 @@ async fn pack(
             Some(group) = normal.recv() => group,
             else => return,
         };
-        // What arrives while all slots are taken joins the same entry.
-        let Ok(slot) = in_flight.clone().acquire_owned().await else { return };
+        // What arrives meanwhile joins the same entry.
+        let Some(slot) = in_flight.slot().await else { return };
+        if crowded {
+            // And so do those who came with the first, and have had no turn yet.
+            tokio::task::yield_now().await;
+        }
         let mut entry = Entry::default();
         entry.add(first);
         while entry.has_room() {
@@ -229,6 +270,7 @@ async fn pack(
         if entry.commands.is_empty() {
             continue;
         }
+        crowded = entry.groups.len() > 1;
         metrics::histogram!("portwarden_entry_commands").record(entry.commands.len() as f64);
         let raft = raft.clone();
         tokio::spawn(async move {
@@ -358,6 +400,30 @@ mod tests {
         // What is packed makes room.
         drop(queue.recv().await);
         assert!(propose(grant()).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_entry_waits_for_the_answer_before_it_unless_it_is_full_or_that_takes_long() {
+        let (urgent, _urgent_queue) = Lane::new();
+        let (normal, _normal_queue) = Lane::new();
+        let mut in_flight = InFlight::new([&urgent, &normal]);
+        let first = in_flight.slot().now_or_never().flatten().expect("nothing is under way");
+        assert!(in_flight.slot().now_or_never().is_none());
+        drop(first);
+        let began = Instant::now();
+        let _second = in_flight.slot().await;
+        assert_eq!(began.elapsed(), Duration::ZERO, "it was answered");
+        let _third = in_flight.slot().await;
+        assert_eq!(began.elapsed(), NEXT_AFTER);
+        let rest = ENTRY_COMMANDS_MAX as u32 - 100;
+        let _waiting = urgent.room.acquire_many(100).await.unwrap();
+        assert!(in_flight.slot().now_or_never().is_none(), "not full");
+        let _waiting = normal.room.acquire_many(rest).await.unwrap();
+        let fourth = in_flight.slot().now_or_never().flatten().expect("full");
+        let fifth = in_flight.slot().now_or_never().flatten();
+        assert!(fifth.is_some() && in_flight.slot().now_or_never().is_none(), "the most");
+        drop(fourth);
+        assert!(in_flight.slot().now_or_never().flatten().is_some());
     }
 
     #[tokio::test]
