@@ -35,7 +35,7 @@ struct Args {
     #[arg(short, long, default_value = "table", value_parser = ["table", "json"])]
     output: String,
     /// The binary that is measured
-    #[arg(long, default_value = "target/release/portwarden")]
+    #[arg(long, default_value = "target/shipped/portwarden")]
     binary: PathBuf,
     /// Where data and logs go; all of it on one disk
     #[arg(long)]
@@ -86,7 +86,7 @@ const WORKLOADS: &[Workload] = &[
         64,
         "the same worker, on sessions: 64 clients with 1 command each",
     ),
-    of("portwarden", "hot-session", 2048, "8 clients with 256 each"),
+    of("portwarden", "hot-session", 2048, "64 clients with 32 each, pipelined"),
     of("etcd", "hot", 64, "next free port of one worker: read, then compare and swap"),
     of(
         "postgres",

@@ -190,10 +190,10 @@ impl Ours {
         };
         // Sessions: `clients` commands are under way in all.
         let (callers, batch) = match (name, clients) {
-            ("hot-session", 64) => (64, 1),
+            ("hot-session", _) => (64, clients / 64),
             ("session", 256) => (4, 64),
-            ("session" | "hot-session", ..=4096) => (8, clients / 8),
-            ("session" | "hot-session", _) => (clients / 256, 256),
+            ("session", ..=4096) => (8, clients / 8),
+            ("session", _) => (clients / 256, 256),
             ("gang8" | "gang64", _) => (8, clients / 8),
             _ => (clients, 1),
         };

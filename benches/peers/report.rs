@@ -123,6 +123,7 @@ impl Whole {
         let put = |clients| rate("etcd", "put", clients);
         let hot = rate("portwarden", "hot", 64);
         let hot_session = rate("portwarden", "hot-session", 64);
+        let hot_pipelined = rate("portwarden", "hot-session", 2048);
         let ratios = [
             ("allocate_rpc_vs_etcd_put_64", over(rate("portwarden", "allocate", 64), put(64))),
             ("allocate_rpc_vs_etcd_put_256", over(rate("portwarden", "allocate", 256), put(256))),
@@ -131,7 +132,11 @@ impl Whole {
             ("allocate_hot_vs_etcd_txn_64", over(hot, rate("etcd", "hot", 64))),
             ("allocate_hot_stream_vs_postgres_64", over(hot_session, rate("postgres", "hot", 64))),
             ("allocate_hot_stream_vs_etcd_txn_64", over(hot_session, rate("etcd", "hot", 64))),
-            ("allocate_stream_vs_postgres_hot_64", over(session, rate("postgres", "hot", 64))),
+            (
+                "allocate_hot_pipelined_vs_postgres_64",
+                over(hot_pipelined, rate("postgres", "hot", 64)),
+            ),
+            ("allocate_hot_pipelined_vs_etcd_txn_64", over(hot_pipelined, rate("etcd", "hot", 64))),
             ("etcd_p50_vs_ours_1", over(p50("etcd", "put"), p50("portwarden", "allocate"))),
             (
                 "ours_p50_1_vs_fdatasync",
