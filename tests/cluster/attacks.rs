@@ -107,9 +107,7 @@ fn the_first_second_is_survived() {
     cluster.worker("w", 40063);
     cluster.cli(&["allocate", "a", "--worker", "w", "--ports", "2"]).ok();
     assert_unique(&cluster.list());
-    wait_for("all nodes to be well", || {
-        (cluster.cli(&["status", "--check"]).code() == 0).then_some(())
-    });
+    cluster.wait_until_well();
 }
 
 /// A node that comes back while others write without a pause is ready before they pause.

@@ -66,7 +66,7 @@ fn a_leader_is_removed_and_no_write_fails() {
     under_load(&mut cluster, 2, |cluster, load| {
         load.gets_on(5);
         // With one of the others still starting, no majority would be left, and it is refused.
-        wait_for("all three", || (cluster.cli(&["status", "--check"]).code() == 0).then_some(()));
+        cluster.wait_until_well();
         cluster.cli(&["member", "remove", &id.to_string()]).ok();
         load.gets_on(10);
         assert_eq!(failed_calls(load), 0);

@@ -258,6 +258,13 @@ impl Cluster {
         (!values.is_empty()).then(|| values.iter().sum())
     }
 
+    /// Waits until `status --check` finds no problem.
+    pub fn wait_until_well(&self) {
+        wait_for("all nodes to be well", || {
+            (self.cli(&["status", "--check"]).code() == 0).then_some(())
+        });
+    }
+
     /// Index of the node that leads, once one does and says so itself.
     pub fn leader(&self) -> usize {
         wait_for("a leader", || {
