@@ -380,7 +380,7 @@ pub fn allocation(allocation: &Allocation, addresses: &impl Addresses) -> v1::Al
         uid: allocation.claim.uid.to_string(),
         worker: allocation.worker.to_string(),
         address: address.unwrap_or_default().into(),
-        ports: allocation.ports.iter().map(held_port).collect(),
+        ports: allocation.ports.iter().map(|port| held_port(allocation, port)).collect(),
         gpus: allocation.gpus.iter().map(held_gpu).collect(),
         token: allocation.token.0,
         version: allocation.version.0,
@@ -419,9 +419,9 @@ pub fn phase(phase: Phase) -> v1::Phase {
     }
 }
 
-fn held_port(port: &HeldPort) -> v1::Port {
+fn held_port(of: &Allocation, port: &HeldPort) -> v1::Port {
     v1::Port {
-        name: port.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        name: of.port_name(port).map(ToString::to_string).unwrap_or_default(),
         range: port.range.to_string(),
         number: port.number.into(),
     }

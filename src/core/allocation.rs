@@ -72,13 +72,17 @@ impl Allocation {
     pub fn name(&self) -> &InstanceName {
         &self.claim.name
     }
+
+    /// What the claim calls one of its ports.
+    pub fn port_name(&self, port: &HeldPort) -> Option<&PortName> {
+        self.claim.ports.get(usize::from(port.request))?.name.as_ref()
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldPort {
     /// Index of the request in the claim that this port answers.
     pub request: u16,
-    pub name: Option<PortName>,
     pub range: RangeName,
     pub number: u16,
 }

@@ -709,7 +709,7 @@ fn swap(
     held: &Allocation,
     reported: &HeldPort,
 ) -> Result<Vec<HeldPort>, String> {
-    let HeldPort { request, range, number, .. } = reported;
+    let HeldPort { request, range, number } = reported;
     let asked = &held.claim.ports[usize::from(*request)];
     let (moved, wanted): (Vec<&HeldPort>, Ports) = match asked.ports {
         _ if held.swaps >= SWAPS_MAX => {

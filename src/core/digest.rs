@@ -195,9 +195,10 @@ impl Sink {
         } = allocation;
         self.claim(claim);
         self.text(worker.as_str());
-        self.each(ports.iter(), |sink, HeldPort { request, name, range, number }| {
+        self.each(ports.iter(), |sink, port| {
+            let HeldPort { request, range, number } = port;
             sink.number(u64::from(*request));
-            sink.maybe(name.as_ref(), |sink, name| sink.text(name.as_str()));
+            sink.maybe(allocation.port_name(port), |sink, name| sink.text(name.as_str()));
             sink.text(range.as_str());
             sink.number(u64::from(*number));
         });

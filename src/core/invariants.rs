@@ -229,7 +229,6 @@ fn answers(held: &Allocation) -> bool {
         ports = rest;
         let in_place = given.iter().all(|p| {
             usize::from(p.request) == i
-                && p.name == asked.name
                 && asked.range.as_ref().is_none_or(|range| *range == p.range)
         });
         let as_asked = match asked.ports {

@@ -273,12 +273,7 @@ pub(super) fn take_ports(
     let pool = pool_for(worker, request)?;
     let range = pool.name.clone();
     let mut hold = |number| {
-        out.push(HeldPort {
-            request: index,
-            name: request.name.clone(),
-            range: range.clone(),
-            number,
-        });
+        out.push(HeldPort { request: index, range: range.clone(), number });
     };
     match request.ports {
         Ports::Specific(port) => {

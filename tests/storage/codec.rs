@@ -222,6 +222,22 @@ fn a_state_is_read_only_whole_and_in_order() {
     assert!(decode(&swapped).is_err());
 }
 
+/// The table has the name of a port once, and the bytes twice.
+#[test]
+fn a_port_is_called_what_its_claim_calls_it() {
+    let mut blocks = blocks(&samples::state());
+    let name = b"http";
+    let places = |block: &Vec<u8>| {
+        let found = block.windows(name.len()).enumerate().filter(|(_, bytes)| bytes == name);
+        found.map(|(at, _)| at).collect::<Vec<_>>()
+    };
+    let block = blocks.iter_mut().find(|block| places(block).len() >= 2).unwrap();
+    let second = places(block)[1];
+    block[second] = b'x';
+    let error = decode(&blocks).unwrap_err().to_string();
+    assert!(error.contains("is not as asked"), "{error}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..Default::default() })]
 

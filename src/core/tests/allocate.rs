@@ -129,7 +129,7 @@ fn ports_are_named_counted_specific_and_in_a_row() {
     let shown: Vec<_> = a
         .ports
         .iter()
-        .map(|p| format!("{}:{}={}", p.name.as_ref().unwrap(), p.range, p.number))
+        .map(|p| format!("{}:{}={}", a.port_name(p).unwrap(), p.range, p.number))
         .collect();
     assert_eq!(
         shown,

@@ -1292,11 +1292,11 @@ impl<'a> From<&'a table::Allocation> for Allocation<'a> {
             worker: worker.as_str(),
             ports: ports
                 .iter()
-                .map(|table::HeldPort { request, name, range, number }| HeldPort {
-                    request: *request,
-                    name: name.as_ref().map(|n| n.as_str()),
-                    range: range.as_str(),
-                    number: *number,
+                .map(|port| HeldPort {
+                    request: port.request,
+                    name: allocation.port_name(port).map(|name| name.as_str()),
+                    range: port.range.as_str(),
+                    number: port.number,
                 })
                 .collect(),
             gpus: gpus
@@ -1363,9 +1363,8 @@ impl Allocation<'_> {
             return Err(Why(format!("allocation {name}: its GPUs are out of order")));
         }
         into.allocation(table::Allocation {
-            claim: Arc::new(claim),
             worker: table::WorkerName::parse(worker)?,
-            ports: each(ports, HeldPort::restore)?.into(),
+            ports: each(ports, |port| port.restore(&claim))?.into(),
             gpus: gpus.into_iter().map(HeldGpu::restore).collect(),
             token: Token(token),
             version: Revision(version),
@@ -1393,6 +1392,7 @@ impl Allocation<'_> {
                     ChangeKind::Swapped(port) => table::ChangeKind::Swapped { port },
                 },
             }),
+            claim: Arc::new(claim),
         })?;
         Ok(name)
     }
@@ -1442,14 +1442,13 @@ impl Departure<'_> {
 }
 
 impl HeldPort<'_> {
-    fn restore(self) -> Checked<table::HeldPort> {
+    fn restore(self, claim: &table::Claim) -> Checked<table::HeldPort> {
         let HeldPort { request, name, range, number } = self;
-        Ok(table::HeldPort {
-            request,
-            name: optional(name, |n| Ok(table::PortName::parse(n)?))?,
-            range: table::RangeName::parse(range)?,
-            number,
-        })
+        let asked = claim.ports.get(usize::from(request));
+        if asked.is_none_or(|asked| asked.name.as_ref().map(|name| name.as_str()) != name) {
+            return Err(Why(format!("allocation {}: port {number} is not as asked", claim.name)));
+        }
+        Ok(table::HeldPort { request, range: table::RangeName::parse(range)?, number })
     }
 }
 
