@@ -7,6 +7,7 @@ pub mod blocking;
 pub mod cli;
 pub mod client;
 pub mod core;
+mod lock;
 pub mod node;
 #[cfg(all(planted, not(debug_assertions)))]
 compile_error!(

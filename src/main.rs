@@ -3,7 +3,7 @@ use std::{env, thread};
 
 use tokio::runtime::{Builder, Runtime};
 
-/// A third of a node's time under load went into glibc's allocator: docs/performance.md.
+/// A third of a node's time under load went into glibc's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

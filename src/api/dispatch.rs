@@ -20,7 +20,7 @@ use std::collections::BTreeSet;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::Stream;
@@ -36,6 +36,7 @@ use super::{allocator, cluster, errors, leases, session, watch as changes, worke
 use crate::core::{
     Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State, WorkerName,
 };
+use crate::lock::guard;
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
@@ -579,7 +580,7 @@ impl Api {
     }
 
     fn views(&self) -> MutexGuard<'_, Views> {
-        self.inner.views.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.inner.views)
     }
 
     pub(super) fn overloaded() -> Status {

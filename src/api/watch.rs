@@ -170,7 +170,7 @@ impl Watcher {
         let (api, out) = (self.api.clone(), self.out.clone());
         metrics::gauge!("portwarden_watchers").increment(1);
         let end = tokio::select! {
-            end = self.follow() => Some(end),
+            end = self.follow() => end.err(),
             () = api.stopping() => Some(errors::not_ready("this node is stopping")),
             () = out.closed() => None,
         };
@@ -181,14 +181,7 @@ impl Watcher {
     }
 
     /// Until there is a reason to end.
-    async fn follow(&mut self) -> Status {
-        match self.follow_on().await {
-            Ok(never) => match never {},
-            Err(status) => status,
-        }
-    }
-
-    async fn follow_on(&mut self) -> Result<Infallible, Status> {
+    async fn follow(&mut self) -> Result<Infallible, Status> {
         self.send(self.progress()).await?;
         loop {
             match self.subscription.next().await {

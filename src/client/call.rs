@@ -2,21 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::Stream;
 use itertools::Itertools as _;
 use rand::Rng as _;
 use tokio::time::{Instant, sleep, timeout};
+use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::AsciiMetadataValue;
-use tonic::{Code, Request, Streaming};
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_prost::ProstCodec;
 
 use super::Client;
 use super::endpoints::Door;
 use super::error::{ClientError, Verdict, judge};
+use crate::lock::guard;
 use crate::proto::v1::{ListMembersRequest, ListMembersResponse};
 
 /// The pause after the first round over all endpoints; twice as long after each further one.
@@ -200,18 +203,8 @@ impl Client {
     {
         let given = left.min(self.shared.attempt_timeout);
         request.set_timeout(given);
-        let channel = door.channel.clone();
-        let mut grpc =
-            tonic::client::Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
         let path = PathAndQuery::from_static(path);
-        let call = async {
-            grpc.ready().await.map_err(|e| Verdict::NotDone { why: e.to_string(), pause: None })?;
-            let response = grpc.unary(request, path, ProstCodec::default()).await;
-            response.map(tonic::Response::into_inner).map_err(judge)
-        };
-        timeout(given, call).await.unwrap_or_else(|_| {
-            Err(Verdict::Doubtful { why: format!("no answer within {} ms", given.as_millis()) })
-        })
+        ask(door, given, async |grpc| grpc.unary(request, path, ProstCodec::default()).await).await
     }
 
     /// Begins at the endpoint that last answered.
@@ -230,26 +223,33 @@ impl Client {
         Req: prost::Message + 'static,
         Res: prost::Message + Default + 'static,
     {
-        let channel = door.channel.clone();
-        let mut grpc =
-            tonic::client::Grpc::new(channel).max_decoding_message_size(ANSWER_MAX_BYTES);
-        let path = PathAndQuery::from_static(path);
-        let call = async {
-            grpc.ready().await.map_err(|e| Verdict::NotDone { why: e.to_string(), pause: None })?;
-            let response = grpc.streaming(Request::new(requests), path, ProstCodec::default());
-            response.await.map(tonic::Response::into_inner).map_err(judge)
-        };
-        let given = self.shared.attempt_timeout;
-        timeout(given, call).await.unwrap_or_else(|_| {
-            Err(Verdict::Doubtful { why: format!("no answer within {} ms", given.as_millis()) })
-        })
+        let (given, path) = (self.shared.attempt_timeout, PathAndQuery::from_static(path));
+        let requests = Request::new(requests);
+        ask(door, given, async |grpc| grpc.streaming(requests, path, ProstCodec::default()).await)
+            .await
     }
 
     /// Half to one and a half times the pause, so that clients do not come back all at once.
     pub(super) fn jitter(&self, pause: Duration) -> Duration {
-        let mut rng = self.shared.rng.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rng = guard(&self.shared.rng);
         pause * rng.random_range(50..150) / 100
     }
+}
+
+/// One call at an endpoint, within the time that is given.
+async fn ask<T>(
+    door: &Door,
+    given: Duration,
+    call: impl AsyncFnOnce(&mut Grpc<Channel>) -> Result<Response<T>, Status>,
+) -> Result<T, Verdict> {
+    let mut grpc = Grpc::new(door.channel.clone()).max_decoding_message_size(ANSWER_MAX_BYTES);
+    let asked = async {
+        grpc.ready().await.map_err(|e| Verdict::NotDone { why: e.to_string(), pause: None })?;
+        call(&mut grpc).await.map(Response::into_inner).map_err(judge)
+    };
+    timeout(given, asked).await.unwrap_or_else(|_| {
+        Err(Verdict::Doubtful { why: format!("no answer within {} ms", given.as_millis()) })
+    })
 }
 
 /// The way through the endpoints: each in turn, and a growing, jittered pause after each round.

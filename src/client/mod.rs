@@ -32,7 +32,7 @@ pub mod session;
 mod tests;
 mod watch;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -41,6 +41,7 @@ use tokio::time::Instant;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::lock::guard;
 use crate::proto::{reason, v1};
 pub use backup::{BackupError, Copied};
 use call::methods;
@@ -177,7 +178,7 @@ impl Client {
     /// A uid for one start attempt.
     pub fn fresh_uid(&self) -> String {
         let mut bytes = [0; 16];
-        self.shared.rng.lock().unwrap_or_else(PoisonError::into_inner).fill_bytes(&mut bytes);
+        guard(&self.shared.rng).fill_bytes(&mut bytes);
         uuid::Builder::from_random_bytes(bytes).into_uuid().to_string()
     }
 

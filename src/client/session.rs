@@ -42,15 +42,12 @@ pub struct Session {
 struct Job {
     commands: Vec<v1::SessionCommand>,
     size: Size,
-    done: oneshot::Sender<Result<Vec<Answer>, Unsettled>>,
+    done: Done,
 }
 
-/// Why the stream gave no answer.
-#[derive(Debug, Clone)]
-enum Unsettled {
-    NotSent(String),
-    Doubtful(String),
-}
+/// Told the answers; or, where the stream gave none, why that leaves it open what became of the
+/// commands. `None`: they were not sent.
+type Done = oneshot::Sender<Result<Vec<Answer>, Option<String>>>;
 
 impl Client {
     pub fn session(&self) -> Session {
@@ -170,7 +167,7 @@ impl Session {
         &self,
         commands: Vec<Command>,
         size: Size,
-    ) -> (Vec<Command>, impl Future<Output = Result<Vec<Answer>, Unsettled>> + use<>) {
+    ) -> (Vec<Command>, impl Future<Output = Result<Vec<Answer>, Option<String>>> + use<>) {
         let (done, settled) = oneshot::channel();
         let sent = match size.beyond() {
             None => {
@@ -186,10 +183,8 @@ impl Session {
         };
         let settled = async move {
             match sent {
-                true => settled
-                    .await
-                    .unwrap_or_else(|_| Err(Unsettled::Doubtful("the session ended".into()))),
-                false => Err(Unsettled::NotSent("it does not fit in a message".into())),
+                true => settled.await.unwrap_or_else(|_| Err(Some("the session ended".into()))),
+                false => Err(None),
             }
         };
         (commands, settled)
@@ -233,7 +228,7 @@ impl Session {
 /// What the stream said of each command.
 fn settle(
     commands: Vec<Command>,
-    given: Result<Vec<Answer>, Unsettled>,
+    given: Result<Vec<Answer>, Option<String>>,
 ) -> Vec<(Command, Result<Answer, Verdict>)> {
     match given {
         Ok(answers) => {
@@ -243,10 +238,10 @@ fn settle(
             };
             commands.into_iter().zip(answers.into_iter().map(one)).collect()
         }
-        Err(unsettled) => {
-            let verdict = || match unsettled.clone() {
-                Unsettled::NotSent(why) => Verdict::NotDone { why, pause: None },
-                Unsettled::Doubtful(why) => Verdict::Doubtful { why },
+        Err(doubt) => {
+            let verdict = || match doubt.clone() {
+                None => Verdict::NotDone { why: "it was not sent".into(), pause: None },
+                Some(why) => Verdict::Doubtful { why },
             };
             commands.into_iter().map(|command| (command, Err(verdict()))).collect()
         }
@@ -273,7 +268,7 @@ struct Waiting {
     missing: usize,
     answers: Vec<Answer>,
     overdue: Instant,
-    done: oneshot::Sender<Result<Vec<Answer>, Unsettled>>,
+    done: Done,
 }
 
 async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
@@ -285,8 +280,8 @@ async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
         let answers = match client.open(PATH, tour.door(), outgoing).await {
             Ok(answers) => answers,
             Err(verdict) => {
-                let why = by(tour.door(), format!("{verdict:?}"));
-                let _ = first.done.send(Err(Unsettled::NotSent(why)));
+                tracing::debug!(at = tour.door().name, ?verdict, "a session was not opened");
+                let _ = first.done.send(Err(None));
                 sleep(tour.move_on(None)).await;
                 continue;
             }
@@ -298,7 +293,7 @@ async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
         let why = by(tour.door(), why);
         tracing::debug!(why, "a session broke");
         for waiting in line.under_way {
-            let _ = waiting.done.send(Err(Unsettled::Doubtful(why.clone())));
+            let _ = waiting.done.send(Err(Some(why.clone())));
         }
         sleep(tour.move_on(None)).await;
     }

@@ -16,18 +16,18 @@
 //!   the leader rests ten times as long as its own digest took.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::future::join_all;
 use metrics::{counter, gauge, histogram};
-use openraft::ServerState;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Node;
 use crate::blocking::spawn_blocking;
 use crate::core::{Applied, Checkpoint, Command, Digest, Event, Revision, State, digest};
+use crate::lock::guard;
 use crate::proto::peer;
 use crate::raft::{ApplyObserver, CommandAt, NodeId};
 use crate::store::exit_at_once;
@@ -141,7 +141,7 @@ impl Agreement {
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
-        self.0.books.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0.books)
     }
 
     fn hash(&self, at: CommandAt, state: State) {
@@ -219,8 +219,7 @@ pub(super) async fn lead(node: Node, every_entries: u64) {
     let mut rest = Duration::ZERO;
     while node.runs() {
         sleep(LOOK_EVERY).await;
-        let leads = node.inner.metrics().state == ServerState::Leader;
-        if !leads || last.elapsed() < rest || node.refuses_growth().is_some() {
+        if node.leads().is_none() || last.elapsed() < rest || node.refuses_growth().is_some() {
             continue;
         }
         let table = node.table();

@@ -123,10 +123,6 @@ pub enum NotChanged {
     #[error("member {0} cannot lead: it has not answered of late")]
     Dead(NodeId),
     #[error(
-        "member {id} cannot lead yet: it is {lag} log entries behind (at most {PROMOTE_LAG_MAX_ENTRIES} to lead): try again when it has caught up"
-    )]
-    Behind { id: NodeId, lag: u64 },
-    #[error(
         "member {0} leads, and no other voter is there to lead after it: bring one back first, or stop member {0} and remove it then"
     )]
     NoSuccessor(NodeId),
@@ -357,7 +353,7 @@ impl Node {
         // It takes over only once it has every entry: what is on its way will be there.
         let lag = roll.lag(id);
         if lag > PROMOTE_LAG_MAX_ENTRIES {
-            return Err(NotChanged::Behind { id, lag });
+            return Err(NotChanged::Lagging { id, lag });
         }
         info!(to = id, "handing over the lead, as asked");
         self.hand_over_to(id).await;

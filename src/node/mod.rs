@@ -53,8 +53,8 @@ use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
     self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, PeerHooks,
-    PeerNetwork, Raft, RaftCell, RaftOptions, StateMachine, TableView, peer_service,
-    peer_transport, raft_config,
+    PeerNetwork, Raft, RaftCell, StateMachine, TableView, peer_service, peer_transport,
+    raft_config,
 };
 use crate::store::{DataDir, LogStore, StoreError};
 pub use agreement::DISAGREES_EXIT;
@@ -311,9 +311,7 @@ impl Node {
             }
         });
 
-        let options =
-            RaftOptions { snapshot_every_entries: config.snapshot_every, ..RaftOptions::default() };
-        let raft_settings = raft_config(&options).map_err(StartError::Raft)?;
+        let raft_settings = raft_config(config.snapshot_every).map_err(StartError::Raft)?;
         let raft = Raft::new(config.id, raft_settings, network.clone(), log.clone(), machine)
             .await
             .map_err(|e| StartError::Raft(e.to_string()))?;

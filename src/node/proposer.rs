@@ -3,16 +3,16 @@
 //! While an entry is in flight, commands wait in two bounded lanes; once it is answered, everything
 //! that waits is packed into the next entry (bounded in count and weight). So one flush serves many
 //! commands under load, and a single command is proposed at once when nothing else is. A few entries
-//! are in flight at a time where the next one would be full, or the answer takes long ([`NEXT_AFTER`]):
-//! each costs all nodes a message and a flush. Commands that came together stay together: they are
-//! queued, packed and answered as one group.
+//! are in flight at a time where as many commands wait as one takes, or the answer takes long
+//! ([`NEXT_AFTER`]): each costs all nodes a message and a flush. Commands that came together stay
+//! together: they are queued, packed and answered as one group.
 //!
 //! - Admission never waits: a full lane is [`CallError::Overloaded`].
 //! - The urgent lane (what confirms, frees or moves on) has its own room and goes first, so that a
 //!   flood of allocations cannot keep ports from being given back.
-//! - A command whose caller's deadline has passed, or who is gone, is dropped unproposed. Whether it was proposed is
-//!   settled by one atomic step between caller and packer, so that "nothing was changed" is true
-//!   whenever it is said.
+//! - A command whose caller's deadline has passed, or who is gone, is dropped unproposed. Whether it was
+//!   proposed is settled by one atomic step between caller and packer, so that "nothing was changed" is
+//!   true whenever it is said.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -21,8 +21,8 @@ use std::time::Duration;
 use fail::fail_point;
 use futures::future::join_all;
 use itertools::Itertools as _;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::outcome::{CallError, of_write};
 use super::wall_clock::wall_clock;
@@ -48,6 +48,8 @@ pub(super) struct Proposer {
     normal: Lane,
     /// The urgent lane was full since somebody last asked.
     urgent_full: Arc<AtomicBool>,
+    /// Told when as many commands wait as one entry takes.
+    entry_full: Arc<Notify>,
 }
 
 #[derive(Clone)]
@@ -83,14 +85,24 @@ impl Lane {
     }
 }
 
+/// Do as many commands wait in the lanes as one entry takes?
+fn fill_entry(rooms: [&Semaphore; 2]) -> bool {
+    let waiting = rooms.map(|room| LANE_COMMANDS_MAX - room.available_permits());
+    waiting.iter().sum::<usize>() >= ENTRY_COMMANDS_MAX
+}
+
 impl Proposer {
     /// The returned future packs and proposes until every sender is gone.
     pub fn new(raft: Raft) -> (Proposer, impl Future<Output = ()> + Send) {
         let (urgent, urgent_queue) = Lane::new();
         let (normal, normal_queue) = Lane::new();
-        let proposer = Proposer { urgent, normal, urgent_full: Arc::default() };
-        let in_flight = InFlight::new([&proposer.urgent, &proposer.normal]);
+        let proposer = Proposer::over(urgent, normal);
+        let in_flight = InFlight::new(&proposer);
         (proposer, pack(raft, in_flight, urgent_queue, normal_queue))
+    }
+
+    fn over(urgent: Lane, normal: Lane) -> Proposer {
+        Proposer { urgent, normal, urgent_full: Arc::default(), entry_full: Arc::default() }
     }
 
     /// Was a confirmation, or what is as urgent, turned away since the last call?
@@ -152,6 +164,9 @@ impl Proposer {
         let group = Group { commands, queued, deadline, fate: fate.clone(), answer, _room: room };
         let stopping = || CallError::NotReady("the node is stopping".into());
         lane.queue.send(group).map_err(|_| stopping())?;
+        if fill_entry([&self.urgent.room, &self.normal.room]) {
+            self.entry_full.notify_one();
+        }
         match timeout_at(deadline, answered).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) if decide(&fate, ABANDONED) => Err(stopping()),
@@ -211,27 +226,37 @@ fn is_urgent(command: &Command) -> bool {
 struct InFlight {
     slots: Arc<Semaphore>,
     rooms: [Arc<Semaphore>; 2],
+    entry_full: Arc<Notify>,
     /// When the last one was proposed.
     latest: Instant,
 }
 
 impl InFlight {
-    fn new(lanes: [&Lane; 2]) -> InFlight {
-        let slots = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
-        InFlight { slots, rooms: lanes.map(|lane| lane.room.clone()), latest: Instant::now() }
+    fn new(proposer: &Proposer) -> InFlight {
+        let Proposer { urgent, normal, entry_full, .. } = proposer;
+        InFlight {
+            slots: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
+            rooms: [urgent.room.clone(), normal.room.clone()],
+            entry_full: entry_full.clone(),
+            latest: Instant::now(),
+        }
     }
 
-    /// Commands in the lanes.
-    fn waiting(&self) -> usize {
-        self.rooms.iter().map(|room| LANE_COMMANDS_MAX - room.available_permits()).sum()
+    /// Returns when the next entry would be full.
+    async fn full(&self) {
+        let [urgent, normal] = &self.rooms;
+        while !fill_entry([urgent, normal]) {
+            self.entry_full.notified().await;
+        }
     }
 
     /// Returns when the next entry may be proposed; it is under way until the slot is dropped. `None`:
     /// never.
     async fn slot(&mut self) -> Option<OwnedSemaphorePermit> {
-        if self.waiting() < ENTRY_COMMANDS_MAX {
-            let all_answered = self.slots.acquire_many(IN_FLIGHT_MAX as u32);
-            let _ = timeout_at(self.latest + NEXT_AFTER, all_answered).await;
+        tokio::select! {
+            _ = self.slots.acquire_many(IN_FLIGHT_MAX as u32) => {} // all are answered
+            () = self.full() => {}
+            () = sleep_until(self.latest + NEXT_AFTER) => {}
         }
         let slot = self.slots.clone().acquire_owned().await.ok();
         self.latest = Instant::now();
@@ -386,7 +411,7 @@ mod tests {
     async fn one_command_more_than_may_wait_is_overloaded_and_the_urgent_lane_has_its_own_room() {
         let (urgent, _urgent_queue) = Lane::new();
         let (normal, mut queue) = Lane::new();
-        let proposer = Proposer { urgent, normal, urgent_full: Arc::default() };
+        let proposer = Proposer::over(urgent, normal);
         let deadline = Instant::now() + Duration::from_secs(60);
         let propose = |command| proposer.propose(command, deadline).now_or_never();
         let grant = || Command::GrantLease { ttl: Millis(1000) };
@@ -406,7 +431,8 @@ mod tests {
     async fn an_entry_waits_for_the_answer_before_it_unless_it_is_full_or_that_takes_long() {
         let (urgent, _urgent_queue) = Lane::new();
         let (normal, _normal_queue) = Lane::new();
-        let mut in_flight = InFlight::new([&urgent, &normal]);
+        let proposer = Proposer::over(urgent, normal);
+        let mut in_flight = InFlight::new(&proposer);
         let first = in_flight.slot().now_or_never().flatten().expect("nothing is under way");
         assert!(in_flight.slot().now_or_never().is_none());
         drop(first);
@@ -415,22 +441,30 @@ mod tests {
         assert_eq!(began.elapsed(), Duration::ZERO, "it was answered");
         let _third = in_flight.slot().await;
         assert_eq!(began.elapsed(), NEXT_AFTER);
-        let rest = ENTRY_COMMANDS_MAX as u32 - 100;
-        let _waiting = urgent.room.acquire_many(100).await.unwrap();
-        assert!(in_flight.slot().now_or_never().is_none(), "not full");
-        let _waiting = normal.room.acquire_many(rest).await.unwrap();
-        let fourth = in_flight.slot().now_or_never().flatten().expect("full");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let propose =
+            |command: Command, count| proposer.propose_group(vec![command; count], deadline);
+        let release = Command::RevokeLease { id: LeaseId(1) };
+        let mut urgent = std::pin::pin!(propose(release, 100));
+        assert!(urgent.as_mut().now_or_never().is_none());
+        let mut waiting = Box::pin(in_flight.slot());
+        assert!(waiting.as_mut().now_or_never().is_none(), "not full");
+        let grant = Command::GrantLease { ttl: Millis(1000) };
+        let mut rest = std::pin::pin!(propose(grant, ENTRY_COMMANDS_MAX - 100));
+        assert!(rest.as_mut().now_or_never().is_none());
+        let fourth = waiting.now_or_never().flatten().expect("full by now");
         let fifth = in_flight.slot().now_or_never().flatten();
         assert!(fifth.is_some() && in_flight.slot().now_or_never().is_none(), "the most");
         drop(fourth);
         assert!(in_flight.slot().now_or_never().flatten().is_some());
+        assert_eq!(began.elapsed(), NEXT_AFTER);
     }
 
     #[tokio::test]
     async fn what_nobody_waits_for_any_more_is_not_proposed() {
         let (lane, mut queue) = Lane::new();
         let (urgent, _urgent_queue) = Lane::new();
-        let proposer = Proposer { urgent, normal: lane, urgent_full: Arc::default() };
+        let proposer = Proposer::over(urgent, lane);
         let deadline = Instant::now() + Duration::from_secs(60);
         let mut entry = Entry::default();
         let grant = || Command::GrantLease { ttl: Millis(1000) };

@@ -10,17 +10,17 @@
 //! take the log, and end when they do not; the rest is a majority.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::future::join_all;
 use metrics::gauge;
-use openraft::ServerState;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{CallError, Node};
 use crate::blocking::blocking;
 use crate::core::{Command, State};
+use crate::lock::guard;
 use crate::proto::peer;
 use crate::raft::NodeId;
 use crate::store::Reserve;
@@ -101,7 +101,7 @@ impl Space {
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0.known)
     }
 
     /// Is any node's disk low, a voter's or not?
@@ -203,8 +203,7 @@ pub(super) async fn ask_others(node: Node) {
     let mut asked_at: Option<Instant> = None;
     while node.runs() {
         every.tick().await;
-        let metrics = node.inner.metrics();
-        if metrics.state != ServerState::Leader {
+        if node.leads().is_none() {
             node.inner.space.known().others.clear();
             asked_at = None;
             continue;
@@ -213,6 +212,7 @@ pub(super) async fn ask_others(node: Node) {
             continue;
         }
         asked_at = Some(Instant::now());
+        let metrics = node.inner.metrics();
         let members = metrics.membership_config.nodes().filter(|(id, _)| **id != node.id());
         let asked = members.map(|(id, member)| {
             let request = peer::ProbeRequest::default();

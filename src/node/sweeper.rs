@@ -24,7 +24,7 @@
 //! sample is that of its worker; what is proposed for one is bounded by [`COMMANDS_MAX`].
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -39,6 +39,7 @@ use crate::core::{
     InstanceName, Leader, Liveness, Phase, Port, Revision, Source, State, Token, Worker,
     WorkerName, WorkerPhase,
 };
+use crate::lock::guard;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::raft::ApplyObserver;
@@ -341,7 +342,7 @@ impl Watched {
 
 impl Sweeper {
     fn sweeps(&self) -> MutexGuard<'_, Sweeps> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0)
     }
 
     /// Forgets everything, once this node does not lead any more.

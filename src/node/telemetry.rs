@@ -2,7 +2,7 @@
 //! counter that never moved still finds it; label sets are bounded (never a worker or an instance).
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use metrics::{
@@ -16,6 +16,7 @@ use super::lag::Lags;
 use crate::core::{
     Applied, Cause, Command, Event, Outcome, Phase, Refusal, ReleaseReason, State, WorkerPhase,
 };
+use crate::lock::guard;
 use crate::raft::{ApplyObserver, Metrics};
 
 /// How often gauges are brought up to date.
@@ -161,7 +162,7 @@ const NONE: (&str, &str) = ("", "");
 
 impl ApplyMetrics {
     fn tally(&self) -> MutexGuard<'_, Tally> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0)
     }
 }
 

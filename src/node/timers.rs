@@ -15,7 +15,7 @@
 //! proposed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -30,6 +30,7 @@ use crate::core::{
     Actor, Allocation, Applied, Command, Event, Ground, InstanceName, Leader, Lease, LeaseId,
     Millis, Phase, Port, Revision, Source, State, Worker, WorkerName, WorkerPhase,
 };
+use crate::lock::guard;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::raft::ApplyObserver;
@@ -101,7 +102,7 @@ pub(super) enum Renewal {
 
 impl Timers {
     fn book(&self) -> MutexGuard<'_, Book> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0)
     }
 
     pub fn new(lifecycle: Lifecycle) -> Timers {
@@ -310,11 +311,9 @@ impl Book {
         match answer {
             // The table has taken it, or refused it for a change that its event told of.
             Ok(_) => self.stop(key),
-            // It may still come: it stays under way, and is proposed again.
-            Err(CallError::Unknown(_)) => drop(self.queue.insert((deadline.at, key.clone()))),
-            // It was not done. A holder may come back meanwhile.
-            Err(_) => {
-                deadline.ending = false;
+            // It is proposed again. Unless it may still come, a holder may come back meanwhile.
+            Err(error) => {
+                deadline.ending = matches!(error, CallError::Unknown(_));
                 self.queue.insert((deadline.at, key.clone()));
             }
         }

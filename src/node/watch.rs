@@ -19,7 +19,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use imbl::Vector;
@@ -27,6 +27,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::sleep;
 
 use crate::core::{Applied, Command, Event, Revision, Specs, State, WorkerName};
+use crate::lock::guard;
 use crate::raft::ApplyObserver;
 
 /// Events that are kept for watchers that come back.
@@ -175,11 +176,11 @@ impl Default for Hub {
 
 impl Hub {
     fn book(&self) -> MutexGuard<'_, Book> {
-        self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0.book)
     }
 
     fn news(&self) -> MutexGuard<'_, News> {
-        self.0.news.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0.news)
     }
 
     /// Begins with revision `from`. With a worker, batches in which nothing concerns it may be left

@@ -1,47 +1,29 @@
 //! How openraft is set up, and why.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use openraft::{Config, SnapshotPolicy};
 
-/// Timing and sizes of the group. Times are of the runtime's clock.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RaftOptions {
-    pub heartbeat_ms: u64,
-    pub election_min_ms: u64,
-    pub election_max_ms: u64,
-    /// Log entries from one snapshot to the next.
-    pub snapshot_every_entries: u64,
-}
-
-impl Default for RaftOptions {
-    fn default() -> Self {
-        RaftOptions {
-            heartbeat_ms: 150,
-            election_min_ms: 600,
-            election_max_ms: 1200,
-            snapshot_every_entries: 50_000,
-        }
-    }
-}
-
+// Of the runtime's clock.
+const HEARTBEAT_MS: u64 = 150;
+const ELECTION_MS: RangeInclusive<u64> = 600..=1200;
 /// Entries in one append request. What bounds them in bytes is the log reader.
 const APPEND_ENTRIES_MAX: u64 = 1024;
 /// openraft gives up on a snapshot without progress after this; the network watches the progress.
 const SNAPSHOT_TIMEOUT_MS: u64 = 60_000;
 
-/// The error says which option is out of order.
-pub fn raft_config(options: &RaftOptions) -> Result<Arc<Config>, String> {
-    let RaftOptions { heartbeat_ms, election_min_ms, election_max_ms, snapshot_every_entries } =
-        *options;
+/// `snapshot_every_entries`: log entries from one snapshot to the next. The error says what is out of
+/// order.
+pub fn raft_config(snapshot_every_entries: u64) -> Result<Arc<Config>, String> {
     if snapshot_every_entries == 0 {
         return Err("snapshot_every_entries must be at least 1".into());
     }
     let config = Config {
         cluster_name: "portwarden".into(),
-        heartbeat_interval: heartbeat_ms,
-        election_timeout_min: election_min_ms,
-        election_timeout_max: election_max_ms,
+        heartbeat_interval: HEARTBEAT_MS,
+        election_timeout_min: *ELECTION_MS.start(),
+        election_timeout_max: *ELECTION_MS.end(),
         // A member that was away must not disturb the others when it comes back.
         enable_pre_vote: Some(true),
         max_payload_entries: APPEND_ENTRIES_MAX,
@@ -67,8 +49,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_defaults_are_in_order_and_nothing_dangerous_is_on() {
-        let config = raft_config(&RaftOptions::default()).unwrap();
+    fn all_is_in_order_and_nothing_dangerous_is_on() {
+        let config = raft_config(50_000).unwrap();
         assert_eq!(config.enable_pre_vote, Some(true));
         assert_eq!(config.allow_log_reversion, Some(false));
         assert_eq!(config.enable_leader_restore, Some(false));
@@ -76,10 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn options_out_of_order_are_named() {
-        let inverted = RaftOptions { election_max_ms: 10, ..RaftOptions::default() };
-        assert!(raft_config(&inverted).unwrap_err().contains("election"));
-        let none = RaftOptions { snapshot_every_entries: 0, ..RaftOptions::default() };
-        assert!(raft_config(&none).unwrap_err().contains("snapshot_every_entries"));
+    fn what_is_out_of_order_is_named() {
+        assert!(raft_config(0).unwrap_err().contains("snapshot_every_entries"));
     }
 }

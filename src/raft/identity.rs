@@ -18,13 +18,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::type_config::alias::WatchReceiverOf;
 
 use super::machine::TableView;
 use super::types::{Member, Metrics, NodeId, TypeConfig};
+use crate::lock::guard;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::proto::peer::Header;
@@ -366,10 +367,6 @@ impl Drop for Asking {
     fn drop(&mut self) {
         self.turns.asked.fetch_add(1, Ordering::AcqRel);
     }
-}
-
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

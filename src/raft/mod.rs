@@ -27,7 +27,7 @@ mod service;
 mod types;
 
 pub use backup::{Backup, RestoreError, restore, restore_into, salvage, write_backup};
-pub use config::{RaftOptions, raft_config};
+pub use config::raft_config;
 #[doc(hidden)]
 pub use convert::reread_entry;
 pub use identity::{ClusterCell, ClusterMismatch, LocalIdentity};

@@ -16,7 +16,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use std::error::Error as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Poll, ready};
 use std::time::Duration;
 
@@ -47,6 +47,7 @@ use super::identity::{ClusterCell, Identities, Kind, LocalIdentity};
 use super::machine::TableView;
 use super::types::{Member, Metrics, NodeId, Snapshot, TypeConfig, Vote};
 use crate::blocking::blocking;
+use crate::lock::guard;
 use crate::proto::peer as proto;
 use crate::proto::peer::append_response::Result as AppendResult;
 use crate::proto::peer::peer_client::PeerClient as Rpc;
@@ -335,7 +336,7 @@ impl PeerNetwork {
     /// Ends every connection: two nodes in one process would keep each other's open for ever.
     pub fn close(&self) {
         self.closed.send_replace(true);
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        guard(&self.channels).clear();
     }
 
     /// Resolves when this node stops.
@@ -347,7 +348,7 @@ impl PeerNetwork {
         if *self.closed.borrow() {
             return Err("this node is stopping".into());
         }
-        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channels = guard(&self.channels);
         let channel = match channels.entry((lane, peer_addr.into())) {
             Entry::Occupied(held) => held.get().clone(),
             Entry::Vacant(place) => place.insert(connect(peer_addr, &self.dial)?).clone(),
@@ -562,7 +563,7 @@ struct Due(Arc<Mutex<VecDeque<Option<Instant>>>>);
 
 impl Due {
     fn requests(&self) -> MutexGuard<'_, VecDeque<Option<Instant>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0)
     }
 
     fn sent(&self, request: &AppendEntriesRequest<TypeConfig>) {

@@ -6,10 +6,11 @@
 //! - The log never begins after the end of the newest good snapshot ([`StoreError::Gap`]).
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::StoreError;
 use super::codec::Position;
+use crate::lock::guard;
 
 /// Shared by the log and the snapshots of one directory.
 #[derive(Debug)]
@@ -86,7 +87,7 @@ impl Coverage {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.state)
     }
 }
 

@@ -21,12 +21,13 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
 use super::coverage::Coverage;
 use super::{LogStore, SimulatedDisk, SnapshotStore, StoreError};
+use crate::lock::guard;
 
 const IDENTITY: &str = "identity";
 const FORMAT: u32 = 2;
@@ -235,10 +236,6 @@ impl DataDir {
         opened.snapshots = Some(snapshots.clone());
         Ok(snapshots)
     }
-}
-
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The lock is the kernel's and goes with the process; the pid in it is for people.

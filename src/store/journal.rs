@@ -33,8 +33,9 @@ use itertools::{EitherOrBoth, Itertools as _};
 use sled::IVec;
 
 use super::disk::{Changes, Disk, Key, Pairs};
-use super::log::{EndsProcess, guard, take};
+use super::log::{EndsProcess, take};
 use super::{StoreError, dir};
+use crate::lock::guard;
 
 /// Size of each file, in bytes. A frame that is larger makes it larger.
 const FILE_BYTES: u64 = 2 << 20;
@@ -262,6 +263,7 @@ impl Disk for Journaled {
         })
     }
 
+    // What is recent is read first: a layer that is kept meanwhile is found below then.
     fn range(&self, bounds: (Bound<Key>, Bound<Key>)) -> Pairs<'_> {
         let mut recent = BTreeMap::new();
         for layer in self.recent.layers().all() {

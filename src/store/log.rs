@@ -1,4 +1,4 @@
-//! The Raft log and the vote, in sled.
+//! The Raft log and the vote, in sled, behind a journal.
 //!
 //! An entry is split into chunks, because sled puts large values into files of their own that it
 //! never syncs. Keys are `(index, chunk)`, big-endian, so that they sort as the log does. The first
@@ -10,7 +10,7 @@
 //! batch, flushes once, and then answers everybody. Recent entries stay in memory, so that
 //! replication and apply do not read what was just written.
 //!
-//! - Writes reach the disk in the order of the calls; sled recovers a prefix of them.
+//! - Writes reach the disk in the order of the calls; what comes back after a crash is a prefix of them.
 //! - What is answered is on the disk. An error ends the process without an answer ([`fatal`]).
 //! - The entries are contiguous. On open all are read; a hole, a missing chunk, a wrong checksum, or
 //!   a tail or a vote that is older than it was ([`Mark`]) is refused by name. So is damage that
@@ -29,7 +29,7 @@ use std::io;
 use std::ops::{Bound, Range};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,7 @@ use super::journal::Journaled;
 use super::mark::{Mark, Marked};
 use super::simulated::SimulatedDisk;
 use super::{StoreError, dir, fatal, sync};
+use crate::lock::guard;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 
@@ -107,14 +108,6 @@ pub type Done = Box<dyn FnOnce() + Send>;
 #[derive(Debug, Clone)]
 pub struct LogStore {
     shared: Arc<Shared>,
-}
-
-/// How a log is opened.
-struct Start {
-    /// Without snapshots.
-    alone: bool,
-    /// With a [`Mark`].
-    marks: bool,
 }
 
 #[derive(Debug)]
@@ -203,20 +196,10 @@ impl LogStore {
     /// Opens a log by itself, without snapshots to heed: it purges whatever it is told to, and may
     /// begin anywhere.
     pub fn open(path: &Path) -> Result<LogStore, StoreError> {
-        LogStore::alone(path, true)
-    }
-
-    /// As [`LogStore::open`], but nothing notices a tail that gets lost: only to measure what that
-    /// costs.
-    pub fn open_unmarked(path: &Path) -> Result<LogStore, StoreError> {
-        LogStore::alone(path, false)
-    }
-
-    fn alone(path: &Path, marks: bool) -> Result<LogStore, StoreError> {
         let coverage = Arc::new(Coverage::new(path.to_path_buf()));
         fs::create_dir_all(path).map_err(StoreError::io(path, "cannot be made"))?;
         let lock = File::open(path).map_err(StoreError::io(path, "cannot be opened"))?;
-        LogStore::start(path, coverage, Arc::new(Lock::new(lock)), Start { alone: true, marks })
+        LogStore::start(path, coverage, Arc::new(Lock::new(lock)), true)
     }
 
     /// `lock` is held as long as anything may still write.
@@ -225,14 +208,14 @@ impl LogStore {
         coverage: Arc<Coverage>,
         lock: Arc<Lock>,
     ) -> Result<LogStore, StoreError> {
-        LogStore::start(path, coverage, lock, Start { alone: false, marks: true })
+        LogStore::start(path, coverage, lock, false)
     }
 
     fn start(
         path: &Path,
         coverage: Arc<Coverage>,
         lock: Arc<Lock>,
-        Start { alone, marks }: Start,
+        alone: bool,
     ) -> Result<LogStore, StoreError> {
         sync::verify()?;
         let disk = catching(path, || {
@@ -245,15 +228,12 @@ impl LogStore {
             let sled = Arc::new(Sled { db, entries, meta });
             Journaled::open(path, sled, move |error| failed(&ends, &error))
         })?;
-        let (mark, marked) = match marks {
-            true => Mark::open(&path.join("mark")).map(|(mark, marked)| (Some(mark), marked))?,
-            false => (None, Marked::default()),
-        };
+        let (mark, marked) = Mark::open(&path.join("mark"))?;
         let disk = Arc::new(disk);
         let found = LogStore::found(path, &*disk, alone, &marked)?;
         coverage.log_opened(found.purged)?;
         harden(path)?;
-        let writer = Writer::new(path, disk.clone(), mark, found, lock);
+        let writer = Writer::new(path, disk.clone(), Some(mark), found, lock);
         let index = writer.index.clone();
         let (queue, ops) = mpsc::channel();
         let thread = std::thread::Builder::new()
@@ -523,13 +503,12 @@ impl Tail {
     }
 }
 
-/// The thread that writes. The adapter to a library that blocks: the one place with a thread of its
-/// own.
+/// The thread that writes: what it calls blocks.
 struct Writer {
     path: PathBuf,
     disk: Arc<dyn Disk>,
     index: Arc<Mutex<Index>>,
-    /// `None` only where its cost is measured.
+    /// `None` where the disk is simulated.
     mark: Option<Mark>,
     /// The last entry and the vote that are on the disk.
     durable: Marked,
@@ -782,10 +761,6 @@ impl Drop for EndsProcess {
             fatal(&format!("{} panicked", self.0), &"see above");
         }
     }
-}
-
-pub(super) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // What lies in sled.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use sled::IVec;
@@ -12,6 +12,7 @@ use sled::IVec;
 use super::codec::{self, Ballot, Position};
 use super::disk::{Changes, Disk, Key, Pairs};
 use super::log;
+use crate::lock::guard;
 
 /// Clones are the same disk.
 #[derive(Debug, Clone, Default)]
@@ -60,7 +61,7 @@ impl Maps {
 
 impl SimulatedDisk {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        guard(&self.0)
     }
 
     /// Its node has crashed. Of what was not flushed the first `kept` writes are there all the same.

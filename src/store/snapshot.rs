@@ -19,7 +19,7 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tempfile::{NamedTempFile, TempPath};
 
@@ -28,6 +28,7 @@ use super::codec::{self, SnapshotHead, StateDecoder};
 use super::coverage::Coverage;
 use super::dir::{Lock, sync_dir};
 use crate::core::State;
+use crate::lock::guard;
 
 const MAGIC: &[u8; 6] = b"PWSNAP";
 const VERSION: u16 = 1;
@@ -123,10 +124,6 @@ impl SnapshotFile {
         let (path, temp, verified) = (path.to_path_buf(), Mutex::new(temp), Mutex::default());
         Ok(SnapshotFile(Arc::new(Inner { head, file, length_bytes, path, temp, verified })))
     }
-}
-
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads a file from its start without moving its cursor: others read it too.

@@ -94,8 +94,7 @@ impl Node {
         });
         let seen = Arc::new(Seen::default());
         let (machine, view) = StateMachine::open(snapshots, seen.clone()).unwrap();
-        let options = RaftOptions { snapshot_every_entries: snapshot_every, ..Default::default() };
-        let config = raft_config(&options).unwrap();
+        let config = raft_config(snapshot_every).unwrap();
         let raft =
             Raft::new(id, config, network.clone(), dir.log().unwrap(), machine).await.unwrap();
         raft.is_initialized().await.unwrap();

@@ -17,10 +17,11 @@ pub mod sockets;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::RangeInclusive;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::processes::Processes;
 use super::ranges::LocalPorts;
+use crate::lock::guard;
 use crate::proto::v1;
 use crate::proto::v1::liveness::Handle;
 pub use clock::{boot_clock, wall_clock_ms};
@@ -100,7 +101,7 @@ impl Linux {
             socket.state != State::Closing && ports.iter().any(|p| p.contains(&socket.port))
         });
         let inodes = found.iter().map(|socket| socket.inode).filter(|inode| *inode != 0).collect();
-        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut owners = guard(&self.owners);
         let owners = owners.of(&inodes);
         let owned = |socket: Socket| (socket, owners.get(&socket.inode).cloned());
         Ok(found.into_iter().map(owned).map(|(s, pids)| (s, pids.unwrap_or_default())).collect())

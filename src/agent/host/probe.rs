@@ -152,10 +152,13 @@ mod tests {
     fn whatever_has_a_port_is_found_and_named() {
         let port = free_port();
         let listener = listen("127.0.0.1", port);
-        let found = probe(port);
-        assert!(in_use(&found, "TCP 0.0.0.0: Address"), "{found:?}");
-        let Probe::InUse(why) = &found else { panic!("{found:?}") };
-        assert!(why.contains(&format!("by process {}", std::process::id())), "{why}");
+        let by = format!("by process {}", std::process::id());
+        eventually(|| match probe(port) {
+            Probe::InUse(why) if why.starts_with("TCP 0.0.0.0: Address") && why.contains(&by) => {
+                Ok(())
+            }
+            found => Err(found),
+        });
         drop(listener);
         until(port, Probe::Free);
         let listener = listen("::1", port);
