@@ -19,6 +19,7 @@
 mod backup;
 mod config;
 mod convert;
+mod flow;
 mod identity;
 mod log;
 mod machine;

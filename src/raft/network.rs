@@ -16,8 +16,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use std::error::Error as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Poll, ready};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -36,13 +35,14 @@ use openraft::raft::{
 use openraft::type_config::alias::WatchReceiverOf;
 use openraft::{OptionalSend, RPCTypes};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 
 use super::PEER_MESSAGE_MAX_BYTES;
 use super::convert::{self, Malformed, read_log_id, read_vote, wire_entry, wire_log_id, wire_vote};
+use super::flow::{Flow, Sent, paced};
 use super::identity::{ClusterCell, Identities, Kind, LocalIdentity};
 use super::machine::TableView;
 use super::types::{Member, Metrics, NodeId, Snapshot, TypeConfig, Vote};
@@ -61,8 +61,6 @@ pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a follower may take to write what it was sent. openraft's own limit is a heartbeat,
 /// which a slow disk exceeds; a dead peer is found out by the keepalive.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long it may wait to be told how far is committed, for entries to tell it with.
-const COMMIT_WAIT: Duration = Duration::from_millis(1);
 /// How long a peer has to show that it is alive, once its stream has ended.
 const GONE_TIMEOUT: Duration = Duration::from_millis(500);
 const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
@@ -556,58 +554,49 @@ fn wire_append(
     }
 }
 
-/// The requests of one append stream that are not answered yet, the oldest first: when each was sent,
-/// where it has entries.
-#[derive(Clone, Default)]
-struct Due(Arc<Mutex<VecDeque<Option<Instant>>>>);
-
-impl Due {
-    fn requests(&self) -> MutexGuard<'_, VecDeque<Option<Instant>>> {
-        guard(&self.0)
-    }
-
-    fn sent(&self, request: &AppendEntriesRequest<TypeConfig>) {
-        let has_entries = !request.entries.is_empty();
-        self.requests().push_back(has_entries.then(Instant::now));
-    }
-
-    /// When what is answered now was sent, where it had entries.
-    fn answered(&self) -> Option<Instant> {
-        self.requests().pop_front().flatten()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.requests().is_empty()
-    }
-}
-
 /// The answers of one append stream, with a limit on silence while one is due.
 struct Answers<'a> {
     client: &'a PeerClient,
     answers: Streaming<proto::AppendResponse>,
-    due: Due,
+    flow: Flow,
+    /// Those that came and are not to be handed on yet; and those that are.
+    came: VecDeque<(Sent, Result<StreamAppendResult<TypeConfig>, Rejected>)>,
+    handed: VecDeque<Result<StreamAppendResult<TypeConfig>, Rejected>>,
 }
 
 impl Answers<'_> {
     /// `None` once the peer has answered everything and there will be no more requests.
     async fn next(&mut self) -> Option<Result<StreamAppendResult<TypeConfig>, Rejected>> {
         let client = self.client;
+        let broke = |how: &str| {
+            let (target, address) = (client.target, &client.address);
+            let why = format!("node {target} at {address} {how}");
+            Some(Err(NetworkError::from_string(why).into()))
+        };
         loop {
-            let due = !self.due.is_empty();
+            if let Some(answer) = self.handed.pop_front() {
+                return Some(answer);
+            }
+            self.flow.taken();
+            let due = self.flow.is_due();
             match tokio::time::timeout(APPEND_TIMEOUT, self.answers.message()).await {
                 Ok(Ok(Some(answer))) => {
-                    let (sent, read) = (self.due.answered(), client.read_append(answer));
-                    if let (Some(sent), Ok(Ok(_))) = (sent, &read) {
-                        let seconds = sent.elapsed().as_secs_f64();
+                    let Some(sent) = self.flow.answered() else {
+                        return broke("answered what it was not asked");
+                    };
+                    let read = client.read_append(answer);
+                    // After a refusal nothing more comes.
+                    if !matches!(read, Ok(Ok(_))) {
+                        return Some(read);
+                    }
+                    if let Some(at) = sent.entries_at {
+                        let seconds = at.elapsed().as_secs_f64();
                         histogram!("portwarden_replicate_seconds").record(seconds);
                     }
-                    return Some(read);
+                    self.came.push_back((sent, read));
+                    self.handed = self.flow.hand_on(&mut self.came);
                 }
-                Ok(Ok(None)) if !self.due.is_empty() => {
-                    let (target, address) = (client.target, &client.address);
-                    let why = format!("node {target} at {address} left requests unanswered");
-                    return Some(Err(NetworkError::from_string(why).into()));
-                }
+                Ok(Ok(None)) if self.flow.is_due() => return broke("left requests unanswered"),
                 Ok(Ok(None)) => return None,
                 Ok(Err(status)) => return Some(Err(client.rejected(&status))),
                 // One that was due all the time.
@@ -648,14 +637,11 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
         let client: &'s PeerClient = self;
-        let due = Due::default();
+        let flow = Flow::default();
         let mut header = client.header();
-        let asked = due.clone();
         // Both this and tonic's encoder ask once more after the end.
-        let mut requests = with_entries(input.fuse()).map(move |request| {
-            asked.sent(&request);
-            wire_append(header.take(), &request)
-        });
+        let mut requests = paced(input.fuse(), flow.clone())
+            .map(move |request| wire_append(header.take(), &request));
         Box::pin(async move {
             // Raft's pause after a failure lies in its requests. Where they are only asked for once
             // the peer is reached, one that is down is called without a pause.
@@ -664,7 +650,8 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
             let mut peer = client.rpc()?;
             let limit = option.soft_ttl().max(CONNECT_TIMEOUT);
             let opened = client.within(RPCTypes::AppendEntries, limit, peer.append(requests));
-            let answers = Answers { client, answers: opened.await?, due };
+            let (came, handed) = Default::default();
+            let answers = Answers { client, answers: opened.await?, flow, came, handed };
             let answers = stream::unfold(Some(answers), |state| async {
                 let mut answers = state?;
                 let answer = answers.next().await?;
@@ -758,37 +745,6 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
     }
 }
 
-/// Each commit makes openraft send a request without entries. Under load the next entries come right
-/// behind it and tell the same: then they go alone, in half as many messages and as many answers.
-fn with_entries(
-    mut requests: impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin,
-) -> impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin {
-    let mut held: Option<AppendEntriesRequest<TypeConfig>> = None;
-    let mut time = Box::pin(sleep(COMMIT_WAIT));
-    stream::poll_fn(move |cx| {
-        loop {
-            match requests.poll_next_unpin(cx) {
-                Poll::Ready(Some(request)) if request.entries.is_empty() => {
-                    if held.replace(request).is_none() {
-                        time.as_mut().reset(Instant::now() + COMMIT_WAIT);
-                    }
-                }
-                Poll::Ready(Some(request)) => {
-                    held = None;
-                    return Poll::Ready(Some(request));
-                }
-                Poll::Ready(None) => return Poll::Ready(held.take()),
-                Poll::Pending => break,
-            }
-        }
-        if held.is_some() {
-            ready!(time.as_mut().poll(cx));
-            return Poll::Ready(held.take());
-        }
-        Poll::Pending
-    })
-}
-
 /// Sends a snapshot: its head, the file in chunks, its end. A receiver that has gone ends it, and so
 /// does an error of the disk: the peer misses the end then, and refuses what it has.
 async fn send_file(
@@ -856,53 +812,5 @@ async fn stalled(progress: &AtomicU64, limit: Duration) {
         }
         seen = Some(now);
         sleep(limit).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use openraft::EntryPayload;
-    use tokio_stream::wrappers::UnboundedReceiverStream;
-
-    use super::*;
-    use crate::raft::types::{Entry, LeaderId, LogId};
-
-    fn at(index: u64) -> LogId {
-        LogId { leader_id: LeaderId { term: 1, node_id: 1 }, index }
-    }
-
-    /// That everything up to `committed` is, with an entry after it or without.
-    fn request(committed: u64, entry: bool) -> AppendEntriesRequest<TypeConfig> {
-        let entries =
-            entry.then(|| Entry { log_id: at(committed + 1), payload: EntryPayload::Blank });
-        AppendEntriesRequest {
-            vote: Vote::new_committed(1, 1),
-            prev_log_id: Some(at(committed)),
-            entries: entries.into_iter().collect(),
-            leader_commit: Some(at(committed)),
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_is_committed_is_told_with_the_next_entries_or_alone_after_a_moment() {
-        let (asks, requests) = mpsc::unbounded_channel();
-        let mut sent = with_entries(UnboundedReceiverStream::new(requests));
-        let began = Instant::now();
-        for (committed, entry) in [(1, true), (2, false), (3, false), (3, true)] {
-            asks.send(request(committed, entry)).unwrap();
-        }
-        let mut next = async || {
-            let request = sent.next().await?;
-            let committed = request.leader_commit.map(|at| at.index);
-            Some((committed?, request.entries.len(), began.elapsed() >= COMMIT_WAIT))
-        };
-        assert_eq!(next().await, Some((1, 1, false)), "entries never wait");
-        assert_eq!(next().await, Some((3, 1, false)));
-        asks.send(request(4, false)).unwrap();
-        assert_eq!(next().await, Some((4, 0, true)));
-        asks.send(request(5, false)).unwrap();
-        drop(asks);
-        assert_eq!(next().await, Some((5, 0, true)), "nothing is lost at the end");
-        assert_eq!(next().await, None);
     }
 }
