@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
+use itertools::Itertools as _;
 use serde::Serialize;
 use serde_json::json;
 
@@ -159,7 +160,7 @@ async fn revoke(client: &Client, id: u64, format: Format) -> anyhow::Result<()> 
 
 async fn keep_alive(client: Client, args: KeepAlive, format: Format) -> anyhow::Result<ExitCode> {
     let mut leases = Vec::new();
-    for id in args.ids {
+    for id in args.ids.into_iter().unique() {
         // Also says at once which of them do not exist.
         leases.push(client.lease_get(id, None).await?.lease.unwrap_or_default());
     }

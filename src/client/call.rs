@@ -77,8 +77,9 @@ pub mod methods {
         ATTACH: "Allocator/Attach", AttachRequest => AttachResponse, Fenced;
         RELEASE: "Allocator/Release", ReleaseRequest => ReleaseResponse, Fenced;
         FORCE_RELEASE: "Allocator/Release", ReleaseRequest => ReleaseResponse, Once;
+        // The first may have ended the allocation.
         REPORT_CONFLICT: "Allocator/ReportConflict",
-            ReportConflictRequest => ReportConflictResponse, Fenced;
+            ReportConflictRequest => ReportConflictResponse, Repeatable;
         GET: "Allocator/Get", GetRequest => GetResponse, Read;
         LIST: "Allocator/List", ListRequest => ListResponse, Read;
         WORKER_REGISTER: "Workers/Register", RegisterRequest => WorkerResponse, Repeatable;
@@ -331,10 +332,7 @@ fn after_doubt(effect: Effect, doubt: Option<String>, refused: Box<super::Refuse
     // These do not depend on the table: the earlier attempt met the same.
     let settled = matches!(
         refused.status.code(),
-        Code::InvalidArgument
-            | Code::Unimplemented
-            | Code::PermissionDenied
-            | Code::Unauthenticated
+        Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated
     );
     match doubt {
         Some(doubt) if effect == Effect::Repeatable && !settled => ClientError::OutcomeUnknown {

@@ -91,9 +91,14 @@ pub(super) fn judge(status: Status) -> Verdict {
         | Code::DeadlineExceeded
         | Code::Unavailable
         | Code::DataLoss => Verdict::Doubtful { why: format!("{:?}: {why}", status.code()) },
+        // Also what answers on another listener of a node, or is none.
+        Code::Unimplemented => Verdict::NotDone { why: NOT_SERVED.into(), pause: None },
         _ => Verdict::Refused(Box::new(Refused { status, details })),
     }
 }
+
+const NOT_SERVED: &str = "it does not serve this call: the address of a node is that of `serve --listen`, \
+                          and its build must not be older";
 
 fn is_connect_error(error: &(dyn std::error::Error + 'static)) -> bool {
     chain(error).any(|e| e.is::<tonic::ConnectError>())
@@ -127,6 +132,7 @@ mod tests {
         assert!(not_done(sent(Code::Unavailable, reason::NOT_READY, DOMAIN)));
         assert!(not_done(sent(Code::DeadlineExceeded, reason::NOT_EXECUTED, DOMAIN)));
         assert!(not_done(sent(Code::ResourceExhausted, reason::OVERLOADED, DOMAIN)));
+        assert!(not_done(Status::unimplemented("")), "another listener");
         assert!(doubtful(sent(Code::Unavailable, reason::NOT_READY, "a proxy")));
         assert!(doubtful(Status::unavailable("a proxy's")));
         assert!(doubtful(Status::deadline_exceeded("")));

@@ -62,17 +62,20 @@ pub struct Keeper {
     orders: mpsc::UnboundedSender<Order>,
 }
 
-/// A lease that is being kept, until this is dropped: then it expires, unless it is revoked.
+/// A lease that is being kept, until this is dropped, and whoever else holds it through the same keeper:
+/// then it expires, unless it is revoked.
 pub struct Holding {
     id: u64,
     ttl: Duration,
     standing: watch::Receiver<Standing>,
     orders: mpsc::UnboundedSender<Order>,
+    /// Nobody keeps it any more, and that was told.
+    alone: bool,
 }
 
 enum Order {
     Keep { id: u64, ttl: Duration, standing: watch::Sender<Standing> },
-    Forget { id: u64 },
+    Forget { id: u64, standing: watch::Receiver<Standing> },
 }
 
 impl Keeper {
@@ -113,7 +116,7 @@ impl Keeper {
         let (tell, standing) = watch::channel(known);
         // Without a task to take it nothing proves the lease, and it says so.
         let _ = self.orders.send(Order::Keep { id, ttl, standing: tell });
-        Holding { id, ttl, standing, orders: self.orders.clone() }
+        Holding { id, ttl, standing, orders: self.orders.clone(), alone: false }
     }
 }
 
@@ -135,8 +138,13 @@ impl Holding {
         match self.standing.changed().await {
             Ok(()) => *self.standing.borrow_and_update(),
             // Gone is its last word. Else the runtime is going down, and nobody keeps it.
-            Err(_) if self.standing() == Standing::Gone => std::future::pending().await,
-            Err(_) => Standing::Unproven,
+            Err(_) if self.alone || self.standing() == Standing::Gone => {
+                std::future::pending().await
+            }
+            Err(_) => {
+                self.alone = true;
+                Standing::Unproven
+            }
         }
     }
 
@@ -152,7 +160,8 @@ impl Holding {
 
 impl Drop for Holding {
     fn drop(&mut self) {
-        let _ = self.orders.send(Order::Forget { id: self.id });
+        let (id, standing) = (self.id, self.standing.clone());
+        let _ = self.orders.send(Order::Forget { id, standing });
     }
 }
 
@@ -165,7 +174,9 @@ struct Book {
 
 struct Kept {
     ttl: Duration,
-    standing: watch::Sender<Standing>,
+    standing: Standing,
+    /// Of each that holds it.
+    tell: Vec<watch::Sender<Standing>>,
     next: Next,
     /// Its place in the queue.
     look_at: Duration,
@@ -181,9 +192,16 @@ enum Next {
 }
 
 impl Kept {
+    fn stands(&mut self, standing: Standing) {
+        self.standing = standing;
+        for holding in &self.tell {
+            holding.send_replace(standing);
+        }
+    }
+
     /// The next moment at which something about it changes by itself.
     fn next_look(&self) -> Duration {
-        let end = match *self.standing.borrow() {
+        let end = match self.standing {
             Standing::Held { until } => until,
             _ => Duration::MAX,
         };
@@ -210,16 +228,26 @@ impl Book {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Keep { id, ttl, standing } => {
+                if let Some(mut kept) = self.take(id) {
+                    standing.send_replace(kept.standing);
+                    kept.tell.push(standing);
+                    return self.put(id, kept);
+                }
                 let known = *standing.borrow();
                 let due = match known {
                     Standing::Held { until } => until.saturating_sub(ttl) + ttl / RENEWALS_PER_TTL,
                     _ => Duration::ZERO,
                 };
-                drop(self.take(id));
-                let next = Next::At(due);
-                self.put(id, Kept { ttl, standing, next, look_at: Duration::ZERO });
+                let (next, look_at) = (Next::At(due), Duration::ZERO);
+                self.put(id, Kept { ttl, standing: known, tell: vec![standing], next, look_at });
             }
-            Order::Forget { id } => drop(self.take(id)),
+            Order::Forget { id, standing } => {
+                let Some(mut kept) = self.take(id) else { return };
+                kept.tell.retain(|holding| !holding.subscribe().same_channel(&standing));
+                if !kept.tell.is_empty() {
+                    self.put(id, kept);
+                }
+            }
         }
     }
 
@@ -232,9 +260,8 @@ impl Book {
             && at <= now
             && let Some(mut kept) = self.take(id)
         {
-            let over = matches!(*kept.standing.borrow(), Standing::Held { until } if until <= now);
-            if over {
-                kept.standing.send_replace(Standing::Unproven);
+            if matches!(kept.standing, Standing::Held { until } if until <= now) {
+                kept.stands(Standing::Unproven);
             }
             match kept.next {
                 Next::At(due) if due <= now && line_is_up => {
@@ -256,16 +283,14 @@ impl Book {
 
     fn answered(&mut self, id: u64, sent: Duration, ttl_ms: u64) {
         // It may have been forgotten meanwhile.
-        let Some(kept) = self.take(id) else { return };
+        let Some(mut kept) = self.take(id) else { return };
         if ttl_ms == 0 {
-            kept.standing.send_replace(Standing::Gone);
-            return;
+            return kept.stands(Standing::Gone);
         }
         let ttl = Duration::from_millis(ttl_ms);
         let until = sent + ttl;
         let proven = until > (self.clock)();
-        let standing = if proven { Standing::Held { until } } else { Standing::Unproven };
-        kept.standing.send_replace(standing);
+        kept.stands(if proven { Standing::Held { until } } else { Standing::Unproven });
         self.put(id, Kept { ttl, next: Next::At(sent + ttl / RENEWALS_PER_TTL), ..kept });
     }
 
@@ -524,12 +549,42 @@ mod tests {
     fn what_is_gone_or_forgotten_is_asked_no_more() {
         let (mut book, _) = book();
         let seen = keep(&mut book, 7, Standing::Unproven);
-        keep(&mut book, 8, Standing::Unproven);
+        let other = keep(&mut book, 8, Standing::Unproven);
         assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
         book.answered(7, Duration::ZERO, 0);
         assert_eq!(*seen.borrow(), Standing::Gone);
-        book.obey(Order::Forget { id: 8 });
+        book.obey(Order::Forget { id: 8, standing: other });
         book.answered(8, Duration::ZERO, 9_000);
         assert!(book.leases.is_empty() && book.queue.is_empty());
+    }
+
+    #[test]
+    fn a_lease_that_is_held_twice_is_kept_once_and_until_both_are_gone() {
+        let (mut book, _) = book();
+        let seen = [(); 2].map(|()| keep(&mut book, 7, Standing::Unproven));
+        assert_eq!(book.look(true), [(7, TTL)]);
+        book.answered(7, Duration::ZERO, 9_000);
+        for seen in &seen {
+            assert_eq!(*seen.borrow(), held(9));
+        }
+        let late = keep(&mut book, 7, Standing::Unproven);
+        assert_eq!(*late.borrow(), held(9), "what is known is told");
+        for seen in seen {
+            book.obey(Order::Forget { id: 7, standing: seen });
+            assert!(book.leases.contains_key(&7));
+        }
+        book.obey(Order::Forget { id: 7, standing: late });
+        assert!(book.leases.is_empty() && book.queue.is_empty());
+    }
+
+    #[tokio::test]
+    async fn that_nobody_keeps_it_any_more_is_told_once() {
+        use futures::FutureExt as _;
+        let (tell, standing) = watch::channel(held(9));
+        let (orders, _) = mpsc::unbounded_channel();
+        let mut holding = Holding { id: 7, ttl: TTL, standing, orders, alone: false };
+        drop(tell);
+        assert_eq!(holding.changed().await, Standing::Unproven);
+        assert!(holding.changed().now_or_never().is_none());
     }
 }

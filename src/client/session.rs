@@ -4,14 +4,17 @@
 //! their order. A command that the stream does not settle (it broke, or the node could not serve)
 //! goes on as a call of its own, under the same uid or token, through the other endpoints: whoever
 //! calls hears the same as from the unary methods. What an overloaded node refuses goes over the stream
-//! again, after the pause that it asks for.
+//! again, after the pause that it asks for. All of that within the client's timeout, and what its caller
+//! waits for no longer is not sent.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt as _, stream};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -42,7 +45,16 @@ pub struct Session {
 struct Job {
     commands: Vec<v1::SessionCommand>,
     size: Size,
+    /// Whoever sets it first decides: the stream that it is sent, the caller that it is not.
+    decided: Arc<AtomicBool>,
     done: Done,
+}
+
+impl Job {
+    /// Is it to be sent?
+    fn is_wanted(&self) -> bool {
+        !self.done.is_closed() && !self.decided.swap(true, Ordering::AcqRel)
+    }
 }
 
 /// Told the answers; or, where the stream gave none, why that leaves it open what became of the
@@ -112,7 +124,9 @@ impl Session {
         loop {
             let (places, commands): (Vec<usize>, Vec<Command>) = left.drain(..).unzip();
             let (mut rest, mut pause) = (Vec::new(), Duration::ZERO);
-            for (at, (command, settled)) in places.into_iter().zip(self.round(commands).await) {
+            for (at, (command, settled)) in
+                places.into_iter().zip(self.round(commands, deadline).await)
+            {
                 match settled {
                     Ok(answer) => drop(answers.insert(at, Ok(answer))),
                     Err(Verdict::NotDone { why, pause: Some(asked) }) => {
@@ -127,7 +141,7 @@ impl Session {
                 }
             }
             let alone = rest.into_iter().map(|(at, command, verdict)| async move {
-                (at, self.go_on(command, verdict).await)
+                (at, self.go_on(command, verdict, deadline).await)
             });
             answers.extend(
                 stream::iter(alone).buffer_unordered(ALONE_AT_ONCE).collect::<Vec<_>>().await,
@@ -141,7 +155,11 @@ impl Session {
     }
 
     /// Sends the commands over the stream, in as many messages as it takes.
-    async fn round(&self, commands: Vec<Command>) -> Vec<(Command, Result<Answer, Verdict>)> {
+    async fn round(
+        &self,
+        commands: Vec<Command>,
+        deadline: Instant,
+    ) -> Vec<(Command, Result<Answer, Verdict>)> {
         let mut waiting = Vec::new();
         let mut commands = commands.into_iter().peekable();
         while let Some(first) = commands.next() {
@@ -153,7 +171,7 @@ impl Session {
                 size = size.and(Size::of(Some(&next)));
                 part.push(next);
             }
-            waiting.push(self.submit(part, size).await);
+            waiting.push(self.submit(part, size, deadline).await);
         }
         let mut settled = Vec::new();
         for (part, given) in waiting {
@@ -167,37 +185,56 @@ impl Session {
         &self,
         commands: Vec<Command>,
         size: Size,
+        deadline: Instant,
     ) -> (Vec<Command>, impl Future<Output = Result<Vec<Answer>, Option<String>>> + use<>) {
         let (done, settled) = oneshot::channel();
-        let sent = match size.beyond() {
+        let decided = Arc::new(AtomicBool::new(false));
+        let queued = match size.beyond() {
             None => {
                 let numbered = |command: &Command| v1::SessionCommand {
                     id: 0,
                     command: Some(command.clone()),
                 };
-                let job = Job { commands: commands.iter().map(numbered).collect(), size, done };
-                self.jobs.send(job).await.is_ok()
+                let commands = commands.iter().map(numbered).collect();
+                let job = Job { commands, size, decided: decided.clone(), done };
+                matches!(timeout_at(deadline, self.jobs.send(job)).await, Ok(Ok(())))
             }
             // A node refuses it, with the reason, as a call of its own.
             Some(_) => false,
         };
         let settled = async move {
-            match sent {
-                true => settled.await.unwrap_or_else(|_| Err(Some("the session ended".into()))),
-                false => Err(None),
+            if !queued {
+                return Err(None);
+            }
+            match timeout_at(deadline, settled).await {
+                Ok(settled) => settled.unwrap_or_else(|_| Err(Some("the session ended".into()))),
+                Err(_) if !decided.swap(true, Ordering::AcqRel) => Err(None),
+                Err(_) => Err(Some("no answer on the session in time".into())),
             }
         };
         (commands, settled)
     }
 
     /// The command as a call of its own, where that may change what became of it.
-    async fn go_on(&self, command: Command, verdict: Verdict) -> Result<Answer, ClientError> {
+    async fn go_on(
+        &self,
+        command: Command,
+        verdict: Verdict,
+        deadline: Instant,
+    ) -> Result<Answer, ClientError> {
+        let left = deadline.saturating_duration_since(Instant::now());
         let doubt = match verdict {
             Verdict::Refused(refused) => return Err(ClientError::Refused(refused)),
+            Verdict::NotDone { why, .. } if left.is_zero() => {
+                return Err(ClientError::Unavailable { why });
+            }
+            Verdict::Doubtful { why } if left.is_zero() => {
+                return Err(ClientError::OutcomeUnknown { why });
+            }
             Verdict::NotDone { .. } => None,
             Verdict::Doubtful { why } => Some(why),
         };
-        let client = &self.client;
+        let client = &self.client.clone().with_timeout(left);
         Ok(match command {
             Command::Allocate(request) => {
                 Answer::Allocate(client.call_after(methods::ALLOCATE, request, doubt).await?)
@@ -281,7 +318,11 @@ async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
             Ok(answers) => answers,
             Err(verdict) => {
                 tracing::debug!(at = tour.door().name, ?verdict, "a session was not opened");
-                let _ = first.done.send(Err(None));
+                // Their callers try by themselves, while they have time.
+                let waiting = std::iter::from_fn(|| queue.try_recv().ok());
+                std::iter::once(first)
+                    .chain(waiting)
+                    .for_each(|job| drop(job.done.send(Err(None))));
                 sleep(tour.move_on(None)).await;
                 continue;
             }
@@ -337,7 +378,7 @@ impl Line {
         let overdue = Instant::now() + self.timeout;
         let mut message = Vec::new();
         let mut size = Size::default();
-        for job in jobs {
+        for job in jobs.into_iter().filter(Job::is_wanted) {
             if size.and(job.size).beyond().is_some() {
                 self.dispatch(std::mem::take(&mut message));
                 size = Size::default();

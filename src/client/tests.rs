@@ -221,6 +221,38 @@ async fn what_an_overloaded_node_refuses_on_a_session_goes_again_as_one() {
     }
 }
 
+#[tokio::test]
+async fn who_shares_a_session_is_answered_in_time_where_no_node_is_there() {
+    let given = Duration::from_secs(2);
+    let session = client(&[&nobody().await]).with_timeout(given).session();
+    let all = (0..300).map(|i| {
+        let session = session.clone();
+        async move { session.allocate(vec![claim(&format!("b{i}"))]).await }
+    });
+    for answer in timeout(10 * given, join_all(all)).await.expect("an answer to each") {
+        assert!(matches!(answer, Err(ClientError::Unavailable { .. })), "{answer:?}");
+    }
+}
+
+/// Placed anew meanwhile, it would be there twice.
+#[tokio::test]
+async fn what_nobody_waits_for_any_more_is_not_sent_on_a_session() {
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let session = client(&[&address]).session();
+    for i in 0..3 {
+        let given_up = session.allocate(vec![claim(&format!("b{i}"))]);
+        assert!(timeout(Duration::from_millis(100), given_up).await.is_err());
+    }
+    let (fake, api) = fake();
+    let readiness = Readiness::new().await;
+    readiness.set(true).await;
+    tokio::spawn(serve(api, readiness, tcp_incoming(silent, 100), std::future::pending()));
+    let granted = session.allocate(vec![claim("b")]).await.unwrap().allocations;
+    assert_eq!(granted[0].name, "b");
+    assert_eq!(*fake.proposed.lock().unwrap(), 1);
+}
+
 #[test]
 fn endpoints_are_checked() {
     for bad in ["", "a", "a:0", "a:65536", "https://a:1", "a b:1", "a:x"] {
