@@ -192,7 +192,10 @@ fn http(node: Node, metrics: PrometheusHandle) -> axum::Router {
         async move {
             match ready {
                 true => (StatusCode::OK, "ready\n"),
-                false => (StatusCode::SERVICE_UNAVAILABLE, "not ready: no leader is known\n"),
+                false => (
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "not ready: no leader that a majority follows is known\n",
+                ),
             }
         }
     };

@@ -231,6 +231,10 @@ pub fn page_expired() -> Status {
 /// A rule stands in the way of a change of the membership.
 pub fn membership(why: &NotChanged) -> Status {
     let text = why.to_string();
+    if let NotChanged::NoMember(id) = why {
+        let details = ErrorDetails::with_resource_info("member", id.to_string(), "", text.as_str());
+        return Status::with_error_details(Code::NotFound, text, details);
+    }
     let mut details =
         ErrorDetails::with_precondition_failure_violation("MEMBERSHIP", "members", text.as_str());
     if matches!(why, NotChanged::Lagging { .. }) {

@@ -186,6 +186,7 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
         (Code::NotFound, Some(reason::DEPARTED)) => "the name is free: allocate it anew",
         (Code::NotFound, _) if kind == Some("lease") => "`portwarden lease list` shows them all",
         (Code::NotFound, _) if kind == Some("worker") => "`portwarden worker list` shows them all",
+        (Code::NotFound, _) if kind == Some("member") => "`portwarden member list` shows them all",
         (Code::NotFound, _) => "`portwarden list` shows them all",
         (_, Some(reason::NAME_TAKEN)) => {
             "release it, or take another name; a retry must carry the --uid of the first try and \

@@ -182,6 +182,20 @@ impl Roll {
             })
     }
 
+    /// Does somebody lead? Who leads itself has heard from a majority of late, or does so in name alone.
+    pub fn has_leader(&self) -> bool {
+        let live = |voters: &BTreeSet<NodeId>| {
+            voters.iter().filter(|id| self.is_live(**id)).count() * 2 > voters.len()
+        };
+        match self.metrics.state {
+            ServerState::Leader => {
+                let membership = self.metrics.membership_config.membership();
+                membership.get_joint_config().iter().all(live)
+            }
+            _ => self.metrics.current_leader.is_some(),
+        }
+    }
+
     /// Fails once this node does not lead any more, and hears from nobody.
     fn leads(&self) -> Result<(), CallError> {
         match self.metrics.state {
@@ -681,6 +695,17 @@ mod tests {
         let refused = keeps_majority(|| roll([(0, true), (0, false)]), 1, &left, soon()).await;
         assert_eq!(refused, Err(NotChanged::NoQuorum { id: 1, live: 1, voters: 2 }));
         assert_eq!(began.elapsed(), LIVE_WITHIN);
+    }
+
+    #[tokio::test]
+    async fn who_leads_and_hears_from_too_few_leads_in_name_alone() {
+        assert!(roll([(0, true), (0, false)]).has_leader());
+        assert!(!roll([(0, false), (0, false)]).has_leader());
+        let mut follower = roll([(0, false), (0, false)]);
+        follower.metrics.state = ServerState::Follower;
+        assert!(!follower.has_leader());
+        follower.metrics.current_leader = Some(2);
+        assert!(follower.has_leader());
     }
 
     #[tokio::test(start_paused = true)]

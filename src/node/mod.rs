@@ -665,10 +665,9 @@ impl Node {
 
     /// Is this node able to answer: a member, recovered, and with a leader known?
     pub fn is_ready(&self) -> bool {
-        let metrics = self.inner.metrics();
         self.inner.recovered.load(Ordering::Acquire)
-            && metrics.running_state.is_ok()
-            && metrics.current_leader.is_some()
+            && self.runs()
+            && self.roll().has_leader()
             && self.check_member().is_ok()
     }
 

@@ -269,7 +269,7 @@ pub(super) async fn report(node: Node) {
         let applied = raft.last_applied.map_or(0, |id| id.index());
         for (name, value) in [
             ("portwarden_is_leader", u64::from(raft.state == ServerState::Leader)),
-            ("portwarden_has_leader", u64::from(raft.current_leader.is_some())),
+            ("portwarden_has_leader", u64::from(node.roll().has_leader())),
             ("portwarden_term", raft.current_term),
             ("portwarden_log_last_index", raft.last_log_index.unwrap_or(0)),
             ("portwarden_log_applied_index", applied),

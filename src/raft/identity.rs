@@ -336,8 +336,9 @@ impl Identities {
         }
         if self.roster.get().is_some_and(|roster| roster.was_removed(*from)) {
             let why = format!(
-                "node {from} was removed from cluster {cluster}, and its id is never used again: a \
-                 node that is to join needs an empty data directory and a new id"
+                "node {from} was removed from this cluster{}, and its id is never used again: a node \
+                 that is to join needs an empty data directory and a new id",
+                self.cluster().map(|id| format!(" ({id})")).unwrap_or_default()
             );
             return refuse(Kind::SenderRemoved, why);
         }

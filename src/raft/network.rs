@@ -301,10 +301,15 @@ impl PeerNetwork {
         match self.answered(timeout, async move { rpc.join(request).await }).await {
             Some(Ok(response)) => Ok(response),
             Some(Err(status)) => {
-                let refused =
-                    matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument);
                 let why = format!("the node at {peer_addr}: {}", describe(&status));
-                Err(if refused { JoinError::Refused(why) } else { JoinError::NotNow(why) })
+                Err(match status.code() {
+                    Code::FailedPrecondition | Code::InvalidArgument => JoinError::Refused(why),
+                    Code::Unimplemented => JoinError::Refused(format!(
+                        "{peer_addr} does not take nodes in: the address of a member for that is its \
+                         `serve --listen-peer`"
+                    )),
+                    _ => JoinError::NotNow(why),
+                })
             }
             None => {
                 let ms = timeout.as_millis();
