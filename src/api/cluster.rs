@@ -34,6 +34,7 @@ fn status(report: StatusReport) -> v1::StatusResponse {
         revision: report.revision,
         members: report.members.into_iter().map(member).collect(),
         problems: report.problems,
+        table_problems: report.table_problems,
         node: report.node,
         term: report.term,
         workers: report.workers,

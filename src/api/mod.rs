@@ -30,6 +30,7 @@ mod watch;
 mod workers;
 
 pub use connections::{CONNECTIONS_MAX, tcp_incoming};
+pub(crate) use convert::worker_spec;
 pub use dispatch::{Api, Backend, CALLS_IN_FLIGHT_MAX};
 pub use observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX, code_name, describe_metrics};
 pub use pages::{PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX};

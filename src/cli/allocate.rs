@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{ArgGroup, ValueEnum};
+use itertools::Itertools as _;
 use serde::Deserialize;
 
 use super::{CliError, Globals, output, parse};
@@ -26,11 +27,11 @@ pub struct Args {
     #[arg(
         long,
         value_name = "ID",
-        default_value_t = 0,
-        hide_default_value = true,
-        conflicts_with = "file"
+        conflicts_with = "file",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u64).range(1..)
     )]
-    lease: u64,
+    lease: Option<u64>,
     /// Say what would be granted, and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -57,6 +58,8 @@ pub(super) struct Source {
 #[command(
     group(ArgGroup::new("what").args(["ports", "port", "contiguous", "gpus", "gpu"]).multiple(true)),
     group(ArgGroup::new("where").args(["worker", "selector"])),
+    group(ArgGroup::new("some-ports").args(["ports", "port", "contiguous"]).multiple(true)),
+    group(ArgGroup::new("some-gpus").args(["gpus", "gpu"])),
 )]
 pub(super) struct ClaimFlags {
     /// The worker to place it on
@@ -66,8 +69,9 @@ pub(super) struct ClaimFlags {
     #[arg(long, value_parser = parse::selector)]
     selector: Option<String>,
     /// Which of the workers that fit: the fullest (binpack) or the emptiest (spread)
-    #[arg(long, value_enum, requires = "selector", default_value_t = Policy::Binpack)]
-    policy: Policy,
+    /// [default: binpack]
+    #[arg(long, value_enum, requires = "selector", conflicts_with = "worker")]
+    policy: Option<Policy>,
     /// Any so many ports
     #[arg(
         long,
@@ -93,7 +97,12 @@ pub(super) struct ClaimFlags {
     )]
     contiguous: Option<u32>,
     /// Range of the ports; default: the worker's first, or the one that holds a given port
-    #[arg(long, value_name = "RANGE", value_parser = parse::name::<RangeName>)]
+    #[arg(
+        long,
+        value_name = "RANGE",
+        requires = "some-ports",
+        value_parser = parse::name::<RangeName>
+    )]
     range: Option<String>,
     /// Any so many GPUs
     #[arg(
@@ -116,10 +125,17 @@ pub(super) struct ClaimFlags {
     )]
     gpu: Vec<u32>,
     /// Memory of each GPU, such as 8GiB
-    #[arg(long, value_name = "SIZE", group = "share", allow_hyphen_values = true, value_parser = parse::memory)]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        group = "share",
+        requires = "some-gpus",
+        allow_hyphen_values = true,
+        value_parser = parse::memory
+    )]
     gpu_memory: Option<u64>,
     /// Each GPU whole and alone
-    #[arg(long, group = "share")]
+    #[arg(long, group = "share", requires = "some-gpus")]
     gpu_exclusive: bool,
     /// Reclaim it if it is not confirmed within this (1s to 24h) [default: the server's, 10m]
     #[arg(long, value_name = "DURATION", conflicts_with = "bound", value_parser = parse::span_of_time)]
@@ -182,7 +198,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
             claim.uid = uid.clone();
         }
         if !gang {
-            claim.lease = args.lease;
+            claim.lease = args.lease.unwrap_or(0);
         }
     }
     let answer = match args.dry_run {
@@ -211,7 +227,7 @@ impl Source {
         let uid = self.uid.unwrap_or_default();
         let mut claims = match &self.file {
             Some(file) => read_claims(file)?,
-            None => vec![self.flags.claim(self.name.unwrap_or_default())],
+            None => vec![self.flags.claim(self.name.unwrap_or_default())?],
         };
         for claim in claims.iter_mut().filter(|claim| claim.uid.is_empty()) {
             claim.uid = uid.clone();
@@ -222,7 +238,10 @@ impl Source {
 
 impl ClaimFlags {
     /// Without a uid and a lease.
-    pub fn claim(self, name: String) -> v1::Claim {
+    pub fn claim(self, name: String) -> Result<v1::Claim, CliError> {
+        if let Some((key, _)) = self.label.iter().duplicates_by(|(key, _)| key).next() {
+            return Err(CliError::Usage(format!("--label {key} is given twice")));
+        }
         use v1::port_request::Ports;
         let range = self.range.unwrap_or_default();
         let request = |name: String, ports| v1::PortRequest {
@@ -245,17 +264,17 @@ impl ClaimFlags {
             indexes: self.gpu,
             share: Some(share),
         });
-        v1::Claim {
+        Ok(v1::Claim {
             name,
             uid: String::new(),
-            placement: placement(self.worker, self.selector, self.policy),
+            placement: placement(self.worker, self.selector, self.policy.unwrap_or_default()),
             ports: counted.into_iter().chain(named).chain(band).collect(),
             gpus,
             lease: 0,
             bound: self.bound,
             labels: self.label.into_iter().collect(),
             confirm_within_ms: self.confirm_within.map_or(0, parse::ms),
-        }
+        })
     }
 }
 

@@ -21,13 +21,18 @@ pub struct Args {
     #[arg(value_parser = parse::name::<InstanceName>)]
     name: String,
     /// Token of the grant
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     token: u64,
     /// Version that you know; 0: whatever it is
     #[arg(long, default_value_t = 0)]
     version: u64,
     /// The lease to move it to
-    #[arg(long, value_name = "ID")]
+    #[arg(
+        long,
+        value_name = "ID",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
     lease: Option<u64>,
     /// Take it off its lease
     #[arg(long)]

@@ -27,14 +27,19 @@ pub struct Args {
     #[arg(value_parser = parse::name::<InstanceName>)]
     name: String,
     /// Token of the grant
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     token: u64,
     /// Version that you know; 0: whatever it is
     #[arg(long, default_value_t = 0)]
     version: u64,
     /// Move it to this lease
-    #[arg(long, value_name = "ID", default_value_t = 0, hide_default_value = true)]
-    lease: u64,
+    #[arg(
+        long,
+        value_name = "ID",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
+    lease: Option<u64>,
     /// It lives as long as this process
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
@@ -54,7 +59,8 @@ pub struct Args {
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     let liveness = args.liveness()?;
-    let Args { name, token, version, lease, .. } = args;
+    let Args { name, token, version, .. } = args;
+    let lease = args.lease.unwrap_or(0);
     let response = globals
         .client()?
         .confirm_with(v1::ConfirmRequest { name, token, version, lease, liveness })

@@ -19,7 +19,7 @@ pub struct Args {
     #[arg(value_parser = parse::name::<InstanceName>)]
     name: String,
     /// Token of the grant
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     token: u64,
     /// The port that something else uses
     #[arg(long, allow_negative_numbers = true, value_parser = parse::port)]

@@ -93,8 +93,19 @@ enum Listens {
 }
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
-    let mut claim = args.claim.claim(args.name);
+    let confirm_within = args.claim.confirm_within;
+    let mut claim = args.claim.claim(args.name)?;
     run::check_command(&args.command, &claim.ports).map_err(usage)?;
+    if let Some(within) = confirm_within
+        && within < args.start_timeout
+    {
+        let text = format!(
+            "--confirm-within {} is less than --start-timeout {}: what is not confirmed in time is given to others",
+            humantime::format_duration(within),
+            humantime::format_duration(args.start_timeout),
+        );
+        return Err(CliError::Usage(text).into());
+    }
     if claim.confirm_within_ms == 0 && !claim.bound {
         let within = parse::ms(args.start_timeout + CONFIRM_MARGIN);
         claim.confirm_within_ms = within.min(limits::SPAN_MAX_MS);

@@ -17,8 +17,11 @@ use crate::node::{Entry, Lifecycle, NodeConfig, NodeId, Upkeep};
 
 const DEFAULT_LISTEN: &str = "127.0.0.1:7601";
 const DEFAULT_LISTEN_PEER: &str = "127.0.0.1:7701";
-/// What Raft says at `info` is for its own developers.
-const DEFAULT_LOG_LEVEL: &str = "info,openraft=warn";
+/// What Raft says at `info` is for its own developers; that a member cannot be reached, it says several
+/// times a second, and `raft::network` when that begins and ends.
+const DEFAULT_LOG_LEVEL: &str = "info,openraft=warn,openraft::core::heartbeat=error,\
+                                 openraft::replication=error,\
+                                 openraft::engine::handler::replication_handler=error";
 const BACKUP_EVERY: Duration = Duration::from_secs(3600);
 const BACKUP_KEEP: usize = 24;
 /// How long a node that was removed says so before it stops.
@@ -123,7 +126,7 @@ pub struct Args {
     /// [default: 20000]
     #[arg(long, env = "PORTWARDEN_SNAPSHOT_EVERY", value_name = "N")]
     snapshot_every: Option<u64>,
-    /// error, warn, info, debug or trace, or a filter [default: info,openraft=warn]
+    /// error, warn, info, debug or trace, or a filter [default: info, and little of openraft]
     #[arg(long, env = "PORTWARDEN_LOG_LEVEL", value_name = "LEVEL")]
     log_level: Option<String>,
     /// A TOML file with the same keys

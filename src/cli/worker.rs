@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::allocate::{list_or_key, read};
 use super::{CliError, Format, Globals, output, parse};
+use crate::api::worker_spec;
 use crate::client::{Client, ClientError, Listing};
 use crate::core::WorkerName;
 use crate::proto::v1;
@@ -457,10 +458,20 @@ struct GpuInFile {
 async fn apply_file(client: &Client, file: &str, format: Format) -> anyhow::Result<ExitCode> {
     let text = read(file)?;
     let specs = parse_workers(&text).map_err(|why| CliError::Usage(format!("{file}: {why}")))?;
-    let mut workers = Vec::with_capacity(specs.len());
+    if specs.is_empty() {
+        return Err(CliError::Usage(format!("{file}: there is no worker in it")).into());
+    }
+    let all = specs.len();
+    let mut workers = Vec::with_capacity(all);
     for (name, spec) in specs {
         let again = CliError::repeat_with("the same file".into());
-        let response = client.worker_register(&name, spec).await.map_err(again)?;
+        let response = client.worker_register(&name, spec).await.map_err(again);
+        let response = response.inspect_err(|_| {
+            let done = workers.len();
+            output::note(&format!(
+                "{file}: workers[{done}] ({name}) failed; {done} of {all} are done"
+            ));
+        })?;
         workers.push(output::Worker::from(response.worker.unwrap_or_default()));
     }
     output::print(format, &workers, || output::workers_table(&workers))?;
@@ -472,7 +483,7 @@ fn parse_workers(text: &str) -> Result<Vec<(String, v1::WorkerSpec)>, String> {
     let parsed = workers
         .into_iter()
         .enumerate()
-        .map(|(i, worker)| worker_from_file(worker).map_err(|why| format!("workers[{i}].{why}")));
+        .map(|(i, worker)| worker_from_file(worker).map_err(|why| format!("workers[{i}]{why}")));
     parsed.collect()
 }
 
@@ -480,10 +491,10 @@ fn worker_from_file(worker: WorkerInFile) -> Result<(String, v1::WorkerSpec), St
     let gpus = worker.gpus.into_iter().enumerate().map(|(i, gpu)| {
         let memory_bytes = match (gpu.memory, gpu.memory_bytes) {
             (Some(text), None) => {
-                parse::memory(&text).map_err(|e| format!("gpus[{i}].memory: {text:?} {e}"))?
+                parse::memory(&text).map_err(|e| format!(".gpus[{i}].memory: {text:?} {e}"))?
             }
             (None, Some(bytes)) => bytes,
-            _ => return Err(format!("gpus[{i}]: must have memory or memory_bytes")),
+            _ => return Err(format!(".gpus[{i}]: must have memory or memory_bytes")),
         };
         let GpuInFile { index, model, uuid, .. } = gpu;
         Ok(parse::GpuFlag { index, uuid, model, memory_bytes })
@@ -497,6 +508,9 @@ fn worker_from_file(worker: WorkerInFile) -> Result<(String, v1::WorkerSpec), St
         gpus: number_gpus(gpus.collect::<Result<_, String>>()?),
         identity: None,
     };
+    // As a node will: before the first of them is registered.
+    WorkerName::parse(&worker.name).map_err(|why| format!(".{why}"))?;
+    worker_spec(Some(&spec)).map_err(|why| format!(" ({}): {}", worker.name, why.message()))?;
     Ok((worker.name, spec))
 }
 
@@ -520,5 +534,8 @@ mod tests {
         assert_eq!(workers[0].1.gpus[0].memory_bytes, 24 << 30);
         let error = parse_workers("- {name: w, address: h, gpus: [{}]}").unwrap_err();
         assert!(error.contains("workers[0].gpus[0]"), "{error}");
+        let two = "- {name: a, address: h}\n- {name: b, address: h, ranges: [{name: s, first: 70000, last: 9}]}";
+        let error = parse_workers(two).unwrap_err();
+        assert!(error.starts_with("workers[1] (b): spec.ranges[0].first"), "{error}");
     }
 }

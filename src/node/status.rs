@@ -24,6 +24,8 @@ pub struct StatusReport {
     pub members: Vec<MemberReport>,
     /// What is wrong, in words.
     pub problems: Vec<String>,
+    /// Those of them that are of the table, and not of the members.
+    pub table_problems: Vec<String>,
     /// The node that answers.
     pub node: NodeId,
     pub term: u64,
@@ -99,6 +101,7 @@ impl Node {
                 }
             })
             .collect();
+        let of_table = self.table_problems().await;
         StatusReport {
             cluster_id: self.inner.cluster.get().unwrap_or_default().to_string(),
             leader,
@@ -107,9 +110,10 @@ impl Node {
                 problems(leader, &members),
                 self.membership_problems(&members),
                 own,
-                self.table_problems().await,
+                of_table.clone(),
             ]
             .concat(),
+            table_problems: of_table,
             members,
             node: self.id(),
             term,

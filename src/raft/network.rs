@@ -13,7 +13,7 @@
 //! - [`ForwardError::NotSent`] only where the peer surely did not begin; any doubt is `Broken`.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::error::Error as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -61,6 +61,8 @@ pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a follower may take to write what it was sent. openraft's own limit is a heartbeat,
 /// which a slow disk exceeds; a dead peer is found out by the keepalive.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// Reasons why a peer takes no entries that are told until it does.
+const REASONS_MAX: usize = 8;
 /// How long a peer has to show that it is alive, once its stream has ended.
 const GONE_TIMEOUT: Duration = Duration::from_millis(500);
 const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
@@ -123,6 +125,8 @@ pub struct PeerNetwork {
     led: Arc<AtomicBool>,
     doubted: Arc<Notify>,
     closed: Arc<watch::Sender<bool>>,
+    /// Peers that take no entries now, and what was said of why.
+    failing: Arc<Mutex<BTreeMap<NodeId, BTreeSet<String>>>>,
 }
 
 impl PeerNetwork {
@@ -140,6 +144,24 @@ impl PeerNetwork {
             led: Arc::default(),
             doubted: Arc::default(),
             closed: Arc::new(watch::channel(false).0),
+            failing: Arc::default(),
+        }
+    }
+
+    /// Says so in the log, each reason once. Raft tries on several times a second, and its own words on
+    /// that are kept out of it.
+    fn fails(&self, member: NodeId, why: &Rejected) {
+        let why = why.to_string();
+        let mut failing = guard(&self.failing);
+        let told = failing.entry(member).or_default();
+        if told.len() < REASONS_MAX && told.insert(why.clone()) {
+            tracing::warn!(member, why, "a member takes no entries");
+        }
+    }
+
+    fn takes(&self, member: NodeId) {
+        if guard(&self.failing).remove(&member).is_some() {
+            tracing::info!(member, "a member takes entries again");
         }
     }
 
@@ -598,6 +620,7 @@ impl Answers<'_> {
                         let seconds = at.elapsed().as_secs_f64();
                         histogram!("portwarden_replicate_seconds").record(seconds);
                     }
+                    client.network.takes(client.target);
                     self.came.push_back((sent, read));
                     self.handed = self.flow.hand_on(&mut self.came);
                 }
@@ -652,14 +675,18 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
             // the peer is reached, one that is down is called without a pause.
             let first = requests.next().await;
             let requests = stream::iter(first).chain(requests);
-            let mut peer = client.rpc()?;
             let limit = option.soft_ttl().max(CONNECT_TIMEOUT);
-            let opened = client.within(RPCTypes::AppendEntries, limit, peer.append(requests));
+            let fails = |why: &Rejected| client.network.fails(client.target, why);
+            let opened = async {
+                let mut peer = client.rpc()?;
+                client.within(RPCTypes::AppendEntries, limit, peer.append(requests)).await
+            };
+            let answers = opened.await.inspect_err(fails)?;
             let (came, handed) = Default::default();
-            let answers = Answers { client, answers: opened.await?, flow, came, handed };
-            let answers = stream::unfold(Some(answers), |state| async {
+            let answers = Answers { client, answers, flow, came, handed };
+            let answers = stream::unfold(Some(answers), move |state| async move {
                 let mut answers = state?;
-                let answer = answers.next().await?;
+                let answer = answers.next().await?.inspect_err(fails);
                 // After a refusal the peer answers nothing more.
                 let goes_on = matches!(answer, Ok(Ok(_)));
                 Some((answer, goes_on.then_some(answers)))
