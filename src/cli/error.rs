@@ -194,8 +194,8 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
         }
         (_, Some(reason::IDENTITY_TAKEN)) => "remove it from the worker that has it first",
         (_, Some(reason::CAPACITY)) => {
-            "ask for less, release something or add a worker; `portwarden worker list` shows what \
-             is free"
+            "ask for less, release something, add a worker or make one ready; `portwarden worker list` \
+             shows what is free, and which are not ready"
         }
         (_, Some(reason::COMPACTED)) => {
             "`portwarden list` shows what is now; watch from its revision on"

@@ -116,7 +116,9 @@ pub struct Globals {
 impl Globals {
     pub fn client(&self) -> Result<Client, ClientError> {
         let options = Options { timeout: self.timeout, ..Options::default() };
-        Client::connect(self.endpoints.clone(), options)
+        let named = self.endpoints.iter().map(|endpoint| endpoint.trim());
+        let named = named.filter(|endpoint| !endpoint.is_empty()).map(String::from).collect();
+        Client::connect(named, options)
     }
 }
 

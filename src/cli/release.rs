@@ -55,7 +55,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     };
     output::print(globals.output, &result, || match result.released {
         true => format!("released {}", args.name),
-        false => format!("{} was released already", args.name),
+        false => format!("{} is not held: it was released already, or never allocated", args.name),
     })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -199,10 +199,14 @@ pub struct Departure {
 pub enum ReleaseReason {
     #[error("released by its holder")]
     ByHolder,
-    #[error("forced out by an operator: {reason}")]
+    #[error("forced out by an operator{}", after_colon(.reason))]
     Forced { reason: String },
     #[error("reclaimed: {reason}")]
     Reclaimed { cause: Cause, reason: String },
+}
+
+fn after_colon(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
 }
 
 /// Why the system took something back.

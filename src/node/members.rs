@@ -88,7 +88,7 @@ pub enum MemberChange {
 pub enum NotChanged {
     #[error(transparent)]
     Call(#[from] CallError),
-    #[error("there is no member {0}; `portwarden member list` shows them")]
+    #[error("there is no member {0}")]
     NoMember(NodeId),
     #[error("id {0} was a member's before, and is never used again: take another one")]
     IdUsed(NodeId),
