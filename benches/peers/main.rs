@@ -5,6 +5,7 @@
 //! system after the other, and what is compared are medians over the rounds of one run. The callers
 //! are the same closed loop for all, in this process.
 
+mod bare;
 mod etcd;
 mod failover;
 mod growth;
@@ -20,6 +21,7 @@ use std::time::Duration;
 use clap::Parser;
 use portwarden::cli::bench::load::{self, Caller, Report};
 
+use bare::Three;
 use etcd::Etcd;
 use ours::Ours;
 use postgres::Postgres;
@@ -50,6 +52,8 @@ struct Args {
     /// allocations
     #[arg(long)]
     growth: bool,
+    #[command(flatten)]
+    serve_bare: bare::Serve,
     /// As cargo passes it
     #[arg(long, hide = true)]
     bench: bool,
@@ -73,6 +77,12 @@ struct Workload {
 const WORKLOADS: &[Workload] = &[
     of("portwarden", "allocate", 1, "unary allocate, then release, 1000 workers"),
     of("etcd", "put", 1, "put of 64 bytes, a key for each client"),
+    of(
+        "bare",
+        "call",
+        1,
+        "a call to one program, two others that write and sync it as well, no more",
+    ),
     of("portwarden", "allocate", 16, ""),
     of("etcd", "put", 16, ""),
     of("portwarden", "allocate", 64, ""),
@@ -124,9 +134,19 @@ const fn of(
     Workload { system, name, clients, what }
 }
 
+/// As the binary's: `bare` is to run on what a node does.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    match runtime.map_err(anyhow::Error::from).and_then(|r| r.block_on(run(Args::parse()))) {
+    let args = Args::parse();
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if args.serve_bare.is_wanted() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        runtime.worker_threads((cores - 1).max(1));
+    }
+    let runtime = runtime.enable_all().build();
+    match runtime.map_err(anyhow::Error::from).and_then(|r| r.block_on(run(args))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -136,6 +156,9 @@ fn main() -> ExitCode {
 }
 
 async fn run(args: Args) -> anyhow::Result<()> {
+    if args.serve_bare.is_wanted() {
+        return args.serve_bare.run().await;
+    }
     let (rounds, seconds) = if args.quick { (3, 3) } else { (5, 10) };
     let temporary = tempfile::Builder::new().prefix("portwarden-bench-").tempdir_in("/var/tmp")?;
     let dir = args.dir.clone().unwrap_or_else(|| temporary.path().to_path_buf());
@@ -146,6 +169,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let ours = Ours::start(&args.binary, &dir).await?;
     let etcd = Etcd::start(&dir).await?;
     let postgres = Postgres::start(&dir).await?;
+    let bare = Three::start(&dir).await?;
 
     let wanted = |w: &&Workload| args.wants(&format!("{}/{}@{}", w.system, w.name, w.clients));
     let workloads: Vec<&Workload> = WORKLOADS.iter().filter(wanted).collect();
@@ -156,6 +180,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
             let (callers, label): (Vec<Box<dyn Caller>>, _) = match *system {
                 "portwarden" => ours.callers(name, *clients).await?,
                 "etcd" => etcd.callers(name, *clients).await?,
+                "bare" => (bare.callers(*clients)?, None),
                 _ => postgres.callers(name, *clients).await?,
             };
             let over = tokio::time::sleep(Duration::from_secs(seconds));

@@ -142,6 +142,8 @@ impl Whole {
                 "ours_p50_1_vs_fdatasync",
                 over(p50("portwarden", "allocate"), Some(self.fdatasync_ms)),
             ),
+            ("ours_p50_1_vs_bare", over(p50("portwarden", "allocate"), p50("bare", "call"))),
+            ("bare_p50_1_vs_fdatasync", over(p50("bare", "call"), Some(self.fdatasync_ms))),
             ("get_vs_etcd_256", over(rate("portwarden", "get", 256), rate("etcd", "get", 256))),
             (
                 "get_stale_vs_etcd_256",
