@@ -12,8 +12,9 @@ use v1::allocator_client::AllocatorClient;
 use crate::caller::Caller;
 use crate::history::{Record, Recorder};
 
-/// Progress comes every few seconds; a stream that is silent for longer is left.
-const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// Progress comes every three seconds; a stream that is silent for longer is left. Soon: while all watchers
+/// are on a node that is cut off, what they are not told may be kept nowhere else in the end.
+const SILENCE_MAX: Duration = Duration::from_millis(3500);
 /// A node that does not begin to tell for so long is left: the longer nobody is told, the more is not
 /// kept any more, and must be guessed by the checker.
 const OPEN_MAX: Duration = Duration::from_secs(1);
