@@ -34,11 +34,13 @@ use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status, Streaming};
 use tonic_prost::ProstCodec;
 
+use super::etcd::call;
 use super::processes::{Process, free_ports};
 
 const CALL: &str = "/bare/Call";
 const PASS: &str = "/bare/Pass";
 const FILE_BYTES: u64 = 2 << 20;
+const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 type Asked = v1::AllocateRequest;
 type Answer = v1::AllocateResponse;
@@ -95,7 +97,13 @@ fn follower(address: &str) -> Follower {
     let address = format!("http://{address}");
     tokio::spawn(async move {
         let endpoint = Endpoint::from_shared(address).expect("an address").tcp_nodelay(true);
-        let mut grpc = Grpc::new(endpoint.connect_lazy());
+        let channel = loop {
+            match endpoint.connect().await {
+                Ok(channel) => break channel,
+                Err(_) => tokio::time::sleep(RETRY_AFTER).await, // it has not begun to listen
+            }
+        };
+        let mut grpc = Grpc::new(channel);
         grpc.ready().await.expect("a channel");
         let waiting = Arc::new(Mutex::new(VecDeque::new()));
         let sent = waiting.clone();
@@ -232,7 +240,7 @@ impl Three {
         let ports = free_ports(3)?;
         let address = |at: usize| format!("127.0.0.1:{}", ports[at]);
         let mut nodes = Vec::new();
-        for at in [1, 2, 0] {
+        for at in 0..3 {
             let mut command = Command::new(std::env::current_exe()?);
             command.args(["--bare", &address(at), "--bare-file"]);
             command.arg(dir.join(format!("bare-{at}")));
@@ -240,14 +248,13 @@ impl Three {
                 command.args(["--bare-followers", &[address(1), address(2)].join(",")]);
             }
             nodes.push(Process::start(&mut command, &dir.join(format!("bare-{at}.log")))?);
-            tokio::time::sleep(Duration::from_millis(500)).await;
         }
         let three = Three { leader: address(0), _nodes: nodes };
         for _ in 0..100 {
             if three.caller()?.call().await.is_ok() {
                 return Ok(three);
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(RETRY_AFTER).await;
         }
         anyhow::bail!("the bare programs do not answer: see the logs in {}", dir.display())
     }
@@ -274,11 +281,7 @@ struct Calls {
 #[tonic::async_trait]
 impl Caller for Calls {
     async fn call(&mut self) -> Result<Done, String> {
-        let mut grpc = Grpc::new(self.channel.clone());
-        grpc.ready().await.map_err(|error| error.to_string())?;
-        let codec = ProstCodec::<Asked, Answer>::default();
-        let request = Request::new(self.request.clone());
-        let answer = grpc.unary(request, PathAndQuery::from_static(CALL), codec).await;
+        let answer = call::<_, Answer>(&self.channel, CALL, self.request.clone()).await;
         answer.map(|_| Done::one("call")).map_err(|status| status.to_string())
     }
 }

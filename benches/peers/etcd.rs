@@ -87,7 +87,11 @@ struct StatusResponse {
     leader: u64,
 }
 
-async fn call<Req, Res>(channel: &Channel, path: &'static str, request: Req) -> Result<Res, Status>
+pub async fn call<Req, Res>(
+    channel: &Channel,
+    path: &'static str,
+    request: Req,
+) -> Result<Res, Status>
 where
     Req: Message + 'static,
     Res: Message + Default + 'static,

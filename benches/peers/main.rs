@@ -140,12 +140,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if args.serve_bare.is_wanted() {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        runtime.worker_threads((cores - 1).max(1));
-    }
-    let runtime = runtime.enable_all().build();
+    let runtime = match args.serve_bare.is_wanted() {
+        true => portwarden::cli::runtime(),
+        false => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
+    };
     match runtime.map_err(anyhow::Error::from).and_then(|r| r.block_on(run(args))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -24,6 +24,11 @@ pub fn invalid(error: Invalid) -> Status {
     Status::with_error_details(Code::InvalidArgument, error.to_string(), details)
 }
 
+fn not_found(kind: &str, name: &str, text: &str) -> Status {
+    let details = ErrorDetails::with_resource_info(kind, name, "", text);
+    Status::with_error_details(Code::NotFound, text, details)
+}
+
 pub fn refusal(refusal: Refusal) -> Status {
     let text = refusal.to_string();
     let precondition = |kind: &str, subject: &str| {
@@ -31,10 +36,7 @@ pub fn refusal(refusal: Refusal) -> Status {
             ErrorDetails::with_precondition_failure_violation(kind, subject, text.as_str());
         Status::with_error_details(Code::FailedPrecondition, text.as_str(), details)
     };
-    let not_found = |kind: &str, name: &str| {
-        let details = ErrorDetails::with_resource_info(kind, name, "", text.as_str());
-        Status::with_error_details(Code::NotFound, text.as_str(), details)
-    };
+    let not_found = |kind: &str, name: &str| not_found(kind, name, &text);
     match &refusal {
         Refusal::Invalid(error) => invalid(error.clone()),
         Refusal::NoWorker(name) => not_found("worker", name.as_str()),
@@ -232,8 +234,7 @@ pub fn page_expired() -> Status {
 pub fn membership(why: &NotChanged) -> Status {
     let text = why.to_string();
     if let NotChanged::NoMember(id) = why {
-        let details = ErrorDetails::with_resource_info("member", id.to_string(), "", text.as_str());
-        return Status::with_error_details(Code::NotFound, text, details);
+        return not_found("member", &id.to_string(), &text);
     }
     let mut details =
         ErrorDetails::with_precondition_failure_violation("MEMBERSHIP", "members", text.as_str());

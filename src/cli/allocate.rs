@@ -29,7 +29,7 @@ pub struct Args {
         value_name = "ID",
         conflicts_with = "file",
         allow_negative_numbers = true,
-        value_parser = clap::value_parser!(u64).range(1..)
+        value_parser = parse::id()
     )]
     lease: Option<u64>,
     /// Say what would be granted, and change nothing

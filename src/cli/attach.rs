@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use clap::ArgGroup;
 
 use super::{CliError, Globals, output, parse};
-use crate::core::InstanceName;
 
 #[derive(Debug, clap::Args)]
 #[command(
@@ -17,21 +16,14 @@ use crate::core::InstanceName;
 A scheduler that restarts moves its instances to a new lease, so that they keep their ports."
 )]
 pub struct Args {
-    /// Name of the instance
-    #[arg(value_parser = parse::name::<InstanceName>)]
-    name: String,
-    /// Token of the grant
-    #[arg(long, allow_negative_numbers = true)]
-    token: u64,
-    /// Version that you know; 0: whatever it is
-    #[arg(long, default_value_t = 0)]
-    version: u64,
+    #[command(flatten)]
+    holder: parse::Holder,
     /// The lease to move it to
     #[arg(
         long,
         value_name = "ID",
         allow_negative_numbers = true,
-        value_parser = clap::value_parser!(u64).range(1..)
+        value_parser = parse::id()
     )]
     lease: Option<u64>,
     /// Take it off its lease
@@ -40,7 +32,7 @@ pub struct Args {
 }
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
-    let Args { name, token, version, lease, detach: _ } = args;
+    let Args { holder: parse::Holder { name, token, version }, lease, detach: _ } = args;
     let response = globals
         .client()?
         .attach(&name, token, version, lease.unwrap_or(0))

@@ -6,7 +6,6 @@ use clap::ArgGroup;
 
 use super::{CliError, Globals, output, parse, usage};
 use crate::agent::host;
-use crate::core::InstanceName;
 use crate::proto::v1;
 use crate::proto::v1::liveness::Handle;
 
@@ -23,21 +22,14 @@ With a liveness handle the worker's agent can tell whether the instance lives, w
 its ports; without one, closed ports are what tells."
 )]
 pub struct Args {
-    /// Name of the instance
-    #[arg(value_parser = parse::name::<InstanceName>)]
-    name: String,
-    /// Token of the grant
-    #[arg(long, allow_negative_numbers = true)]
-    token: u64,
-    /// Version that you know; 0: whatever it is
-    #[arg(long, default_value_t = 0)]
-    version: u64,
+    #[command(flatten)]
+    holder: parse::Holder,
     /// Move it to this lease
     #[arg(
         long,
         value_name = "ID",
         allow_negative_numbers = true,
-        value_parser = clap::value_parser!(u64).range(1..)
+        value_parser = parse::id()
     )]
     lease: Option<u64>,
     /// It lives as long as this process
@@ -59,7 +51,7 @@ pub struct Args {
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     let liveness = args.liveness()?;
-    let Args { name, token, version, .. } = args;
+    let parse::Holder { name, token, version } = args.holder;
     let lease = args.lease.unwrap_or(0);
     let response = globals
         .client()?

@@ -68,7 +68,7 @@ struct Grant {
 #[derive(Debug, clap::Args)]
 struct Named {
     /// Id of the lease
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = parse::id())]
     id: u64,
 }
 
@@ -82,7 +82,7 @@ SIGTERM or Ctrl-C ends it with exit code 0; the leases live for their TTL from t
 one of them has ended.")]
 struct KeepAlive {
     /// Ids of the leases
-    #[arg(required = true, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(required = true, value_parser = parse::id())]
     ids: Vec<u64>,
     /// Keep each alive once, and end
     #[arg(long)]

@@ -67,7 +67,7 @@ can start or join.")]
 #[derive(Debug, clap::Args)]
 struct Id {
     /// Id of the node
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = parse::id())]
     id: u64,
 }
 
@@ -81,7 +81,7 @@ struct Level {
 #[derive(Debug, clap::Args)]
 struct Add {
     /// Id of the node: one that was never used
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = parse::id())]
     id: u64,
     /// Where the other nodes reach it
     #[arg(long, value_name = "HOST:PORT", value_parser = parse::host_port)]
@@ -94,7 +94,7 @@ struct Add {
 #[derive(Debug, clap::Args)]
 struct Remove {
     /// Id of the node
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = parse::id())]
     id: u64,
     /// Even if too few of the voters that are left are live
     #[arg(long)]

@@ -217,6 +217,17 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
     CliError::Usage(text.into()).into()
 }
 
+/// One core is left to the thread that writes the log, which each answer waits for, and to the kernel's
+/// part of the network: docs/performance.md. tokio's own variable says otherwise.
+pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        runtime.worker_threads((cores - 1).max(1));
+    }
+    runtime.enable_all().build()
+}
+
 /// Runs a subcommand to its exit code, errors reported on stderr.
 pub async fn run(cli: Cli) -> ExitCode {
     let Cli { globals, command } = cli;

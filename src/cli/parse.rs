@@ -5,8 +5,11 @@ use std::collections::BTreeSet;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::RangedU64ValueParser;
+
 use crate::core::{
-    Invalid, LabelKey, LabelValue, Millis, Port, PortName, RangeName, Selector, limits,
+    InstanceName, Invalid, LabelKey, LabelValue, Millis, Port, PortName, RangeName, Selector,
+    limits,
 };
 use crate::proto::v1;
 
@@ -121,6 +124,25 @@ pub fn range(text: &str) -> Result<v1::PortRange, String> {
     let name = self::name::<RangeName>(name)?;
     let (first, last) = span(ports)?;
     Ok(v1::PortRange { name, first, last })
+}
+
+/// An allocation, as one knows it who holds it.
+#[derive(Debug, clap::Args)]
+pub struct Holder {
+    /// Name of the instance
+    #[arg(value_parser = name::<InstanceName>)]
+    pub name: String,
+    /// Token of the grant
+    #[arg(long, allow_negative_numbers = true)]
+    pub token: u64,
+    /// Version that you know; 0: whatever it is
+    #[arg(long, default_value_t = 0)]
+    pub version: u64,
+}
+
+/// Of a lease or a member: 0 is none.
+pub fn id() -> RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..)
 }
 
 pub fn label(text: &str) -> Result<(String, String), String> {

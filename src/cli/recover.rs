@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::snapshot::begin_anew;
-use super::{CliError, Globals};
+use super::{CliError, Globals, parse};
 use crate::raft::{NodeId, Table, salvage};
 use crate::store::DataDir;
 
@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
     /// Id of that node: the lowest of the list
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_parser = parse::id())]
     id: u64,
     /// The nodes of the new cluster, by peer address: 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT
     #[arg(long, value_name = "LIST")]

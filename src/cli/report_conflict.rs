@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::{CliError, Format, Globals, output, parse};
-use crate::core::InstanceName;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -15,18 +14,11 @@ Report only a port on which binding failed with \"address in use\": it is quaran
 free port of its range takes its place. Where that cannot be (a port asked for by number, an
 exhausted range), the allocation is reclaimed: exit code 5.")]
 pub struct Args {
-    /// Name of the instance
-    #[arg(value_parser = parse::name::<InstanceName>)]
-    name: String,
-    /// Token of the grant
-    #[arg(long, allow_negative_numbers = true)]
-    token: u64,
+    #[command(flatten)]
+    holder: parse::Holder,
     /// The port that something else uses
     #[arg(long, allow_negative_numbers = true, value_parser = parse::port)]
     port: u32,
-    /// Version that you know; 0: whatever it is
-    #[arg(long, default_value_t = 0)]
-    version: u64,
 }
 
 #[derive(Serialize)]
@@ -38,7 +30,7 @@ struct Swapped {
 }
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
-    let Args { name, token, port, version } = args;
+    let Args { holder: parse::Holder { name, token, version }, port } = args;
     let response = globals
         .client()?
         .report_conflict(&name, token, version, port)

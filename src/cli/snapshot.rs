@@ -11,7 +11,7 @@ use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use super::serve::parse_initial_cluster;
-use super::{CliError, Globals, output, usage};
+use super::{CliError, Globals, output, parse, usage};
 use crate::client::{BackupError, Copied};
 use crate::core::{Worker, WorkerPhase};
 use crate::raft::{Backup, NodeId, RestoreError, restore};
@@ -74,7 +74,7 @@ struct Restore {
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
     /// Id of the node: the lowest of the list
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_parser = parse::id())]
     id: u64,
     /// The nodes of the new cluster, by peer address: 1=HOST:PORT,2=HOST:PORT,3=HOST:PORT
     #[arg(long, value_name = "LIST")]

@@ -57,9 +57,10 @@ impl Job {
     }
 }
 
-/// Told the answers; or, where the stream gave none, why that leaves it open what became of the
-/// commands. `None`: they were not sent.
-type Done = oneshot::Sender<Result<Vec<Answer>, Option<String>>>;
+/// The answers; or, where the stream gave none, why that leaves it open what became of the commands.
+/// `None`: they were not sent.
+type Given = Result<Vec<Answer>, Option<String>>;
+type Done = oneshot::Sender<Given>;
 
 impl Client {
     pub fn session(&self) -> Session {
@@ -186,7 +187,7 @@ impl Session {
         commands: Vec<Command>,
         size: Size,
         deadline: Instant,
-    ) -> (Vec<Command>, impl Future<Output = Result<Vec<Answer>, Option<String>>> + use<>) {
+    ) -> (Vec<Command>, impl Future<Output = Given> + use<>) {
         let (done, settled) = oneshot::channel();
         let decided = Arc::new(AtomicBool::new(false));
         let queued = match size.beyond() {
@@ -234,7 +235,7 @@ impl Session {
             Verdict::NotDone { .. } => None,
             Verdict::Doubtful { why } => Some(why),
         };
-        let client = &self.client.clone().with_timeout(left);
+        let client = &self.client.with_timeout(left);
         Ok(match command {
             Command::Allocate(request) => {
                 Answer::Allocate(client.call_after(methods::ALLOCATE, request, doubt).await?)
@@ -263,10 +264,7 @@ impl Session {
 }
 
 /// What the stream said of each command.
-fn settle(
-    commands: Vec<Command>,
-    given: Result<Vec<Answer>, Option<String>>,
-) -> Vec<(Command, Result<Answer, Verdict>)> {
+fn settle(commands: Vec<Command>, given: Given) -> Vec<(Command, Result<Answer, Verdict>)> {
     match given {
         Ok(answers) => {
             let one = |answer| match answer {

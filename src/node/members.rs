@@ -182,15 +182,18 @@ impl Roll {
             })
     }
 
+    /// How many of them did.
+    fn live(&self, members: &BTreeSet<NodeId>) -> usize {
+        members.iter().filter(|id| self.is_live(**id)).count()
+    }
+
     /// Does somebody lead? Who leads itself has heard from a majority of late, or does so in name alone.
     pub fn has_leader(&self) -> bool {
-        let live = |voters: &BTreeSet<NodeId>| {
-            voters.iter().filter(|id| self.is_live(**id)).count() * 2 > voters.len()
-        };
+        let is_backed = |voters: &BTreeSet<NodeId>| self.live(voters) * 2 > voters.len();
         match self.metrics.state {
             ServerState::Leader => {
                 let membership = self.metrics.membership_config.membership();
-                membership.get_joint_config().iter().all(live)
+                membership.get_joint_config().iter().all(is_backed)
             }
             _ => self.metrics.current_leader.is_some(),
         }
@@ -546,7 +549,7 @@ async fn keeps_majority(
     loop {
         let roll = look();
         roll.leads()?;
-        let live = left.iter().filter(|id| roll.is_live(**id)).count();
+        let live = roll.live(left);
         if live * 2 > left.len() {
             return Ok(());
         }

@@ -42,11 +42,8 @@ pub(super) struct Flow(Arc<Mutex<UnderWay>>);
 struct UnderWay {
     /// Requests that were asked for.
     asked: u64,
-    /// Of them, those that are answered, or stand in one that is.
-    answered: u64,
     /// Without an answer, the oldest first.
     sent: VecDeque<Sent>,
-    sent_at: Option<Instant>,
     /// Asked for without entries while something was under way, and not answered: where each ends, and
     /// its number. Both rise.
     doubts: VecDeque<(Option<u64>, u64)>,
@@ -62,8 +59,8 @@ pub(super) struct Sent {
     number: u64,
     /// Index of the entry that it ends with.
     last: Option<u64>,
-    /// When, where it has entries.
-    pub entries_at: Option<Instant>,
+    pub at: Instant,
+    pub has_entries: bool,
 }
 
 fn last_index(request: &Request) -> Option<u64> {
@@ -74,7 +71,7 @@ fn last_index(request: &Request) -> Option<u64> {
 impl UnderWay {
     /// From when on the next may be asked for; `None`: now.
     fn asks_at(&self) -> Option<Instant> {
-        self.sent_at.filter(|_| !self.sent.is_empty()).map(|at| at + ASK_AFTER)
+        self.sent.back().map(|latest| latest.at + ASK_AFTER)
     }
 
     fn take_request(&mut self, request: &Request) {
@@ -109,11 +106,9 @@ impl Flow {
 
     fn send(&self, request: &Request) {
         let mut under_way = guard(&self.0);
-        let now = Instant::now();
-        let entries_at = (!request.entries.is_empty()).then_some(now);
         let (number, last) = (under_way.asked, last_index(request));
-        under_way.sent.push_back(Sent { number, last, entries_at });
-        under_way.sent_at = Some(now);
+        let (at, has_entries) = (Instant::now(), !request.entries.is_empty());
+        under_way.sent.push_back(Sent { number, last, at, has_entries });
     }
 
     /// Is an answer due?
@@ -125,7 +120,6 @@ impl Flow {
     pub fn answered(&self) -> Option<Sent> {
         let mut under_way = guard(&self.0);
         let sent = under_way.sent.pop_front()?;
-        under_way.answered = sent.number;
         while under_way.doubts.front().is_some_and(|(_, number)| *number <= sent.number) {
             under_way.doubts.pop_front();
         }
@@ -379,7 +373,7 @@ mod tests {
             let (mut end, mut committed) = (0, 0);
             let mut came = VecDeque::new();
             let mut steps = rng.random_range(10..200);
-            let (mut handed, mut matched) = (VecDeque::new(), 0);
+            let (mut handed, mut matched, mut proven) = (VecDeque::new(), 0, 0);
             for step in 0.. {
                 assert!(step < 100_000, "answers are kept back for ever");
                 let more = steps > 0;
@@ -398,13 +392,13 @@ mod tests {
                     4 => advance(ASK_AFTER / 2).await,
                     5 if flow.is_due() => {
                         let answered = flow.answered().unwrap();
+                        proven = answered.number;
                         came.push_back((answered, answered.last.unwrap_or(0)));
                         handed.extend(flow.hand_on(&mut came));
                     }
                     6 => match handed.pop_front() {
                         Some(matching) => {
                             let counts_for = guard(&asked).acknowledged(matching);
-                            let proven = guard(&flow.0).answered;
                             assert!(counts_for.is_none_or(|n| n <= proven), "{counts_for:?}");
                             matched = matching;
                         }

@@ -92,6 +92,8 @@ enum Lane {
 }
 
 type Rejected = RPCError<TypeConfig>;
+/// What a follower says to entries.
+type Heard = Result<StreamAppendResult<TypeConfig>, Rejected>;
 
 /// What became of a forwarded call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -549,10 +551,7 @@ impl PeerClient {
         read().map_err(|why| self.malformed(why))
     }
 
-    fn read_append(
-        &self,
-        answer: proto::AppendResponse,
-    ) -> Result<StreamAppendResult<TypeConfig>, Rejected> {
+    fn read_append(&self, answer: proto::AppendResponse) -> Heard {
         self.network.identities.learn(self.target, &answer.incarnation);
         let read = || match answer.result.ok_or("the result is missing")? {
             AppendResult::Success(success) => Ok(Ok(read_log_id(success.matched)?)),
@@ -587,13 +586,13 @@ struct Answers<'a> {
     answers: Streaming<proto::AppendResponse>,
     flow: Flow,
     /// Those that came and are not to be handed on yet; and those that are.
-    came: VecDeque<(Sent, Result<StreamAppendResult<TypeConfig>, Rejected>)>,
-    handed: VecDeque<Result<StreamAppendResult<TypeConfig>, Rejected>>,
+    came: VecDeque<(Sent, Heard)>,
+    handed: VecDeque<Heard>,
 }
 
 impl Answers<'_> {
     /// `None` once the peer has answered everything and there will be no more requests.
-    async fn next(&mut self) -> Option<Result<StreamAppendResult<TypeConfig>, Rejected>> {
+    async fn next(&mut self) -> Option<Heard> {
         let client = self.client;
         let broke = |how: &str| {
             let (target, address) = (client.target, &client.address);
@@ -616,8 +615,8 @@ impl Answers<'_> {
                     if !matches!(read, Ok(Ok(_))) {
                         return Some(read);
                     }
-                    if let Some(at) = sent.entries_at {
-                        let seconds = at.elapsed().as_secs_f64();
+                    if sent.has_entries {
+                        let seconds = sent.at.elapsed().as_secs_f64();
                         histogram!("portwarden_replicate_seconds").record(seconds);
                     }
                     client.network.takes(client.target);
@@ -657,10 +656,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         &'s mut self,
         input: S,
         option: RPCOption,
-    ) -> BoxFuture<
-        's,
-        Result<BoxStream<'s, Result<StreamAppendResult<TypeConfig>, Rejected>>, Rejected>,
-    >
+    ) -> BoxFuture<'s, Result<BoxStream<'s, Heard>, Rejected>>
     where
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
