@@ -5,7 +5,8 @@
 //! what is in the journal goes to sled in large portions, on another one.
 //!
 //! The journal is two files that take turns. Each is written over from its start on, within its
-//! size, so that a sync has no metadata to commit. When the active one is full, it is sealed: what
+//! size, so that a sync has no metadata to commit, and past the page cache where the file system can:
+//! a sync finds nothing there that it has to write. When the active one is full, it is sealed: what
 //! it holds is written to sled and flushed, while the other one is active. It is active again only
 //! when that is done.
 //!
@@ -24,7 +25,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::{Bound, Range};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -44,13 +45,15 @@ const FRAME_BYTES: usize = 512 << 10;
 /// Keys that go to sled in one batch.
 const BATCH_KEYS: usize = 256;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// Under which sled has a [`Kept`].
 const KEPT: &str = "journal";
 /// Version; CRC-32 of all else; length of the body; run; number; last synced number.
 const HEADER_BYTES: usize = 1 + 4 + 4 + 3 * 8;
-/// Frames begin at multiples of this, in bytes.
-const ALIGNMENT: usize = 64;
+/// Frames begin at multiples of this, in bytes: the least that most disks write.
+const ALIGNMENT: usize = 512;
+/// The same in version 1.
+const OLD_ALIGNMENT: usize = 64;
 const CRC: Range<usize> = 1..5;
 
 /// A disk whose writes lie in a journal first.
@@ -125,6 +128,9 @@ struct Journal {
     synced: u64,
     /// Room for the header, and what the frame holds so far.
     frame: Vec<u8>,
+    /// What is written: the frame, and zeros up to where the next one begins. Its use starts at an
+    /// aligned address.
+    block: Vec<u8>,
 }
 
 impl Journaled {
@@ -153,13 +159,15 @@ impl Journaled {
 
     fn begin(dir: &Path, below: Arc<dyn Disk>, sizes: Sizes) -> Result<Journaled, StoreError> {
         let path = dir.join("journal");
-        let files = create(&path, sizes.file).map_err(StoreError::io(&path, "cannot be opened"))?;
+        create(&path, sizes.file).map_err(StoreError::io(&path, "cannot be opened"))?;
         dir::sync_dir(&path)?;
         dir::sync_dir(dir)?;
         let kept = Kept::read(&*below).map_err(StoreError::sled(dir, "cannot be read"))?;
         let found = replay(&path, kept)?;
         let next = Kept { run: rand::random(), last: 0 };
         found.write_to(&*below, next).map_err(StoreError::sled(dir, "cannot be written"))?;
+        // From here on, what lies in the files is below.
+        let files = open(&path).map_err(StoreError::io(&path, "cannot be opened"))?;
         let journal = Journal {
             files,
             active: 0,
@@ -169,6 +177,7 @@ impl Journaled {
             number: 1,
             synced: 0,
             frame: vec![0; HEADER_BYTES],
+            block: Vec::new(),
         };
         let (recent, journal) = (Arc::default(), Mutex::new(journal));
         Ok(Journaled { below, recent, journal, keeper: Mutex::default() })
@@ -362,11 +371,13 @@ impl Journal {
         }
         let crc = checksum(&self.frame);
         self.frame[CRC].copy_from_slice(&crc.to_be_bytes());
-        self.files[self.active].write_all_at(&self.frame, self.offset)?;
-        self.offset += self.frame.len().next_multiple_of(ALIGNMENT) as u64;
+        let block = aligned(&self.frame, &mut self.block);
+        self.files[self.active].write_all_at(block, self.offset)?;
+        self.offset += block.len() as u64;
         self.number += 1;
         self.frame.truncate(HEADER_BYTES);
         self.frame.shrink_to(2 * self.sizes.frame);
+        self.block.shrink_to(2 * self.sizes.frame);
         Ok(())
     }
 
@@ -391,10 +402,10 @@ impl Journal {
     }
 }
 
-/// Opens the files of the journal, and makes what is missing.
-fn create(path: &Path, bytes: u64) -> io::Result<[File; 2]> {
+/// Makes what is missing of the journal's files.
+fn create(path: &Path, bytes: u64) -> io::Result<()> {
     fs::create_dir_all(path)?;
-    let open = |name| {
+    NAMES.iter().try_for_each(|name| {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false);
         let file = file.open(path.join(name))?;
@@ -403,10 +414,45 @@ fn create(path: &Path, bytes: u64) -> io::Result<[File; 2]> {
             // Zeros and not a hole: later writes change no metadata.
             file.write_all_at(&vec![0; (bytes - size) as usize], size)?;
         }
-        file.sync_all()?;
-        Ok::<_, io::Error>(file)
+        file.sync_all()
+    })
+}
+
+/// Opens the files to write to them, past the page cache where the file system can. The first frame
+/// in each is gone then.
+fn open(path: &Path) -> io::Result<[File; 2]> {
+    let open = |flags| {
+        let open = |name| OpenOptions::new().write(true).custom_flags(flags).open(path.join(name));
+        Ok::<_, io::Error>([open(NAMES[0])?, open(NAMES[1])?])
     };
-    Ok([open(NAMES[0])?, open(NAMES[1])?])
+    let direct = open(libc::O_DIRECT).and_then(|files| {
+        let mut block = Vec::new();
+        files.iter().try_for_each(|file| file.write_all_at(aligned(&[0], &mut block), 0))?;
+        Ok(files)
+    });
+    direct.or_else(|error| match error.kind() {
+        io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported => {
+            let path = path.display();
+            tracing::info!(
+                "{path} goes through the page cache: its file system, or the disk below, takes no \
+                 blocks of {ALIGNMENT} bytes past it"
+            );
+            open(0)
+        }
+        _ => Err(error),
+    })
+}
+
+/// Puts `bytes` in `block` at an aligned address, and zeros behind them up to an aligned end.
+fn aligned<'a>(bytes: &[u8], block: &'a mut Vec<u8>) -> &'a [u8] {
+    let length = bytes.len().next_multiple_of(ALIGNMENT);
+    block.clear();
+    block.reserve(length + ALIGNMENT);
+    let from = block.as_ptr().align_offset(ALIGNMENT);
+    block.resize(from, 0);
+    block.extend_from_slice(bytes);
+    block.resize(from + length, 0);
+    &block[from..]
 }
 
 const NAMES: [&str; 2] = ["0", "1"];
@@ -484,6 +530,12 @@ struct Frame<'a> {
 }
 
 impl Frame<'_> {
+    /// Where the next one begins, from where this one does.
+    fn end(&self) -> usize {
+        let alignment = if self.header.version == 1 { OLD_ALIGNMENT } else { ALIGNMENT };
+        (HEADER_BYTES + self.body.len()).next_multiple_of(alignment)
+    }
+
     fn read(bytes: &[u8]) -> Option<Frame<'_>> {
         let header = Header::read(bytes)?;
         let frame = bytes.get(..HEADER_BYTES.checked_add(header.body_bytes)?)?;
@@ -507,7 +559,7 @@ impl Found<'_> {
             && frame.header.run == run
             && found.last().is_none_or(|last| last + 1 == frame.header.number)
         {
-            if frame.header.version != VERSION {
+            if frame.header.version > VERSION {
                 return Err(StoreError::Version {
                     path: path.into(),
                     what: "the log's journal",
@@ -515,7 +567,7 @@ impl Found<'_> {
                     supported: VERSION.into(),
                 });
             }
-            found.end += (HEADER_BYTES + frame.body.len()).next_multiple_of(ALIGNMENT);
+            found.end += frame.end();
             found.frames.push(frame);
         }
         Ok(found)
@@ -528,7 +580,7 @@ impl Found<'_> {
     /// Does a frame beyond the end say that one after `last` had been on the disk?
     fn proves_lost(&self, last: u64, run: u64) -> bool {
         let mut beyond =
-            (self.end..self.bytes.len()).step_by(ALIGNMENT).map(|at| &self.bytes[at..]);
+            (self.end..self.bytes.len()).step_by(OLD_ALIGNMENT).map(|at| &self.bytes[at..]);
         // A checksum takes long.
         let later = |header: Header| header.run == run && header.synced > last;
         beyond.any(|bytes| Header::read(bytes).is_some_and(later) && Frame::read(bytes).is_some())
@@ -793,10 +845,13 @@ mod tests {
             let journaled = Journaled::begin(dir.path(), Arc::new(disk.clone()), SIZES).unwrap();
             let mut before = 0;
             for _ in 0..rng.random_range(2..12) {
-                before = life.flushed;
+                let (flushed, number) = (life.flushed, guard(&journaled.journal).number);
                 life.live(&journaled, rng.random_range(1..20), &mut rng).unwrap();
                 journaled.flush().unwrap();
                 life.flushed = life.states.len() - 1;
+                if guard(&journaled.journal).number > number {
+                    before = flushed; // else nothing was there to write
+                }
             }
             drop(journaled);
             disk.crash(0);
@@ -897,16 +952,59 @@ mod tests {
         let path = dir.path().join("journal/0");
         let mut bytes = fs::read(&path).unwrap();
         let end = HEADER_BYTES + entry_bytes(Some(&[1]));
-        bytes[0] = 2;
+        bytes[0] = 3;
         let crc = checksum(&bytes[..end]);
         bytes[CRC].copy_from_slice(&crc.to_be_bytes());
         fs::write(&path, bytes).unwrap();
         let error = Journaled::begin(dir.path(), below, SIZES).unwrap_err().to_string();
         assert!(
-            error.contains("the log's journal has format version 2, this build reads 1"),
+            error.contains("the log's journal has format version 3, this build reads 2"),
             "{error}"
         );
         assert!(error.contains(&path.display().to_string()), "{error}");
+    }
+
+    #[test]
+    fn the_version_before_is_read() {
+        let (dir, below) = (tempfile::tempdir().unwrap(), SimulatedDisk::default());
+        let journaled = open(dir.path(), &below).unwrap();
+        for key in 0..4 {
+            put(&journaled, key).unwrap();
+            journaled.flush().unwrap();
+        }
+        let run = guard(&journaled.journal).run;
+        drop(journaled);
+        let path = dir.path().join("journal/0");
+        let bytes = fs::read(&path).unwrap();
+        let mut old = Vec::new();
+        for Frame { header, body } in Found::read(&path, &bytes, run).unwrap().frames {
+            let begin = old.len();
+            old.push(1);
+            old.extend(header.crc.to_be_bytes());
+            old.extend((body.len() as u32).to_be_bytes());
+            for number in [header.run, header.number, header.synced] {
+                old.extend(number.to_be_bytes());
+            }
+            old.extend(body);
+            let crc = checksum(&old[begin..]);
+            old[begin..][CRC].copy_from_slice(&crc.to_be_bytes());
+            old.resize(old.len().next_multiple_of(64), 0xee);
+        }
+        assert_ne!(old.len() % ALIGNMENT, 0);
+        fs::write(&path, &old).unwrap();
+        assert_eq!(keys(&open(dir.path(), &below).unwrap()), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn a_file_system_without_direct_writes_will_do() {
+        let dir = tempfile::tempdir().unwrap();
+        // As none there has them.
+        for name in NAMES {
+            std::os::unix::fs::symlink("/proc/self/comm", dir.path().join(name)).unwrap();
+        }
+        for file in super::open(dir.path()).unwrap() {
+            assert!(!rustix::fs::fcntl_getfl(file).unwrap().contains(rustix::fs::OFlags::DIRECT));
+        }
     }
 
     #[test]
@@ -925,7 +1023,7 @@ mod tests {
         assert_eq!(hex(&bytes[..HEADER_BYTES + frame.body.len()]), FIXTURE);
     }
 
-    const FIXTURE: &str = "016d83fb7500000037000000000000010200000000000000010000000000000000010707\
+    const FIXTURE: &str = "0283871a2400000037000000000000010200000000000000010000000000000000010707\
                            0707070707070707000000056368756e6b02080808080808080808080304766f74650000\
                            000662616c6c6f740406707572676564";
 }
