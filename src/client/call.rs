@@ -56,6 +56,15 @@ impl<Req, Res> Method<Req, Res> {
     const fn new(path: &'static str, effect: Effect) -> Self {
         Method { path, effect, types: PhantomData }
     }
+
+    /// Asked for under a version of the allocation (0: under none): what refuses a repeat may be the
+    /// version that the attempt before has made.
+    pub const fn guarded_by(self, version: u64) -> Self {
+        match version {
+            0 => self,
+            _ => Method { effect: Effect::Repeatable, ..self },
+        }
+    }
 }
 
 pub mod methods {

@@ -245,7 +245,7 @@ impl Client {
         &self,
         request: v1::ConfirmRequest,
     ) -> Result<v1::ConfirmResponse, ClientError> {
-        self.call(methods::CONFIRM, request).await
+        self.call(methods::CONFIRM.guarded_by(request.version), request).await
     }
 
     /// Releases what this token holds. `released` is false where it was gone already, also because

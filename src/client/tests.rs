@@ -179,6 +179,12 @@ async fn a_refused_repeat_settles_a_doubt_only_under_a_token() {
     assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
     let error = client(&[&silent, &address]).confirm(&other).await.unwrap_err();
     assert_eq!(error.code(), Some(Code::FailedPrecondition), "{error}");
+    // The version that refuses it may be of the attempt that was not answered.
+    let guarded = v1::Allocation { version: 7, ..other };
+    let error = client(&[&silent, &address]).confirm(&guarded).await.unwrap_err();
+    assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
+    let error = client(&[&silent, &address]).attach("a", 99, 7, 0).await.unwrap_err();
+    assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
 }
 
 #[tokio::test]

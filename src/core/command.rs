@@ -540,6 +540,7 @@ fn describe_taken(taken: &Taken) -> String {
         Taken::Quarantined(reason) => format!("quarantined ({reason})"),
         Taken::Reserved => "reserved".into(),
         Taken::Unmanaged => "in none of the worker's ranges".into(),
+        Taken::OutOf(range) => format!("not in range {range}"),
     }
 }
 
@@ -558,9 +559,14 @@ fn describe_selection(
     format!("looked at {looked_at} of {candidates} workers: {why}")
 }
 
-/// At most a handful of names; whoever asks wants to know whom to turn to.
+/// Holders named in a refusal, at most. Where there are more, one more is in its list.
+pub(super) const HOLDERS_SHOWN: usize = 5;
+
+/// Whoever asks wants to know whom to turn to.
 fn list(names: &[InstanceName]) -> String {
-    names.iter().map(InstanceName::as_str).collect::<Vec<_>>().join(", ")
+    let shown: Vec<_> = names.iter().take(HOLDERS_SHOWN).map(InstanceName::as_str).collect();
+    let more = if names.len() > HOLDERS_SHOWN { " and more" } else { "" };
+    shown.join(", ") + more
 }
 
 /// The end of "held": empty where nobody is named.

@@ -12,7 +12,7 @@ use itertools::Itertools as _;
 
 use super::allocation::{HeldGpu, HeldPort};
 use super::claim::{Claim, GpuChoice, GpuRequest, GpuShare, Placement, Policy, PortRequest, Ports};
-use super::command::{Lack, LackKind, Refusal, Shortage};
+use super::command::{HOLDERS_SHOWN, Lack, LackKind, Refusal, Shortage};
 use super::limits::{EXPLAINED_WORKERS_MAX, PLACEMENT_CANDIDATES_MAX};
 use super::name::{InstanceName, WorkerName};
 use super::ports::{Pool, Taken};
@@ -404,12 +404,9 @@ fn take_gpus(
     Ok(held)
 }
 
-/// Holders named in a refusal, at most.
-const HOLDERS_SHOWN: usize = 5;
-
-/// A few different names, in the order in which they come.
+/// A few different names, in the order in which they come, as a refusal lists them.
 fn some_of<'a>(names: impl Iterator<Item = &'a InstanceName>) -> Vec<InstanceName> {
-    names.dedup().take(HOLDERS_SHOWN).cloned().collect()
+    names.dedup().take(HOLDERS_SHOWN + 1).cloned().collect()
 }
 
 fn gpu_lack(gpu: &Gpu, share: GpuShare) -> Lack {

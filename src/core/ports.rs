@@ -53,6 +53,8 @@ pub enum Taken {
     Reserved,
     /// Not a port of any range that was looked at.
     Unmanaged,
+    /// It is not in this range.
+    OutOf(RangeName),
 }
 
 /// A named range and the state of its ports.
@@ -257,7 +259,7 @@ impl Pool {
             }
             Some(Slot::Reserved) => Some(Taken::Reserved),
             Some(Slot::Freed(_)) => None,
-            None => (!self.contains(number)).then_some(Taken::Unmanaged),
+            None => (!self.contains(number)).then(|| Taken::OutOf(self.name.clone())),
         }
     }
 
@@ -539,7 +541,7 @@ mod tests {
         p.quarantine(3, quarantine("sshd"));
         assert_eq!(p.taken(2), Some(Taken::Reserved));
         assert_eq!(p.taken(3), Some(Taken::Quarantined("sshd".into())));
-        assert_eq!(p.taken(6), Some(Taken::Unmanaged));
+        assert_eq!(p.taken(6), Some(Taken::OutOf(p.name.clone())));
         assert_eq!(take_all(&mut p), [1, 4, 5]);
         assert!(p.lift(3) && !p.lift(3));
         assert_eq!(take_all(&mut p), [3]);

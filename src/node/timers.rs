@@ -416,7 +416,7 @@ pub(super) async fn run(node: Node) {
             continue;
         }
         if timers.book().is_due() {
-            act(&node, &timers).await;
+            act(&node, &timers, &mut last).await;
         }
     }
 }
@@ -437,17 +437,18 @@ async fn begin(node: &Node, timers: &Timers, leader: Leader) {
     );
 }
 
-/// Proposes what is due, if a quorum still stands behind this leader.
-async fn act(node: &Node, timers: &Timers) {
+/// Proposes what is due, if a quorum still stands behind this leader. `last`: up to when it is known
+/// whether the clock stood still.
+async fn act(node: &Node, timers: &Timers, last: &mut Instant) {
     let asked = Instant::now();
     let quorum = node.read(asked + PROPOSAL_MAX).await;
     let took = asked.elapsed();
-    if took > GAP {
+    if took > GAP || quorum.is_err() {
+        // No holder could be answered meanwhile either.
         timers.book().stand_still(took);
+        *last = Instant::now();
     }
     if quorum.is_err() {
-        // No holder could be answered meanwhile either.
-        timers.book().stand_still(took.min(GAP));
         return;
     }
     let due = timers.book().take_due();

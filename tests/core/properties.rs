@@ -483,7 +483,8 @@ fn host(w: &Worker) -> Host {
     let slot = |pool: &Pool, number: u16| match pool.taken(number) {
         None => Slot::Free(0),
         Some(Taken::Held(_)) => Slot::Held,
-        Some(Taken::Reserved | Taken::Unmanaged) => Slot::Reserved,
+        Some(Taken::Reserved) => Slot::Reserved,
+        Some(taken @ (Taken::Unmanaged | Taken::OutOf(_))) => panic!("{number}: {taken:?}"),
         Some(Taken::Quarantined(_)) => {
             let (_, quarantine) = pool.quarantines().find(|(n, _)| *n == number).unwrap();
             Slot::Quarantined(quarantine.source, quarantine.since.0)

@@ -207,12 +207,24 @@ fn a_refusal_says_what_was_full_by_how_much_and_who_holds_it() {
 }
 
 #[test]
+fn a_refusal_names_a_few_holders_and_says_that_there_are_more() {
+    let mut t = Table::with_ports(40005);
+    let holders = ["a", "b", "c", "d", "e", "f"];
+    for (held, last) in holders.into_iter().zip(["a", "b", "c", "d", "e", "e and more"]) {
+        t.grant(claim(held, "w").count(1));
+        let refusal = t.refused(allocate(&[claim("z", "w").count(6)])).to_string();
+        assert!(refusal.contains(&format!("{last}, 0 quarantined")), "{refusal}");
+    }
+}
+
+#[test]
 fn a_specific_port_must_lie_in_the_range_that_is_named_with_it() {
     let mut t = Table::default();
     t.ok(register("w", spec(&[("a", 10, 19), ("b", 20, 29)], &[])));
     let wrong = claim("i", "w").ask(Some("a"), Ports::Specific(port(25)));
-    let expected = Lack::Port { port: port(25), taken: Taken::Unmanaged };
-    assert_eq!(lack(t.refused(allocate(&[wrong]))), expected);
+    let lack = lack(t.refused(allocate(&[wrong])));
+    assert_eq!(lack, Lack::Port { port: port(25), taken: Taken::OutOf(range("a")) });
+    assert_eq!(lack.to_string(), "port 25 is not in range a");
     assert_eq!(t.grant(claim("i", "w").specific(25)).ports[0].range, range("b"));
 }
 
