@@ -33,7 +33,7 @@ pub(super) async fn watch(node: Node) {
         tokio::select! {
             () = network.closed() => return,
             () = network.doubted() => {}
-            () = sleep(ASK_EVERY) => {}
+            () = sleep(ASK_EVERY) => network.look_whether_removed(),
         }
         succeed(&node).await;
     }

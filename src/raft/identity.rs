@@ -210,6 +210,11 @@ struct Turns {
 }
 
 impl Identities {
+    /// Has this node applied its own removal?
+    pub fn was_removed(&self) -> bool {
+        self.roster.get().is_some_and(|roster| roster.was_removed(self.local.node_id))
+    }
+
     pub fn new(local: LocalIdentity, cluster: ClusterCell) -> Self {
         let (roster, heard, sessions) = Default::default();
         Identities { local, cluster, roster, heard, sessions }

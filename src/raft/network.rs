@@ -210,6 +210,13 @@ impl PeerNetwork {
         }
     }
 
+    /// Does what this node has applied say so?
+    pub fn look_whether_removed(&self) {
+        if self.identities.was_removed() {
+            self.was_removed();
+        }
+    }
+
     pub(super) fn refused(&self, why: &str) {
         self.refusal.send_replace(Some(why.into()));
     }
@@ -306,7 +313,8 @@ impl PeerNetwork {
                     return self.identities.ran_as_another(peer, &answer.session);
                 }
                 Ok(Some(Err(status))) if nobody_listens(&status) => return true,
-                Ok(Some(Err(_))) => {}
+                // Who was removed asks nobody else, and hears of it here.
+                Ok(Some(Err(status))) => drop(self.heard(peer, peer_addr, &status)),
                 Ok(None) | Err(_) => return false,
             }
         }

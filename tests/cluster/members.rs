@@ -57,6 +57,20 @@ fn nodes_come_and_go_and_no_write_fails() {
     assert!(cluster.log(old).contains("was removed from the cluster"), "{}", cluster.log(old));
 }
 
+/// It stands for no election, so nobody tells it but whom it asks; the leader that removed it has tried.
+#[test]
+fn a_learner_that_was_removed_while_it_was_away_stops_when_it_is_back() {
+    let mut cluster = Cluster::start(3);
+    let at = joins(&mut cluster, 4);
+    cluster.kill(at);
+    cluster.cli(&["member", "remove", "4"]).ok();
+    restart_leader(&mut cluster);
+    cluster.leader();
+    cluster.spawn(at);
+    assert_eq!(cluster.ended(at), Some(1));
+    assert!(cluster.log(at).contains("node 4 was removed from the cluster"), "{}", cluster.log(at));
+}
+
 /// The leader itself is removed: it hands over first.
 #[test]
 fn a_leader_is_removed_and_no_write_fails() {
