@@ -72,6 +72,8 @@ pub const DOMAIN: &str = "portwarden";
 /// Reasons in `google.rpc.ErrorInfo`: what a caller can do about an error, where its code alone
 /// does not say.
 pub mod reason {
+    /// Not of an `ErrorInfo` but of a `PreconditionFailure`: the allocation has another version.
+    pub const VERSION: &str = "VERSION";
     /// Nothing fits, or the table is full. Nothing was changed.
     pub const CAPACITY: &str = "CAPACITY";
     /// Too many calls at once: try again after RetryInfo. Nothing was changed.

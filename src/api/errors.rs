@@ -59,7 +59,7 @@ pub fn refusal(refusal: Refusal) -> Status {
             Status::with_error_details(Code::AlreadyExists, text, details)
         }
         Refusal::WrongToken { name, .. } => precondition("TOKEN", name.as_str()),
-        Refusal::WrongVersion { name, .. } => precondition("VERSION", name.as_str()),
+        Refusal::WrongVersion { name, .. } => precondition(reason::VERSION, name.as_str()),
         Refusal::PortNotHeld { name, .. } => precondition("PORT_NOT_HELD", name.as_str()),
         Refusal::WorkerNotReady { worker, .. } => precondition("WORKER_NOT_READY", worker.as_str()),
         Refusal::Lingers { name, .. } => precondition("LINGERING", name.as_str()),

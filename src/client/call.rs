@@ -20,6 +20,7 @@ use super::Client;
 use super::endpoints::Door;
 use super::error::{ClientError, Verdict, judge};
 use crate::lock::guard;
+use crate::proto::reason;
 use crate::proto::v1::{ListMembersRequest, ListMembersResponse};
 
 /// The pause after the first round over all endpoints; twice as long after each further one.
@@ -34,7 +35,7 @@ pub enum Effect {
     /// Nothing, or nothing that a repeat would do twice.
     Read,
     /// A change under a token or an id that is never used again: a repeat is safe, and its refusal
-    /// is the last word.
+    /// is the last word, but for one that is about the version.
     Fenced,
     /// A change that goes away by itself where nobody knows of it (a lease): repeated, and a refusal
     /// is the last word for the caller, who has nothing then.
@@ -55,15 +56,6 @@ pub struct Method<Req, Res> {
 impl<Req, Res> Method<Req, Res> {
     const fn new(path: &'static str, effect: Effect) -> Self {
         Method { path, effect, types: PhantomData }
-    }
-
-    /// Asked for under a version of the allocation (0: under none): what refuses a repeat may be the
-    /// version that the attempt before has made.
-    pub const fn guarded_by(self, version: u64) -> Self {
-        match version {
-            0 => self,
-            _ => Method { effect: Effect::Repeatable, ..self },
-        }
     }
 }
 
@@ -343,8 +335,14 @@ fn after_doubt(effect: Effect, doubt: Option<String>, refused: Box<super::Refuse
         refused.status.code(),
         Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated
     );
+    let says_nothing = match effect {
+        Effect::Repeatable => !settled,
+        // It may be the version that the earlier attempt has made.
+        Effect::Fenced => refused.is_for(reason::VERSION),
+        Effect::Read | Effect::Expiring | Effect::Once => false,
+    };
     match doubt {
-        Some(doubt) if effect == Effect::Repeatable && !settled => ClientError::OutcomeUnknown {
+        Some(doubt) if says_nothing => ClientError::OutcomeUnknown {
             why: format!("{doubt}; a repeat was refused: {}", refused.status.message()),
         },
         _ => ClientError::Refused(refused),

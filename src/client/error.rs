@@ -28,6 +28,14 @@ pub struct Refused {
     pub details: ErrorDetails,
 }
 
+impl Refused {
+    /// Is it for a precondition of this kind?
+    pub(super) fn is_for(&self, kind: &str) -> bool {
+        let broken = self.details.precondition_failure();
+        broken.is_some_and(|broken| broken.violations.iter().any(|one| one.r#type == kind))
+    }
+}
+
 impl ClientError {
     /// Of the cluster's answer: one of [`crate::proto::reason`], if it has one.
     pub fn reason(&self) -> Option<&str> {

@@ -50,6 +50,6 @@ impl Client {
         lease: u64,
     ) -> Result<v1::AttachResponse, ClientError> {
         let request = v1::AttachRequest { name: name.into(), token, version, lease };
-        self.call(methods::ATTACH.guarded_by(version), request).await
+        self.call(methods::ATTACH, request).await
     }
 }

@@ -15,7 +15,8 @@
 //! - if the last word is a failure and any attempt was doubtful, the call is
 //!   [`ClientError::OutcomeUnknown`], never "not done": an attempt may still be on its way. That
 //!   also holds where a repeat of an `allocate` is refused. The refusal of a repeat settles the
-//!   matter only under a token, because a token that does not hold will never hold again.
+//!   matter only under a token, because a token that does not hold will never hold again; and not
+//!   where it is the version that does not: that may be the doubtful attempt's own doing.
 //!
 //! Beyond single calls: [`Session`] carries many over one stream, [`Keeper`] keeps leases alive over one stream, [`Client::watch`] follows the
 //! table without a gap, and [`Client::start_on`] goes from port to port until one is free.
@@ -227,15 +228,26 @@ impl Client {
             let (name, token, lease) = (name.clone(), *token, *lease);
             self.confirm_with(v1::ConfirmRequest { name, token, version, lease, liveness })
         };
-        let refused = match confirm(held.version).await {
+        let deadline = Instant::now() + self.timeout;
+        let failed = match confirm(held.version).await {
             Err(error) if error.code() == Some(Code::FailedPrecondition) => error,
+            Err(error @ ClientError::OutcomeUnknown { .. }) => error,
             answer => return answer,
         };
-        let found = self.get(name, None).await?.allocation.unwrap_or_default();
-        let lingers = found.phase() == v1::Phase::Lingering;
-        match lingers && found.token == *token && found.ports == *ports {
-            true => confirm(found.version).await,
-            false => Err(refused),
+        let unknown = matches!(failed, ClientError::OutcomeUnknown { .. });
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(v1::GetResponse { allocation: Some(found), revision, .. }) =
+            self.with_timeout(left).get(name, None).await
+        else {
+            return Err(failed);
+        };
+        match found.phase() {
+            _ if found.token != *token || found.ports != *ports => Err(failed),
+            v1::Phase::Lingering => confirm(found.version).await,
+            v1::Phase::Bound if unknown => {
+                Ok(v1::ConfirmResponse { allocation: Some(found), revision })
+            }
+            _ => Err(failed),
         }
     }
 
@@ -245,7 +257,7 @@ impl Client {
         &self,
         request: v1::ConfirmRequest,
     ) -> Result<v1::ConfirmResponse, ClientError> {
-        self.call(methods::CONFIRM.guarded_by(request.version), request).await
+        self.call(methods::CONFIRM, request).await
     }
 
     /// Releases what this token holds. `released` is false where it was gone already, also because

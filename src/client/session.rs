@@ -241,12 +241,10 @@ impl Session {
                 Answer::Allocate(client.call_after(methods::ALLOCATE, request, doubt).await?)
             }
             Command::Confirm(request) => {
-                let method = methods::CONFIRM.guarded_by(request.version);
-                Answer::Confirm(client.call_after(method, request, doubt).await?)
+                Answer::Confirm(client.call_after(methods::CONFIRM, request, doubt).await?)
             }
             Command::Attach(request) => {
-                let method = methods::ATTACH.guarded_by(request.version);
-                Answer::Attach(client.call_after(method, request, doubt).await?)
+                Answer::Attach(client.call_after(methods::ATTACH, request, doubt).await?)
             }
             Command::Release(request) => {
                 let method = match request.authority {

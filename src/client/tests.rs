@@ -179,12 +179,33 @@ async fn a_refused_repeat_settles_a_doubt_only_under_a_token() {
     assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
     let error = client(&[&silent, &address]).confirm(&other).await.unwrap_err();
     assert_eq!(error.code(), Some(Code::FailedPrecondition), "{error}");
-    // The version that refuses it may be of the attempt that was not answered.
-    let guarded = v1::Allocation { version: 7, ..other };
-    let error = client(&[&silent, &address]).confirm(&guarded).await.unwrap_err();
-    assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
-    let error = client(&[&silent, &address]).attach("a", 99, 7, 0).await.unwrap_err();
-    assert!(matches!(error, ClientError::OutcomeUnknown { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_version_that_refuses_a_repeat_may_be_of_the_attempt_before() {
+    let (_, address) = node().await;
+    let silent = silent().await;
+    let sure = client(&[&address]);
+    let held = sure.allocate(vec![claim("b")]).await.unwrap().allocations.remove(0);
+    sure.confirm(&held).await.unwrap();
+    let lease = sure.lease_grant(Duration::from_secs(60)).await.unwrap().lease.unwrap().id;
+    sure.attach("b", held.token, 0, lease).await.unwrap();
+
+    let attach =
+        |client: Client| async move { client.attach("b", held.token, held.version, 0).await };
+    let refused = attach(sure.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Some(Code::FailedPrecondition), "{refused}");
+    let unknown = attach(client(&[&silent, &address])).await.unwrap_err();
+    assert!(matches!(unknown, ClientError::OutcomeUnknown { .. }), "{unknown}");
+    // That it is confirmed can be seen.
+    let held = v1::Allocation {
+        version: held.version,
+        ..sure.get("b", None).await.unwrap().allocation.unwrap()
+    };
+    let refused = sure.confirm(&held).await.unwrap_err();
+    assert_eq!(refused.code(), Some(Code::FailedPrecondition), "{refused}");
+    let confirmed = client(&[&silent, &address]).confirm(&held).await.unwrap().allocation.unwrap();
+    assert_eq!((confirmed.phase(), confirmed.lease), (v1::Phase::Bound, lease));
 }
 
 #[tokio::test]

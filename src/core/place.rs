@@ -406,7 +406,7 @@ fn take_gpus(
 
 /// A few different names, in the order in which they come, as a refusal lists them.
 fn some_of<'a>(names: impl Iterator<Item = &'a InstanceName>) -> Vec<InstanceName> {
-    names.dedup().take(HOLDERS_SHOWN + 1).cloned().collect()
+    names.dedup().unique().take(HOLDERS_SHOWN + 1).cloned().collect()
 }
 
 fn gpu_lack(gpu: &Gpu, share: GpuShare) -> Lack {

@@ -449,6 +449,8 @@ async fn act(node: &Node, timers: &Timers, last: &mut Instant) {
         *last = Instant::now();
     }
     if quorum.is_err() {
+        // Nor before it was asked, and those who keep something alive come back after a pause.
+        timers.book().stand_still(GAP);
         return;
     }
     let due = timers.book().take_due();

@@ -23,7 +23,7 @@ fn record(index: u64) -> LogRecord {
 fn strace(dir: &Path, child: &str, options: &[&str]) -> (Output, String) {
     let trace = dir.join("trace");
     let output = Command::new("strace")
-        .args(["-f", "-y", "-e", "trace=fdatasync,sync_file_range", "-o"])
+        .args(["-f", "-y", "-e", "trace=openat,fdatasync,sync_file_range", "-o"])
         .arg(&trace)
         .args(options)
         .arg(std::env::current_exe().unwrap())
@@ -68,6 +68,8 @@ fn every_answer_comes_after_a_sync() {
         .count() as u64;
     assert!(of_the_log >= APPENDS + VOTES, "{of_the_log} for {APPENDS} appends, {VOTES} votes");
     assert_eq!(syncs("sync_file_range("), 0);
+    let past_the_cache = |line: &str| line.contains("/log/journal/") && line.contains("O_DIRECT");
+    assert!(trace.lines().any(past_the_cache), "does the file system of {dir:?} take O_DIRECT?");
     println!("{of_the_log} fdatasync of the log, {} in all", syncs("fdatasync("));
 }
 

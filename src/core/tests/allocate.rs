@@ -215,6 +215,14 @@ fn a_refusal_names_a_few_holders_and_says_that_there_are_more() {
         let refusal = t.refused(allocate(&[claim("z", "w").count(6)])).to_string();
         assert!(refusal.contains(&format!("{last}, 0 quarantined")), "{refusal}");
     }
+    // Two that lie mixed are two.
+    let mut t = Table::with_ports(40005);
+    for at in [0, 2, 4] {
+        t.grant(claim(&format!("a{at}"), "w").specific(40000 + at));
+    }
+    t.grant(claim("b", "w").specific(40001).specific(40003).specific(40005));
+    let refusal = t.refused(allocate(&[claim("z", "w").count(1)])).to_string();
+    assert!(refusal.contains("held by a0, b, a2, a4, 0 quarantined"), "{refusal}");
 }
 
 #[test]
