@@ -74,6 +74,8 @@ pub const DOMAIN: &str = "portwarden";
 pub mod reason {
     /// Not of an `ErrorInfo` but of a `PreconditionFailure`: the allocation has another version.
     pub const VERSION: &str = "VERSION";
+    /// The same: what is held on the worker would have no place any more.
+    pub const WOULD_LOSE: &str = "WOULD_LOSE";
     /// Nothing fits, or the table is full. Nothing was changed.
     pub const CAPACITY: &str = "CAPACITY";
     /// Too many calls at once: try again after RetryInfo. Nothing was changed.

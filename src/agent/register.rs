@@ -2,7 +2,8 @@
 //!
 //! A worker that is not in the table is registered, with what the agent was told and what the host
 //! shows. One that is registered already is adopted: it gets the agent's identity, and of the rest
-//! only what the agent was told by name. After a boot that is the same step.
+//! only what the agent was told by name. After a boot that is the same step; the boot is named first, for
+//! it is what ends that for which the rest may have no place.
 //!
 //! Two agents must not take turns with one record. A record that another machine has named its own
 //! is left alone, unless the agent is told to take it over.
@@ -12,8 +13,8 @@ use tracing::{info, warn};
 
 use super::AgentError;
 use super::host::Host;
-use crate::client::Client;
-use crate::proto::v1;
+use crate::client::{Client, ClientError};
+use crate::proto::{reason, v1};
 
 /// What the agent was told of its worker.
 #[derive(Debug, Clone, Default)]
@@ -68,7 +69,25 @@ pub async fn join(
         }
         Step::Update { spec, fields } => {
             info!(worker = name, ?fields, "the worker is adopted");
-            client.worker_update(name, spec, fields).await?;
+            let (me, rest): (Vec<_>, Vec<_>) = fields.into_iter().partition(|f| f == IDENTITY);
+            let is_new = !me.is_empty();
+            if is_new {
+                client.worker_update(name, spec.clone(), me).await?;
+            }
+            if rest.is_empty() {
+                return Ok(());
+            }
+            match client.worker_update(name, spec, rest.clone()).await {
+                Err(ClientError::Refused(why)) if is_new && why.is_for(reason::WOULD_LOSE) => {
+                    warn!(
+                        worker = name,
+                        why = why.status.message(),
+                        "{} of the record stay as they are until the agent is started again",
+                        rest.join(", ")
+                    )
+                }
+                answer => drop(answer?),
+            }
         }
     }
     Ok(())
@@ -89,7 +108,7 @@ pub fn step(
         }
         let mut spec = told.spec.clone();
         spec.identity = Some(identity.clone());
-        if !names_gpus {
+        if !names_gpus || (told.gpus_of_driver && !driver.is_empty()) {
             spec.gpus = driver;
         }
         return Ok(Step::Register(spec));
@@ -103,7 +122,11 @@ pub fn step(
     let mut spec = told.spec.clone();
     spec.identity = Some(identity.clone());
     let mut fields = told.fields.clone();
-    if told.gpus_of_driver {
+    if told.gpus_of_driver && driver.is_empty() {
+        // It may not be up yet.
+        warn!(worker = name, "the driver shows no GPUs; the record keeps those that it has");
+        fields.retain(|field| field != GPUS);
+    } else if told.gpus_of_driver {
         spec.gpus = driver;
         if !names_gpus {
             fields.push(GPUS.into());
@@ -146,6 +169,9 @@ fn same_gpus(record: &[v1::GpuSpec], driver: &[v1::GpuSpec]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::host::{Seen, Wanted};
+    use crate::agent::ranges::LocalPorts;
+    use crate::api::fake;
 
     fn identity(machine: &str, boot: &str) -> v1::Identity {
         v1::Identity { machine_id: machine.into(), boot_id: boot.into(), namespace: 1 }
@@ -197,6 +223,45 @@ mod tests {
         let adopt = step("w", Some(&record(Some(me.clone()))), &gpus, &me, driver()).unwrap();
         let Step::Update { spec, fields } = adopt else { panic!("{adopt:?}") };
         assert_eq!((fields, spec.gpus), (vec![GPUS.to_string()], driver()));
+        // A driver that shows none may not be up yet.
+        let has = v1::WorkerSpec { gpus: driver(), ..record(Some(me.clone())) };
+        assert_eq!(step("w", Some(&has), &gpus, &me, vec![]).unwrap(), Step::Nothing);
+    }
+
+    struct Booted(v1::Identity);
+
+    impl Host for Booted {
+        fn identity(&self) -> std::io::Result<v1::Identity> {
+            Ok(self.0.clone())
+        }
+        fn local_ports(&self) -> std::io::Result<LocalPorts> {
+            Ok(LocalPorts { first: 1, last: 0, reserved: vec![] })
+        }
+        fn gpus(&self) -> Result<Vec<v1::GpuSpec>, String> {
+            Ok(vec![])
+        }
+        fn blind_spots(&self) -> Vec<String> {
+            vec![]
+        }
+        fn look(&self, _: &Wanted) -> std::io::Result<Seen> {
+            Err(std::io::Error::other("nothing is looked at"))
+        }
+    }
+
+    /// What is held there would have no place in the ranges that the agent is told.
+    #[tokio::test]
+    async fn a_boot_is_named_also_where_the_rest_does_not_fit() {
+        let (_, client) = fake::served().await;
+        let (old, new) = (identity("m", "b1"), identity("m", "b2"));
+        let watched = v1::WorkerSpec { identity: Some(old.clone()), ..fake::spec() };
+        client.worker_register("w", watched.clone()).await.unwrap();
+        client.allocate(vec![fake::claim("b")]).await.unwrap();
+        let told = told("h", &["ranges"]);
+        let again = join(&client, &Booted(old.clone()), "w", &told, &old).await.unwrap_err();
+        assert!(again.to_string().contains("would leave its range"), "{again}");
+        join(&client, &Booted(new.clone()), "w", &told, &new).await.unwrap();
+        let spec = client.worker_get("w", None).await.unwrap().worker.unwrap().spec.unwrap();
+        assert_eq!((spec.identity, spec.ranges), (Some(new), watched.ranges));
     }
 
     #[test]

@@ -69,7 +69,7 @@ pub fn refusal(refusal: Refusal) -> Status {
             precondition("FEATURE_LEVEL", "cluster")
         }
         Refusal::WorkerInUse { worker, .. } => precondition("WORKER_IN_USE", worker.as_str()),
-        Refusal::WouldLose { worker, .. } => precondition("WOULD_LOSE", worker.as_str()),
+        Refusal::WouldLose { worker, .. } => precondition(reason::WOULD_LOSE, worker.as_str()),
         Refusal::PortNotFree { worker, .. } => precondition("PORT_NOT_FREE", worker.as_str()),
         Refusal::NothingFits { name, shortage } => {
             let mut facts = shortage_facts(shortage);

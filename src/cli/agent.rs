@@ -59,7 +59,8 @@ pub struct Args {
     /// error, warn, info, debug or trace, or a filter [default: info]
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
-    /// A TOML file with the same keys; a flag goes before it
+    /// A TOML file with worker, interval, address, range, reserve, gpu, label and log-level; a flag goes
+    /// before it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
@@ -86,7 +87,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         return Err(usage("--worker is required (see portwarden agent --help)"));
     };
     let fields = settings.spec.fields();
-    let told = Told { spec: settings.spec.spec(), fields, gpus_of_driver, take_over };
+    let told = Told { spec: settings.spec.spec()?, fields, gpus_of_driver, take_over };
     let gpus = gpus::driver().unwrap_or_else(|why| {
         info!(why, "no GPUs are seen: there is no driver");
         Box::new(NoGpus)
@@ -200,7 +201,7 @@ mod tests {
         let range = parse::range("c=20-29").unwrap();
         let spec = SpecFlags { range: vec![range.clone()], ..SpecFlags::default() };
         let settings = under(text, Settings { spec, ..flags() }).unwrap();
-        assert_eq!(settings.spec.spec().ranges, [range]);
+        assert_eq!(settings.spec.spec().unwrap().ranges, [range]);
     }
 
     #[test]

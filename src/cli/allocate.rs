@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{ArgGroup, ValueEnum};
-use itertools::Itertools as _;
 use serde::Deserialize;
 
 use super::{CliError, Globals, output, parse};
@@ -137,7 +136,7 @@ pub(super) struct ClaimFlags {
     /// Each GPU whole and alone
     #[arg(long, group = "share", requires = "some-gpus")]
     gpu_exclusive: bool,
-    /// Reclaim it if it is not confirmed within this (1s to 24h) [default: the server's, 10m]
+    /// Reclaim it if it is not confirmed within this (1s to 24h) [default: the server's, 10m; of `run`: --start-timeout and a minute]
     #[arg(long, value_name = "DURATION", conflicts_with = "bound", value_parser = parse::span_of_time)]
     pub confirm_within: Option<Duration>,
     /// Grant straight to BOUND, without a confirmation
@@ -239,9 +238,6 @@ impl Source {
 impl ClaimFlags {
     /// Without a uid and a lease.
     pub fn claim(self, name: String) -> Result<v1::Claim, CliError> {
-        if let Some((key, _)) = self.label.iter().duplicates_by(|(key, _)| key).next() {
-            return Err(CliError::Usage(format!("--label {key} is given twice")));
-        }
         use v1::port_request::Ports;
         let range = self.range.unwrap_or_default();
         let request = |name: String, ports| v1::PortRequest {
@@ -272,7 +268,7 @@ impl ClaimFlags {
             gpus,
             lease: 0,
             bound: self.bound,
-            labels: self.label.into_iter().collect(),
+            labels: parse::labels(self.label)?,
             confirm_within_ms: self.confirm_within.map_or(0, parse::ms),
         })
     }

@@ -6,7 +6,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
+use itertools::Itertools as _;
 
+use super::error::CliError;
 use crate::core::{
     InstanceName, Invalid, LabelKey, LabelValue, Millis, Port, PortName, RangeName, Selector,
     limits,
@@ -150,6 +152,16 @@ pub fn label(text: &str) -> Result<(String, String), String> {
     Ok((name::<LabelKey>(key)?, name::<LabelValue>(value)?))
 }
 
+/// Of a flag that may be repeated.
+pub fn labels<T: FromIterator<(String, String)>>(
+    given: Vec<(String, String)>,
+) -> Result<T, CliError> {
+    match given.iter().duplicates_by(|(key, _)| key).next() {
+        Some((key, _)) => Err(CliError::Usage(format!("--label {key} is given twice"))),
+        None => Ok(given.into_iter().collect()),
+    }
+}
+
 pub fn host_port(text: &str) -> Result<String, String> {
     let bad = || "must be HOST:PORT with a port of 1 to 65535".to_string();
     let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
@@ -191,4 +203,19 @@ pub fn gpu(text: &str) -> Result<GpuFlag, String> {
         return Err("memory must be given, such as memory=24GiB".into());
     }
     Ok(flag)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn a_label_that_is_given_twice_is_refused_by_name() {
+        let label = |text: &str| label(text).unwrap();
+        let given = vec![label("zone=a"), label("model=m"), label("zone=b")];
+        let error = labels::<BTreeMap<_, _>>(given).unwrap_err().to_string();
+        assert!(error.contains("--label zone is given twice"), "{error}");
+    }
 }

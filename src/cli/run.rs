@@ -106,7 +106,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         );
         return Err(CliError::Usage(text).into());
     }
-    if claim.confirm_within_ms == 0 && !claim.bound {
+    if claim.confirm_within_ms == 0 {
         let within = parse::ms(args.start_timeout + CONFIRM_MARGIN);
         claim.confirm_within_ms = within.min(limits::SPAN_MAX_MS);
     }

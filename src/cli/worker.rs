@@ -138,15 +138,15 @@ pub(super) struct SpecFlags {
 }
 
 impl SpecFlags {
-    pub fn spec(self) -> v1::WorkerSpec {
-        v1::WorkerSpec {
+    pub fn spec(self) -> Result<v1::WorkerSpec, CliError> {
+        Ok(v1::WorkerSpec {
             address: self.address.unwrap_or_default(),
-            labels: self.label.into_iter().collect(),
+            labels: parse::labels(self.label)?,
             ranges: self.range,
             reserved: parse::spread(&self.reserve),
             gpus: number_gpus(self.gpu),
             identity: None,
-        }
+        })
     }
 
     /// Fields of the spec that were named.
@@ -264,11 +264,11 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     let again = || CliError::repeat_with("the same arguments".into());
     let response = match args.command {
         Command::Register(Register { name, spec }) => {
-            client.worker_register(&name, spec.spec()).await.map_err(again())?
+            client.worker_register(&name, spec.spec()?).await.map_err(again())?
         }
         Command::Apply(Apply { name: Some(name), spec, .. }) => {
             let fields = spec.fields();
-            client.worker_update(&name, spec.spec(), fields).await.map_err(again())?
+            client.worker_update(&name, spec.spec()?, fields).await.map_err(again())?
         }
         Command::Apply(Apply { file, .. }) => {
             return apply_file(&client, &file.unwrap_or_default(), globals.output).await;

@@ -30,7 +30,7 @@ pub struct Refused {
 
 impl Refused {
     /// Is it for a precondition of this kind?
-    pub(super) fn is_for(&self, kind: &str) -> bool {
+    pub fn is_for(&self, kind: &str) -> bool {
         let broken = self.details.precondition_failure();
         broken.is_some_and(|broken| broken.violations.iter().any(|one| one.r#type == kind))
     }

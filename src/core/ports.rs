@@ -245,7 +245,7 @@ impl Pool {
     }
 
     /// Is it free, and was it always?
-    fn is_unused(&self, number: u16) -> bool {
+    pub fn is_unused(&self, number: u16) -> bool {
         self.is_free(number) && !self.slots.contains_key(&number)
     }
 

@@ -9,14 +9,15 @@
 //! | what is seen | of what | proves it after |
 //! |---|---|---|
 //! | the worker has booted since | what was confirmed before with a handle of another boot | one sample |
-//! | the same, and its ports are closed | what was confirmed before without a handle | [`GONE_SAMPLES`] |
+//! | the same, its ports are closed, and no process is seen on its GPUs | what was confirmed before without a handle, or lingered | [`GONE_SAMPLES`] |
 //! | the liveness handle is gone | what has one | [`GONE_SAMPLES`] |
 //! | its ports are closed | a start that was never confirmed, once its deadline is past | [`GONE_SAMPLES`] |
 //! | its ports are closed | a start whose lease ended before its deadline | all of its deadline |
 //! | its ports are closed | what was confirmed without a handle of this boot | all of `zombie_after` |
 //! | no process on its GPUs | the same, without ports | all of `zombie_after` |
-//! | a free port is listened on | a stranger: it is quarantined | one sample |
+//! | a free port is listened on, and was never given or known to be free | a stranger: it is quarantined | one sample |
 //! | a free port is in use otherwise | the same | [`STRANGER_SAMPLES`] |
+//! | no port and no GPU is in use that nobody holds | a restored worker: it is verified | one sample |
 //! | a quarantined port is free | the quarantine is over, unless an operator set it | [`FREE_SAMPLES`] |
 //!
 //! A boot is known when its agent names it: what was confirmed shortly before may have been started
@@ -46,8 +47,8 @@ use crate::raft::ApplyObserver;
 
 /// Samples in a row that prove a handle gone, or the ports of a failed start closed.
 const GONE_SAMPLES: u32 = 3;
-/// Samples in a row after which a port that is in use, but not listened on, is a stranger's: it may
-/// be the local end of a connection that is closing.
+/// Samples in a row after which a port that is in use is a stranger's for sure: in one it may be the local
+/// end of a connection that is closing, or that of a holder who has released it since.
 const STRANGER_SAMPLES: u32 = 2;
 /// Samples in a row that prove a quarantined port free.
 const FREE_SAMPLES: u32 = 3;
@@ -188,10 +189,12 @@ fn verdict(
     let processes = |gpu: &HeldGpu| sample.gpus.get(&gpu.index).copied();
     let idle = held.gpus.iter().all(|gpu| processes(gpu) == Some(0));
     let busy = held.gpus.iter().any(|gpu| processes(gpu) > Some(0));
-    if held.confirmed && held.version < worker.booted {
+    // Of what lingered before the boot, also a start that was never confirmed.
+    let started = held.confirmed || held.phase == Phase::Lingering;
+    let gone = held.liveness.is_some() || (closed && !busy);
+    if started && gone && held.version < worker.booted {
         let samples = if held.liveness.is_some() { 1 } else { GONE_SAMPLES };
-        let gone = held.liveness.is_some() || (closed && !busy);
-        return gone.then(|| (Proof::Samples(samples), "its worker has booted since".into()));
+        return Some((Proof::Samples(samples), "its worker has booted since".into()));
     }
     match (held.ports.is_empty(), held.confirmed) {
         (false, false) if closed => {
@@ -236,12 +239,18 @@ impl Watched {
         (under, now): (Leader, Instant),
     ) -> Vec<Command> {
         let mut commands = self.count_gone((state, worker), sample, lifecycle, (under, now));
-        commands.extend(self.count_strangers(worker, sample, under));
+        commands.extend(self.count_strangers((state, worker), sample, under));
         commands.extend(self.count_free(worker, sample, under));
         // Only a sample that knows the restored table, and finds nothing in use that nobody holds,
-        // verifies a worker: what was granted since the backup must not be given again.
+        // verifies a worker: what was granted since the backup must not be given again. Of a GPU whose
+        // processes nobody counts that cannot be known.
         let unverified = worker.phase == WorkerPhase::Unverified;
-        if unverified && sample.revision >= worker.version && self.strangers.is_empty() {
+        let clear = |gpu: &crate::core::Gpu| match sample.gpus.get(&gpu.index) {
+            Some(processes) => *processes == 0 || !gpu.is_idle(),
+            None => false,
+        };
+        let nothing_else = self.strangers.is_empty() && worker.gpus.iter().all(clear);
+        if unverified && sample.revision >= worker.version && nothing_else {
             let (name, by) = (worker.name.clone(), Actor::Leader(under));
             commands.push(Command::VerifyWorker { name, by });
         }
@@ -289,16 +298,25 @@ impl Watched {
     }
 
     /// Ports in use that nobody holds.
-    fn count_strangers(&mut self, worker: &Worker, sample: &Sample, under: Leader) -> Vec<Command> {
+    fn count_strangers(
+        &mut self,
+        (state, worker): (&State, &Worker),
+        sample: &Sample,
+        under: Leader,
+    ) -> Vec<Command> {
         let before = std::mem::take(&mut self.strangers);
         let mut commands = Vec::new();
         for (number, InUse { listening, pid }) in &sample.in_use {
-            let free = worker.pool_of(*number).is_some_and(|pool| pool.is_free(*number));
-            let (true, Ok(port)) = (free, Port::new("port", u64::from(*number))) else { continue };
+            let free = worker.pool_of(*number).filter(|pool| pool.is_free(*number));
+            let (Some(pool), Ok(port)) = (free, Port::new("port", u64::from(*number))) else {
+                continue;
+            };
+            // Else its holder may have released it since the agent looked.
+            let sure = sample.revision == state.revision || pool.is_unused(*number);
             let samples = before.get(number).copied().unwrap_or(0) + 1;
             self.strangers.insert(*number, samples);
             let known = worker.phase != WorkerPhase::Unverified;
-            if *listening || samples >= STRANGER_SAMPLES || !known {
+            if (*listening && sure) || samples >= STRANGER_SAMPLES || !known {
                 let by = match pid {
                     0 => "something on the host".to_string(),
                     pid => format!("process {pid}"),
@@ -865,6 +883,51 @@ mod tests {
         assert!(!s.is_held("a"));
     }
 
+    const SHARED: GpuRequest =
+        GpuRequest { which: GpuChoice::Count(1), share: GpuShare::MemoryBytes(10) };
+
+    #[tokio::test(start_paused = true)]
+    async fn what_lingered_before_a_boot_is_gone_after_it_also_on_gpus_that_nobody_sees() {
+        let mut s = Scene::new();
+        s.grant("a", Vec::new(), Some(SHARED));
+        s.misses_deadline("a");
+        s.looks(200).await;
+        assert!(s.is_held("a"));
+        s.reboot("b2");
+        s.looks(3).await;
+        assert!(!s.is_held("a"));
+    }
+
+    /// Another's process is on the GPU that it shares.
+    #[tokio::test(start_paused = true)]
+    async fn a_boot_makes_nothing_last_longer() {
+        let mut s = Scene::new();
+        let ports = vec![PortRequest { name: None, range: None, ports: Ports::Count(1) }];
+        let held = s.grant("a", ports, Some(SHARED));
+        s.confirm(&held, None);
+        s.reboot("b2");
+        s.sample.gpus.insert(0, 1);
+        s.looks(60).await;
+        assert!(s.is_held("a"));
+        s.looks(1).await;
+        assert!(!s.is_held("a"), "its ports were closed for as long as it takes without a boot");
+    }
+
+    /// What was granted since the backup may hold nothing but GPU memory.
+    #[tokio::test(start_paused = true)]
+    async fn a_restored_worker_is_verified_once_nobody_is_on_the_gpus_that_nobody_holds() {
+        let mut s = Scene::new();
+        s.state = s.state.anew();
+        s.looks(3).await;
+        assert!(s.done.is_empty(), "without a driver nobody knows: {:?}", s.done);
+        s.sample.gpus.insert(0, 1);
+        s.looks(3).await;
+        assert!(s.done.is_empty(), "{:?}", s.done);
+        s.sample.gpus.insert(0, 0);
+        s.looks(1).await;
+        assert_eq!(s.done, ["verify_worker"]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn what_changed_after_the_agent_looked_is_not_judged() {
         let mut s = Scene::new();
@@ -950,6 +1013,24 @@ mod tests {
         assert_eq!(s.done[2..], ["lift_quarantine"]);
         let pool = &s.state.worker(&"w".parse().unwrap()).unwrap().pools[0];
         assert_eq!((pool.is_free(40_000), pool.is_free(40_001)), (true, false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_port_that_was_released_since_the_agent_looked_is_no_strangers() {
+        let mut s = Scene::new();
+        let number = s.port_of("a", true);
+        s.open(number, true);
+        s.looks(1).await;
+        let seen = s.state.revision;
+        let token = s.held("a").token;
+        let authority = crate::core::Authority::Holder(token);
+        s.ok(Command::Release { name: "a".parse().unwrap(), authority });
+        tokio::time::advance(Duration::from_secs(1)).await;
+        (s.sample.number, s.sample.revision) = (s.sample.number + 1, seen);
+        assert_eq!(s.weigh(), Ok(vec![]));
+        // It is still in use in the next one.
+        s.looks(1).await;
+        assert_eq!(s.done, ["quarantine"]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -112,9 +112,10 @@ impl Child {
     /// Is anything of its process group left that has not ended? Of what has ended and waits for its
     /// parent to take note, nobody can say when it does.
     pub fn has_group(&self) -> bool {
-        test_kill_process_group(self.pid).is_ok()
+        // Of another user it would be PERM.
+        test_kill_process_group(self.pid) != Err(rustix::io::Errno::SRCH)
             && processes::processes(&[])
-                .is_ok_and(|all| all.iter().any(|p| !p.dead && p.group == self.handle.pid))
+                .map_or(true, |all| all.iter().any(|p| !p.dead && p.group == self.handle.pid))
     }
 
     /// Has it ended, and was its status told?

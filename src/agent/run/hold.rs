@@ -184,6 +184,28 @@ impl Hold {
         }
     }
 
+    /// Resolves when what it holds is no longer there under its token, by an operator's word say: the
+    /// lease need not have ended. Asked as often as the lease is kept alive.
+    pub fn gone(&self) -> impl Future<Output = Lost> + use<> {
+        let (client, every) = (self.client.clone(), self.lease.ttl() / 3);
+        let (name, token) = (self.held.name.clone(), self.held.token);
+        async move {
+            loop {
+                sleep(every).await;
+                match client.get(&name, None).await {
+                    Ok(answer) if answer.allocation.as_ref().is_some_and(|a| a.token != token) => {
+                        return Lost::Gone(format!("{name} is another's now"));
+                    }
+                    Err(error) if error.code() == Some(Code::NotFound) => {
+                        return Lost::Gone(error.to_string());
+                    }
+                    Ok(_) => {}
+                    Err(error) => debug!(%error, "whether it is still held is not known"),
+                }
+            }
+        }
+    }
+
     /// Gives back what is held: the program has ended. What cannot be given back now is reclaimed in
     /// time, by the end of the lease and, where there is an agent, by what that sees.
     pub async fn release(self) {
@@ -203,25 +225,13 @@ impl Hold {
 
 #[cfg(test)]
 mod tests {
-    use std::future::pending;
-
-    use tokio::net::TcpListener;
-
     use super::*;
-    use crate::api::fake::{Fake, claim, fake, spec};
-    use crate::api::{Readiness, serve, tcp_incoming};
-    use crate::client::Options;
+    use crate::api::fake::{Fake, claim, served, spec};
     use crate::core;
 
     /// A node with a worker `w` that an agent watches.
     async fn node() -> (std::sync::Arc<Fake>, Client) {
-        let (fake, api) = fake();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let readiness = Readiness::new().await;
-        readiness.set(true).await;
-        tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), pending()));
-        let client = Client::connect(vec![address], Options::default()).unwrap();
+        let (fake, client) = served().await;
         let identity = v1::Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 };
         let watched = v1::WorkerSpec { identity: Some(identity), ..spec() };
         client.worker_register("w", watched).await.unwrap();

@@ -106,7 +106,10 @@ pub enum RunError {
 pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, RunError> {
     let mut signals = Signals::listen()?;
     if let Some(v1::claim::Placement::Worker(worker)) = &job.claim.placement {
-        here(&client, &*host, worker).await?;
+        tokio::select! {
+            is_here = here(&client, &*host, worker) => drop(is_here?),
+            signal = signals.stop() => return Err(RunError::Stopped(signal)),
+        }
     }
     let keeper = Keeper::start_with(client.clone(), boot_clock());
     let reserved = reserve(&client, &keeper, &job);
@@ -116,7 +119,11 @@ pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, Ru
         signal = signals.stop() => return Err(RunError::Stopped(signal)),
     };
     let id = lease.id();
-    let has_agent = match here(&client, &*host, &held.worker).await {
+    let has_agent = tokio::select! {
+        is_here = here(&client, &*host, &held.worker) => is_here,
+        signal = signals.stop() => Err(RunError::Stopped(signal)),
+    };
+    let has_agent = match has_agent {
         Ok(has_agent) => has_agent,
         Err(error) => {
             Hold::new(client, keeper, lease, OnLeaseLost::Keep, held).release().await;
@@ -283,7 +290,7 @@ impl Supervisor<'_> {
                 Lost::LeaseEnds | Lost::Gone(_) = hold.ending() => return Err(RunError::LeaseEnds),
                 () = sleep(pause) => match look.at(&self.host, self.job.ready, child).await? {
                     Stage::Ready => return Ok(None),
-                    Stage::Stranger { port, pid } if look.strangers >= STRANGER_LOOKS => {
+                    Stage::Stranger { port, pid } if look.strangers >= STRANGER_LOOKS && !stopping => {
                         let why = format!("process {pid} listens on it");
                         return Ok(Some((port.into(), why)));
                     }
@@ -303,8 +310,12 @@ impl Supervisor<'_> {
         }
     }
 
-    /// The program ended before it listened: because a port is in use, or for a reason of its own.
+    /// The program ended before it listened: because a port is in use, or for a reason of its own. One
+    /// that is content may have left behind what listens there.
     async fn why_ended(&self, code: u8, ports: &[u16]) -> Result<Option<(u32, String)>, RunError> {
+        if code == 0 {
+            return Err(RunError::Ended(code));
+        }
         match probed(ports).await? {
             Some((port, why)) => Ok(Some((port, format!("the program ended with {code}; {why}")))),
             None => Err(RunError::Ended(code)),
@@ -321,12 +332,14 @@ impl Supervisor<'_> {
             }
         };
         let lost = {
+            let mut gone = std::pin::pin!(hold.gone());
             let mut held = std::pin::pin!(confirmed_and_kept(hold, liveness));
             loop {
                 tokio::select! {
                     status = child.ended() => return Ok(exit_code(status?)),
                     signal = self.signals.next() => child.signal(signal),
                     lost = &mut held => break lost,
+                    lost = &mut gone => break lost,
                 }
             }
         };

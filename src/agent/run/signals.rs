@@ -7,7 +7,8 @@ use std::task::Poll;
 use rustix::process::Signal;
 use tokio::signal::unix::{self, SignalKind, signal};
 
-/// Those that a supervisor is sent for its program. From here on none of them ends this process.
+/// Those that a supervisor is sent for its program. From here on none of them ends this process. What was
+/// ignored when it started, as by `nohup`, stays ignored, here and by the program.
 const PASSED_ON: [Signal; 7] = [
     Signal::HUP,
     Signal::INT,
@@ -22,8 +23,11 @@ pub struct Signals(Vec<(Signal, unix::Signal)>);
 
 impl Signals {
     pub fn listen() -> io::Result<Self> {
+        let status = procfs::process::Process::myself().and_then(|process| process.status());
+        let ignored = status.map_err(io::Error::other)?.sigign;
+        let heeded = |kind: &Signal| ignored & (1 << (kind.as_raw() - 1)) == 0;
         let listen = |kind: Signal| Ok((kind, signal(SignalKind::from_raw(kind.as_raw()))?));
-        PASSED_ON.into_iter().map(listen).collect::<io::Result<_>>().map(Signals)
+        PASSED_ON.into_iter().filter(heeded).map(listen).collect::<io::Result<_>>().map(Signals)
     }
 
     /// The next one. May be dropped and called again.
