@@ -160,6 +160,9 @@ impl Agent {
                 Err(AgentError::Call(
                     error @ (ClientError::Unavailable { .. } | ClientError::OutcomeUnknown { .. }),
                 )) => self.trouble.say(&error.to_string()),
+                Err(AgentError::Call(error)) if error.reason() == Some(reason::LOW_SPACE) => {
+                    self.trouble.say(&error.to_string());
+                }
                 Err(error) => return Err(error),
             }
             sleep(JOIN_PAUSE).await;

@@ -19,7 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{CallError, Node};
 use crate::blocking::blocking;
-use crate::core::{Command, State};
+use crate::core::{Command, State, WorkerPatch};
 use crate::lock::guard;
 use crate::proto::peer;
 use crate::raft::NodeId;
@@ -143,13 +143,17 @@ fn refusal(
     Some(format!("{} of {low_bytes} wanted", low.join(", ")))
 }
 
-/// Would it make the table grow? `Allocate` of names that are all held is an answer, not a change.
+/// Would it make the table grow? `Allocate` of names that are all held is an answer, not a change, and a
+/// worker's new boot is what frees.
 fn grows(command: &Command, state: &State) -> bool {
     match command {
         Command::Allocate { claims, .. } => {
             claims.iter().any(|claim| state.allocation(&claim.name).is_none())
         }
-        Command::RegisterWorker { .. } | Command::UpdateWorker { .. } => true,
+        Command::RegisterWorker { .. } => true,
+        Command::UpdateWorker { patch, .. } => {
+            *patch != WorkerPatch { identity: patch.identity.clone(), ..WorkerPatch::default() }
+        }
         _ => false,
     }
 }
@@ -232,6 +236,19 @@ pub(super) async fn ask_others(node: Node) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::Identity;
+
+    #[test]
+    fn a_boot_is_named_also_where_there_is_little_room() {
+        let patches = |patch| {
+            let name = "w".parse().unwrap();
+            grows(&Command::UpdateWorker { name, patch }, &State::default())
+        };
+        let identity = Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 1 };
+        let booted = WorkerPatch { identity: Some(identity), ..WorkerPatch::default() };
+        assert!(!patches(booted.clone()));
+        assert!(patches(WorkerPatch { address: Some("h".into()), ..booted }));
+    }
 
     #[tokio::test]
     async fn growth_needs_a_majority_with_room_as_soon_as_one_is_low() {
