@@ -12,6 +12,8 @@
 //!   ends, and says why.
 
 mod drift;
+#[cfg(test)]
+mod fake;
 pub mod host;
 mod processes;
 mod ranges;

@@ -169,6 +169,7 @@ fn same_gpus(record: &[v1::GpuSpec], driver: &[v1::GpuSpec]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::fake::served;
     use crate::agent::host::{Seen, Wanted};
     use crate::agent::ranges::LocalPorts;
     use crate::api::fake;
@@ -251,7 +252,7 @@ mod tests {
     /// What is held there would have no place in the ranges that the agent is told.
     #[tokio::test]
     async fn a_boot_is_named_also_where_the_rest_does_not_fit() {
-        let (_, client) = fake::served().await;
+        let (_, client) = served().await;
         let (old, new) = (identity("m", "b1"), identity("m", "b2"));
         let watched = v1::WorkerSpec { identity: Some(old.clone()), ..fake::spec() };
         client.worker_register("w", watched.clone()).await.unwrap();

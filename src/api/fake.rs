@@ -3,14 +3,11 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::convert;
 use super::dispatch::{Api, Backend};
-use super::{Readiness, serve, tcp_incoming};
-use crate::client::{Client, Options};
 use crate::core::{
     Applied, Command, LeaseId, Millis, Origin, Revision, Specs, State, WorkerName, apply,
 };
@@ -149,15 +146,4 @@ impl Backend for Fake {
 pub(crate) fn fake() -> (Arc<Fake>, Api) {
     let fake = Arc::new(Fake { state: Mutex::new(table()), ..Fake::default() });
     (fake.clone(), Api::over(fake))
-}
-
-/// The same, served, and a client of it.
-pub(crate) async fn served() -> (Arc<Fake>, Client) {
-    let (fake, api) = fake();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let readiness = Readiness::new().await;
-    readiness.set(true).await;
-    tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), std::future::pending()));
-    (fake, Client::connect(vec![address], Options::default()).unwrap())
 }

@@ -226,7 +226,8 @@ impl Hold {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::fake::{Fake, claim, served, spec};
+    use crate::agent::fake::served;
+    use crate::api::fake::{Fake, claim, spec};
     use crate::core;
 
     /// A node with a worker `w` that an agent watches.
