@@ -4,13 +4,13 @@
 //! request to a file and syncs it, on a thread of its own, and passes it on to the other two over a
 //! stream each; those do the same, and answer. Once two of the three have synced it, the caller is
 //! answered. The same libraries (tonic, tokio, the allocator), messages of the same size, the same
-//! syncs past the page cache, as many threads; no Raft, no table, no checks: nothing that has less to do with such a call.
+//! syncs (of what went through the page cache), as many threads; no Raft, no table, no checks: nothing that has less to do with such a call.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as threads};
@@ -40,8 +40,6 @@ use super::processes::{Process, free_ports};
 const CALL: &str = "/bare/Call";
 const PASS: &str = "/bare/Pass";
 const FILE_BYTES: u64 = 2 << 20;
-/// As the journal's: src/store/journal.rs.
-const BLOCK_BYTES: usize = 4096;
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 type Asked = v1::AllocateRequest;
@@ -78,17 +76,11 @@ fn disk(path: &Path) -> anyhow::Result<Disk> {
     let file = File::create(path)?;
     file.write_all_at(&vec![0; FILE_BYTES as usize], 0)?;
     file.sync_all()?;
-    let file = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path)?;
     let (disk, asked) = threads::channel::<(Vec<u8>, oneshot::Sender<()>)>();
     std::thread::spawn(move || {
-        let mut memory = vec![0; 2 * BLOCK_BYTES];
-        let begin = memory.as_ptr().align_offset(BLOCK_BYTES);
-        let block = &mut memory[begin..begin + BLOCK_BYTES];
         let mut at = 0;
         for (bytes, done) in asked {
-            block[..bytes.len()].copy_from_slice(&bytes); // a call is far smaller
-            let begins = at / BLOCK_BYTES as u64 * BLOCK_BYTES as u64;
-            let written = file.write_all_at(block, begins).and_then(|()| file.sync_data());
+            let written = file.write_all_at(&bytes, at).and_then(|()| file.sync_data());
             written.expect("the disk takes what is written");
             at = (at + bytes.len() as u64).next_multiple_of(64) % (FILE_BYTES - 4096);
             let _ = done.send(());

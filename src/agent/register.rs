@@ -2,8 +2,8 @@
 //!
 //! A worker that is not in the table is registered, with what the agent was told and what the host
 //! shows. One that is registered already is adopted: it gets the agent's identity, and of the rest
-//! only what the agent was told by name. After a boot that is the same step; the boot is named first, for
-//! it is what ends that for which the rest may have no place.
+//! only what the agent was told by name. After a boot that is the same step; the boot is named first, and
+//! what the rest has no place for is no reason to end: the agent's samples are what frees it.
 //!
 //! Two agents must not take turns with one record. A record that another machine has named its own
 //! is left alone, unless the agent is told to take it over.
@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::AgentError;
 use super::host::Host;
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, Refused};
 use crate::proto::{reason, v1};
 
 /// What the agent was told of its worker.
@@ -69,28 +69,38 @@ pub async fn join(
         }
         Step::Update { spec, fields } => {
             info!(worker = name, ?fields, "the worker is adopted");
+            let was = record.and_then(|worker| worker.spec).and_then(|spec| spec.identity);
+            if was.is_none_or(|was| was.machine_id != identity.machine_id) {
+                client.worker_update(name, spec, fields).await?;
+                return Ok(());
+            }
             let (me, rest): (Vec<_>, Vec<_>) = fields.into_iter().partition(|f| f == IDENTITY);
-            let is_new = !me.is_empty();
-            if is_new {
+            if !me.is_empty() {
                 client.worker_update(name, spec.clone(), me).await?;
             }
             if rest.is_empty() {
                 return Ok(());
             }
             match client.worker_update(name, spec, rest.clone()).await {
-                Err(ClientError::Refused(why)) if is_new && why.is_for(reason::WOULD_LOSE) => {
-                    warn!(
-                        worker = name,
-                        why = why.status.message(),
-                        "{} of the record stay as they are until the agent is started again",
-                        rest.join(", ")
-                    )
-                }
+                Err(error) if can_wait(&error) => warn!(
+                    worker = name,
+                    %error,
+                    "{} of the record stay as they are until the agent is started again",
+                    rest.join(", ")
+                ),
                 answer => drop(answer?),
             }
         }
     }
     Ok(())
+}
+
+/// What is held has no place in what the agent was told, or there is no room. Only an agent that goes on
+/// can tell when that is over.
+fn can_wait(error: &ClientError) -> bool {
+    let would_lose = |refused: &Refused| refused.is_for(reason::WOULD_LOSE);
+    error.reason() == Some(reason::LOW_SPACE)
+        || matches!(error, ClientError::Refused(refused) if would_lose(refused))
 }
 
 /// `driver`: the GPUs that it shows.
@@ -258,8 +268,11 @@ mod tests {
         client.worker_register("w", watched.clone()).await.unwrap();
         client.allocate(vec![fake::claim("b")]).await.unwrap();
         let told = told("h", &["ranges"]);
-        let again = join(&client, &Booted(old.clone()), "w", &told, &old).await.unwrap_err();
-        assert!(again.to_string().contains("would leave its range"), "{again}");
+        let elsewhere = identity("other", "b");
+        let took = Told { take_over: true, ..told.clone() };
+        let refused = join(&client, &Booted(elsewhere.clone()), "w", &took, &elsewhere).await;
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("is held"), "{refused}");
         join(&client, &Booted(new.clone()), "w", &told, &new).await.unwrap();
         let spec = client.worker_get("w", None).await.unwrap().worker.unwrap().spec.unwrap();
         assert_eq!((spec.identity, spec.ranges), (Some(new), watched.ranges));

@@ -223,12 +223,14 @@ impl Client {
     /// lingers, off its lease: it is revived on that lease, which must be alive.
     pub async fn confirm(&self, held: &v1::Allocation) -> Result<v1::ConfirmResponse, ClientError> {
         let v1::Allocation { name, token, lease, ports, .. } = held;
+        let deadline = Instant::now() + self.timeout;
         let confirm = |version| {
             let liveness = None;
             let (name, token, lease) = (name.clone(), *token, *lease);
-            self.confirm_with(v1::ConfirmRequest { name, token, version, lease, liveness })
+            let request = v1::ConfirmRequest { name, token, version, lease, liveness };
+            let left = deadline.saturating_duration_since(Instant::now());
+            async move { self.with_timeout(left).confirm_with(request).await }
         };
-        let deadline = Instant::now() + self.timeout;
         let failed = match confirm(held.version).await {
             Err(error) if error.code() == Some(Code::FailedPrecondition) => error,
             Err(error @ ClientError::OutcomeUnknown { .. }) => error,
@@ -244,7 +246,7 @@ impl Client {
         match found.phase() {
             _ if found.token != *token || found.ports != *ports => Err(failed),
             v1::Phase::Lingering => confirm(found.version).await,
-            v1::Phase::Bound if unknown => {
+            v1::Phase::Bound if unknown && (*lease == 0 || found.lease == *lease) => {
                 Ok(v1::ConfirmResponse { allocation: Some(found), revision })
             }
             _ => Err(failed),

@@ -33,8 +33,9 @@ pub(super) async fn watch(node: Node) {
         tokio::select! {
             () = network.closed() => return,
             () = network.doubted() => {}
-            () = sleep(ASK_EVERY) => network.look_whether_removed(),
+            () = sleep(ASK_EVERY) => {}
         }
+        network.look_whether_removed();
         succeed(&node).await;
     }
 }

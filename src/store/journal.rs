@@ -6,10 +6,12 @@
 //!
 //! The journal is two files that take turns. Each is written over from its start on, within its
 //! size, so that a sync has no metadata to commit, and past the page cache where the file system can:
-//! a sync finds nothing there that it has to write. What a disk writes at once is a whole block; the
-//! frames that lie in a frame's first block already are written again with it, as they are. When the active one is full, it is sealed: what
+//! a sync finds nothing there that it has to write. When the active one is full, it is sealed: what
 //! it holds is written to sled and flushed, while the other one is active. It is active again only
 //! when that is done.
+//!
+//! What goes to the disk is whole blocks. The frames that lie in the first of them already are
+//! written again with a new one, as they are.
 //!
 //! - A frame holds what was written between two flushes, with a checksum. Frames are numbered without
 //!   a gap over both files, and each says which one was the last that was synced when it was written:
@@ -674,6 +676,8 @@ mod tests {
     use crate::store::SimulatedDisk;
 
     const SIZES: Sizes = Sizes { file: 4096, frame: 1024 };
+    /// So that frames go over the ends of blocks, and of files.
+    const LARGER: Sizes = Sizes { file: 3 * 4096, frame: 2048 };
     const ROUNDS: u64 = 100;
 
     /// What a disk holds.
@@ -742,15 +746,22 @@ mod tests {
     struct Life {
         states: Vec<Model>,
         flushed: usize,
+        /// Of a value at most.
+        bytes: usize,
+    }
+
+    /// With each seed one or the other: sizes, and how large values are.
+    fn of(seed: u64) -> (Sizes, usize) {
+        if seed.is_multiple_of(2) { (SIZES, 300) } else { (LARGER, 3_000) }
     }
 
     impl Life {
         /// Writes until the disk below fails, or for so many steps.
         fn live(&mut self, disk: &Journaled, steps: usize, rng: &mut StdRng) -> sled::Result<()> {
             for _ in 0..steps {
-                let mut model = self.states.last().unwrap().clone();
+                let (mut model, bytes) = (self.states.last().unwrap().clone(), self.bytes);
                 let value = |rng: &mut StdRng| {
-                    rng.random_ratio(2, 3).then(|| vec![rng.random(); rng.random_range(0..300)])
+                    rng.random_ratio(2, 3).then(|| vec![rng.random(); rng.random_range(0..bytes)])
                 };
                 let done = match rng.random_range(0..8) {
                     0..4 => {
@@ -783,6 +794,8 @@ mod tests {
                 };
                 self.states.push(model);
                 done?;
+                let journal = guard(&disk.journal);
+                assert_eq!(journal.head.len() as u64, journal.offset % BLOCK_BYTES as u64);
             }
             Ok(())
         }
@@ -791,7 +804,7 @@ mod tests {
         fn check(&mut self, found: Model) {
             let was = self.states[self.flushed..].contains(&found);
             assert!(was, "{found:?} after {:?}", &self.states[self.flushed..]);
-            *self = Life { states: vec![found], flushed: 0 };
+            *self = Life { states: vec![found], flushed: 0, bytes: self.bytes };
         }
     }
 
@@ -802,16 +815,17 @@ mod tests {
             let mut rng = StdRng::seed_from_u64(seed);
             let dir = tempfile::tempdir().unwrap();
             let disk = SimulatedDisk::default();
-            let mut life = Life { states: vec![Model::default()], flushed: 0 };
+            let (sizes, bytes) = of(seed);
+            let mut life = Life { states: vec![Model::default()], flushed: 0, bytes };
             for _ in 0..6 {
                 // A start may end anywhere, too.
                 let steps = if rng.random_ratio(1, 3) { rng.random_range(0..8) } else { 0 };
                 let dying = Failing(disk.clone(), AtomicUsize::new(steps));
-                drop(Journaled::begin(dir.path(), Arc::new(dying), SIZES));
+                drop(Journaled::begin(dir.path(), Arc::new(dying), sizes));
                 disk.crash(rng.random_range(0..20));
                 let below = Failing(disk.clone(), AtomicUsize::new(usize::MAX));
                 let below = Arc::new(below);
-                let journaled = Journaled::begin(dir.path(), below.clone(), SIZES).unwrap();
+                let journaled = Journaled::begin(dir.path(), below.clone(), sizes).unwrap();
                 life.check(Model::of(&journaled));
                 if rng.random_ratio(1, 2) {
                     below.1.store(rng.random_range(0..40), Relaxed);
@@ -849,8 +863,9 @@ mod tests {
             let mut rng = StdRng::seed_from_u64(seed);
             let dir = tempfile::tempdir().unwrap();
             let disk = SimulatedDisk::default();
-            let mut life = Life { states: vec![Model::default()], flushed: 0 };
-            let journaled = Journaled::begin(dir.path(), Arc::new(disk.clone()), SIZES).unwrap();
+            let (sizes, bytes) = of(seed);
+            let mut life = Life { states: vec![Model::default()], flushed: 0, bytes };
+            let journaled = Journaled::begin(dir.path(), Arc::new(disk.clone()), sizes).unwrap();
             let mut before = 0;
             for _ in 0..rng.random_range(2..12) {
                 let (flushed, number) = (life.flushed, guard(&journaled.journal).number);
@@ -868,7 +883,7 @@ mod tests {
             let at = rng.random_range(0..bytes.len());
             bytes[at] ^= 1 << rng.random_range(0..8);
             fs::write(&path, bytes).unwrap();
-            match Journaled::begin(dir.path(), Arc::new(disk), SIZES) {
+            match Journaled::begin(dir.path(), Arc::new(disk), sizes) {
                 Ok(found) => {
                     // The very last flush may be missing: that is for the mark to notice.
                     let found = Model::of(&found);

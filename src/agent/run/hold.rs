@@ -141,16 +141,17 @@ impl Hold {
         Ok(())
     }
 
-    /// After a refusal: is it still there under the same token? Then it has another version, or the
+    /// After a refusal: is it still there under the same uid? Then it has another version, or the
     /// lease has just ended.
     async fn look(&mut self, refused: &ClientError) -> Result<(), Lost> {
         match self.client.get(&self.held.name, None).await {
             Ok(answer) => {
                 let found = answer.allocation.unwrap_or_default();
-                if found.token != self.held.token {
+                if found.uid != self.held.uid {
                     let why = format!("{refused}; {} is another's now", self.held.name);
                     return Err(Lost::Gone(why));
                 }
+                // Under another token, in a cluster that was begun from a backup.
                 self.held = found;
             }
             Err(error) if error.code() == Some(Code::NotFound) => {
@@ -184,16 +185,16 @@ impl Hold {
         }
     }
 
-    /// Resolves when what it holds is no longer there under its token, by an operator's word say: the
+    /// Resolves when what it holds is no longer there under its uid, by an operator's word say: the
     /// lease need not have ended. Asked as often as the lease is kept alive.
     pub fn gone(&self) -> impl Future<Output = Lost> + use<> {
         let (client, every) = (self.client.clone(), self.lease.ttl() / 3);
-        let (name, token) = (self.held.name.clone(), self.held.token);
+        let (name, uid) = (self.held.name.clone(), self.held.uid.clone());
         async move {
             loop {
                 sleep(every).await;
                 match client.get(&name, None).await {
-                    Ok(answer) if answer.allocation.as_ref().is_some_and(|a| a.token != token) => {
+                    Ok(answer) if answer.allocation.as_ref().is_some_and(|a| a.uid != uid) => {
                         return Lost::Gone(format!("{name} is another's now"));
                     }
                     Err(error) if error.code() == Some(Code::NotFound) => {
@@ -210,7 +211,17 @@ impl Hold {
     /// time, by the end of the lease and, where there is an agent, by what that sees.
     pub async fn release(self) {
         let Hold { client, lease, held, .. } = self;
-        match client.release(&held.name, held.token).await {
+        let mut released = client.release(&held.name, held.token).await;
+        if let Err(refused) = &released
+            && refused.code() == Some(Code::FailedPrecondition)
+            && let Ok(v1::GetResponse { allocation: Some(found), .. }) =
+                client.get(&held.name, None).await
+            && found.uid == held.uid
+        {
+            // The token is of the cluster before a restore.
+            released = client.release(&held.name, found.token).await;
+        }
+        match released {
             Ok(_) => debug!(name = held.name, "released"),
             Err(error) => {
                 warn!(name = held.name, %error, "not released; it is reclaimed in time");
@@ -242,6 +253,46 @@ mod tests {
     fn apply(fake: &Fake, command: core::Command) {
         let origin = core::Origin::default();
         core::apply(&mut fake.state.lock().unwrap(), &origin, &command).0.outcome.unwrap();
+    }
+
+    /// As a cluster that was begun from a backup does.
+    #[tokio::test]
+    async fn what_has_another_token_under_its_uid_is_still_held() {
+        let (fake, client) = node().await;
+        let keeper = Keeper::start(client.clone());
+        let lease = keeper.grant(Duration::from_secs(3)).await.unwrap();
+        let leased = v1::Claim { lease: lease.id(), ..claim("b") };
+        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, held.clone());
+        hold.confirm(None).await.unwrap();
+        hold.held.token = held.token + 1;
+        // The second time that it is asked, it is another's.
+        let gone = hold.gone();
+        tokio::pin!(gone);
+        assert!(timeout(Duration::from_millis(1_500), &mut gone).await.is_err());
+        hold.confirm(None).await.unwrap();
+        assert_eq!(hold.held.token, held.token);
+        apply(
+            &fake,
+            core::Command::Release {
+                name: "b".parse().unwrap(),
+                authority: core::Authority::Operator { reason: "test".into() },
+            },
+        );
+        assert!(matches!(gone.await, Lost::Gone(_)));
+    }
+
+    #[tokio::test]
+    async fn what_has_another_token_is_given_back_under_its_uid() {
+        let (_, client) = node().await;
+        let keeper = Keeper::start(client.clone());
+        let lease = keeper.grant(Duration::from_secs(60)).await.unwrap();
+        let leased = v1::Claim { lease: lease.id(), ..claim("b") };
+        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+        let before = v1::Allocation { token: held.token + 1, ..held };
+        Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, before).release().await;
+        let error = client.get("b", None).await.unwrap_err();
+        assert_eq!(error.code(), Some(Code::NotFound), "{error}");
     }
 
     #[tokio::test]
