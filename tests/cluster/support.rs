@@ -217,8 +217,10 @@ impl Cluster {
 
     /// Waits until a node has ended by itself, and returns its exit code.
     pub fn ended(&mut self, at: usize) -> Option<i32> {
-        let mut child = self.nodes[at].child.take().expect("the node runs");
+        // It stays among the nodes until then: one that does not end is killed with them.
+        let child = self.nodes[at].child.as_mut().expect("the node runs");
         let ended = wait_for("the node to stop", || child.try_wait().expect("its status"));
+        self.nodes[at].child = None;
         ended.code()
     }
 
