@@ -69,13 +69,17 @@ pub mod session {
 /// Domain of every `google.rpc.ErrorInfo` that portwarden sends.
 pub const DOMAIN: &str = "portwarden";
 
+/// Kinds of a violation in `google.rpc.PreconditionFailure`, of those that a client goes by.
+pub mod precondition {
+    /// The allocation has another version.
+    pub const VERSION: &str = "VERSION";
+    /// What is held on the worker would have no place any more.
+    pub const WOULD_LOSE: &str = "WOULD_LOSE";
+}
+
 /// Reasons in `google.rpc.ErrorInfo`: what a caller can do about an error, where its code alone
 /// does not say.
 pub mod reason {
-    /// Not of an `ErrorInfo` but of a `PreconditionFailure`: the allocation has another version.
-    pub const VERSION: &str = "VERSION";
-    /// The same: what is held on the worker would have no place any more.
-    pub const WOULD_LOSE: &str = "WOULD_LOSE";
     /// Nothing fits, or the table is full. Nothing was changed.
     pub const CAPACITY: &str = "CAPACITY";
     /// Too many calls at once: try again after RetryInfo. Nothing was changed.

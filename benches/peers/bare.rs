@@ -4,7 +4,8 @@
 //! request to a file and syncs it, on a thread of its own, and passes it on to the other two over a
 //! stream each; those do the same, and answer. Once two of the three have synced it, the caller is
 //! answered. The same libraries (tonic, tokio, the allocator), messages of the same size, the same
-//! syncs (of what went through the page cache), as many threads; no Raft, no table, no checks: nothing that has less to do with such a call.
+//! syncs (of what went through the page cache), as many threads; no Raft, no table, no checks: nothing
+//! that has less to do with such a call.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;

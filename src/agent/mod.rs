@@ -86,6 +86,12 @@ pub struct Agent {
     trouble: Trouble,
 }
 
+/// May the same call be taken later?
+fn passes(error: &ClientError) -> bool {
+    matches!(error, ClientError::Unavailable { .. } | ClientError::OutcomeUnknown { .. })
+        || error.reason() == Some(reason::LOW_SPACE)
+}
+
 impl Agent {
     pub fn new(
         client: Client,
@@ -159,10 +165,7 @@ impl Agent {
                 register::join(&self.client, host, &self.worker, &self.told, &self.identity).await;
             match joined {
                 Ok(()) => return Ok(()),
-                Err(AgentError::Call(
-                    error @ (ClientError::Unavailable { .. } | ClientError::OutcomeUnknown { .. }),
-                )) => self.trouble.say(&error.to_string()),
-                Err(AgentError::Call(error)) if error.reason() == Some(reason::LOW_SPACE) => {
+                Err(AgentError::Call(error)) if passes(&error) => {
                     self.trouble.say(&error.to_string());
                 }
                 Err(error) => return Err(error),

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::AgentError;
 use super::host::Host;
 use crate::client::{Client, ClientError, Refused};
-use crate::proto::{reason, v1};
+use crate::proto::{precondition, reason, v1};
 
 /// What the agent was told of its worker.
 #[derive(Debug, Clone, Default)]
@@ -98,7 +98,7 @@ pub async fn join(
 /// What is held has no place in what the agent was told, or there is no room. Only an agent that goes on
 /// can tell when that is over.
 fn can_wait(error: &ClientError) -> bool {
-    let would_lose = |refused: &Refused| refused.is_for(reason::WOULD_LOSE);
+    let would_lose = |refused: &Refused| refused.is_for(precondition::WOULD_LOSE);
     error.reason() == Some(reason::LOW_SPACE)
         || matches!(error, ClientError::Refused(refused) if would_lose(refused))
 }

@@ -15,7 +15,7 @@ use crate::core::{
 };
 use crate::node::CallError;
 use crate::node::members::NotChanged;
-use crate::proto::{DOMAIN, reason};
+use crate::proto::{DOMAIN, precondition, reason};
 
 pub fn invalid(error: Invalid) -> Status {
     let Invalid { field, value, limit } = &error;
@@ -59,7 +59,7 @@ pub fn refusal(refusal: Refusal) -> Status {
             Status::with_error_details(Code::AlreadyExists, text, details)
         }
         Refusal::WrongToken { name, .. } => precondition("TOKEN", name.as_str()),
-        Refusal::WrongVersion { name, .. } => precondition(reason::VERSION, name.as_str()),
+        Refusal::WrongVersion { name, .. } => precondition(precondition::VERSION, name.as_str()),
         Refusal::PortNotHeld { name, .. } => precondition("PORT_NOT_HELD", name.as_str()),
         Refusal::WorkerNotReady { worker, .. } => precondition("WORKER_NOT_READY", worker.as_str()),
         Refusal::Lingers { name, .. } => precondition("LINGERING", name.as_str()),
@@ -69,7 +69,9 @@ pub fn refusal(refusal: Refusal) -> Status {
             precondition("FEATURE_LEVEL", "cluster")
         }
         Refusal::WorkerInUse { worker, .. } => precondition("WORKER_IN_USE", worker.as_str()),
-        Refusal::WouldLose { worker, .. } => precondition(reason::WOULD_LOSE, worker.as_str()),
+        Refusal::WouldLose { worker, .. } => {
+            precondition(precondition::WOULD_LOSE, worker.as_str())
+        }
         Refusal::PortNotFree { worker, .. } => precondition("PORT_NOT_FREE", worker.as_str()),
         Refusal::NothingFits { name, shortage } => {
             let mut facts = shortage_facts(shortage);

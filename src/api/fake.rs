@@ -3,11 +3,13 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::convert;
 use super::dispatch::{Api, Backend};
+use super::{Readiness, serve, tcp_incoming};
 use crate::core::{
     Applied, Command, LeaseId, Millis, Origin, Revision, Specs, State, WorkerName, apply,
 };
@@ -146,4 +148,17 @@ impl Backend for Fake {
 pub(crate) fn fake() -> (Arc<Fake>, Api) {
     let fake = Arc::new(Fake { state: Mutex::new(table()), ..Fake::default() });
     (fake.clone(), Api::over(fake))
+}
+
+/// Serves at an address of its own until `shutdown`.
+pub(crate) async fn listen(
+    api: Api,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let readiness = Readiness::new().await;
+    readiness.set(true).await;
+    tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), shutdown));
+    address
 }

@@ -20,7 +20,7 @@ use super::Client;
 use super::endpoints::Door;
 use super::error::{ClientError, Verdict, judge};
 use crate::lock::guard;
-use crate::proto::reason;
+use crate::proto::precondition;
 use crate::proto::v1::{ListMembersRequest, ListMembersResponse};
 
 /// The pause after the first round over all endpoints; twice as long after each further one.
@@ -338,7 +338,7 @@ fn after_doubt(effect: Effect, doubt: Option<String>, refused: Box<super::Refuse
     let says_nothing = match effect {
         Effect::Repeatable => !settled,
         // It may be the version that the earlier attempt has made.
-        Effect::Fenced => refused.is_for(reason::VERSION),
+        Effect::Fenced => refused.is_for(precondition::VERSION),
         Effect::Read | Effect::Expiring | Effect::Once => false,
     };
     match doubt {

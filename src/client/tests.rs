@@ -11,8 +11,8 @@ use tonic::transport::Channel;
 
 use super::session::{Answer, Command};
 use super::{Client, ClientError, Keeper, Options, Standing, StartError, Try};
-use crate::api::fake::{Fake, claim, fake, spec};
-use crate::api::{Api, Readiness, serve, tcp_incoming};
+use crate::api::fake::{Fake, claim, fake, listen, spec};
+use crate::api::{Readiness, serve, tcp_incoming};
 use crate::core;
 use crate::node::{CallError, MemberReport};
 use crate::proto::v1;
@@ -21,16 +21,6 @@ use crate::proto::v1;
 async fn node() -> (Arc<Fake>, String) {
     let (fake, api) = fake();
     (fake, listen(api, std::future::pending()).await)
-}
-
-/// Serves at an address of its own until `shutdown`.
-async fn listen(api: Api, shutdown: impl Future<Output = ()> + Send + 'static) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let readiness = Readiness::new().await;
-    readiness.set(true).await;
-    tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), shutdown));
-    address
 }
 
 /// The leader's timers find that it was not confirmed in time.

@@ -144,15 +144,11 @@ impl Hold {
     /// After a refusal: is it still there under the same uid? Then it has another version, or the
     /// lease has just ended.
     async fn look(&mut self, refused: &ClientError) -> Result<(), Lost> {
-        match self.client.get(&self.held.name, None).await {
-            Ok(answer) => {
-                let found = answer.allocation.unwrap_or_default();
-                if found.uid != self.held.uid {
-                    let why = format!("{refused}; {} is another's now", self.held.name);
-                    return Err(Lost::Gone(why));
-                }
-                // Under another token, in a cluster that was begun from a backup.
-                self.held = found;
+        match find(&self.client, &self.held.name, &self.held.uid).await {
+            Ok(Some(found)) => self.held = found,
+            Ok(None) => {
+                let why = format!("{refused}; {} is another's now", self.held.name);
+                return Err(Lost::Gone(why));
             }
             Err(error) if error.code() == Some(Code::NotFound) => {
                 return Err(Lost::Gone(error.to_string()));
@@ -193,14 +189,12 @@ impl Hold {
         async move {
             loop {
                 sleep(every).await;
-                match client.get(&name, None).await {
-                    Ok(answer) if answer.allocation.as_ref().is_some_and(|a| a.uid != uid) => {
-                        return Lost::Gone(format!("{name} is another's now"));
-                    }
+                match find(&client, &name, &uid).await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => return Lost::Gone(format!("{name} is another's now")),
                     Err(error) if error.code() == Some(Code::NotFound) => {
                         return Lost::Gone(error.to_string());
                     }
-                    Ok(_) => {}
                     Err(error) => debug!(%error, "whether it is still held is not known"),
                 }
             }
@@ -214,11 +208,8 @@ impl Hold {
         let mut released = client.release(&held.name, held.token).await;
         if let Err(refused) = &released
             && refused.code() == Some(Code::FailedPrecondition)
-            && let Ok(v1::GetResponse { allocation: Some(found), .. }) =
-                client.get(&held.name, None).await
-            && found.uid == held.uid
+            && let Ok(Some(found)) = find(&client, &held.name, &held.uid).await
         {
-            // The token is of the cluster before a restore.
             released = client.release(&held.name, found.token).await;
         }
         match released {
@@ -232,6 +223,17 @@ impl Hold {
             debug!(%error, "the lease is left to expire");
         }
     }
+}
+
+/// The allocation of this name as it is now; `None`: it is another's. Its holder is told by the uid: in a
+/// cluster that was begun from a backup it has another token.
+async fn find(
+    client: &Client,
+    name: &str,
+    uid: &str,
+) -> Result<Option<v1::Allocation>, ClientError> {
+    let found = client.get(name, None).await?.allocation.unwrap_or_default();
+    Ok((found.uid == uid).then_some(found))
 }
 
 #[cfg(test)]
@@ -250,6 +252,15 @@ mod tests {
         (fake, client)
     }
 
+    /// An allocation on a lease of this time to live.
+    async fn granted(client: &Client, ttl: Duration) -> (Keeper, Holding, v1::Allocation) {
+        let keeper = Keeper::start(client.clone());
+        let lease = keeper.grant(ttl).await.unwrap();
+        let leased = v1::Claim { lease: lease.id(), ..claim("b") };
+        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+        (keeper, lease, held)
+    }
+
     fn apply(fake: &Fake, command: core::Command) {
         let origin = core::Origin::default();
         core::apply(&mut fake.state.lock().unwrap(), &origin, &command).0.outcome.unwrap();
@@ -259,14 +270,10 @@ mod tests {
     #[tokio::test]
     async fn what_has_another_token_under_its_uid_is_still_held() {
         let (fake, client) = node().await;
-        let keeper = Keeper::start(client.clone());
-        let lease = keeper.grant(Duration::from_secs(3)).await.unwrap();
-        let leased = v1::Claim { lease: lease.id(), ..claim("b") };
-        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+        let (keeper, lease, held) = granted(&client, Duration::from_secs(3)).await;
         let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, held.clone());
         hold.confirm(None).await.unwrap();
         hold.held.token = held.token + 1;
-        // The second time that it is asked, it is another's.
         let gone = hold.gone();
         tokio::pin!(gone);
         assert!(timeout(Duration::from_millis(1_500), &mut gone).await.is_err());
@@ -285,10 +292,7 @@ mod tests {
     #[tokio::test]
     async fn what_has_another_token_is_given_back_under_its_uid() {
         let (_, client) = node().await;
-        let keeper = Keeper::start(client.clone());
-        let lease = keeper.grant(Duration::from_secs(60)).await.unwrap();
-        let leased = v1::Claim { lease: lease.id(), ..claim("b") };
-        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+        let (keeper, lease, held) = granted(&client, Duration::from_secs(60)).await;
         let before = v1::Allocation { token: held.token + 1, ..held };
         Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, before).release().await;
         let error = client.get("b", None).await.unwrap_err();
@@ -298,11 +302,8 @@ mod tests {
     #[tokio::test]
     async fn what_lingered_while_it_started_is_confirmed_on_its_lease() {
         let (fake, client) = node().await;
-        let keeper = Keeper::start(client.clone());
-        let lease = keeper.grant(Duration::from_secs(60)).await.unwrap();
+        let (keeper, lease, held) = granted(&client, Duration::from_secs(60)).await;
         let id = lease.id();
-        let leased = v1::Claim { lease: id, ..claim("b") };
-        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
         apply(
             &fake,
             core::Command::Reclaim {
