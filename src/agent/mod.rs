@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use tonic::Code;
 use tracing::{debug, info, warn};
 
@@ -45,6 +45,10 @@ use table::Table;
 const JOIN_PAUSE: Duration = Duration::from_secs(1);
 /// A report that takes longer is followed by a newer one.
 const REPORT_MAX: Duration = Duration::from_secs(10);
+/// Reports that must come in the time after which a silent worker is lost: one or two may not arrive.
+const REPORTS_BEFORE_LOST: u32 = 3;
+/// What comes faster is not counted.
+const REPORT_PAUSE_MIN: Duration = Duration::from_millis(500);
 /// What goes wrong again and again is said again after this.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 
@@ -60,8 +64,8 @@ pub enum AgentError {
     #[error("worker {worker} was removed; start its agent again to register it anew")]
     Removed { worker: String },
     #[error(
-        "worker {worker} is network namespace {} of machine {}, boot {}, and not this one; remove it, \
-         or start this agent with --take-over if that machine is gone",
+        "worker {worker} is network namespace {} of machine {}, boot {}, and not this one; if that machine \
+         is gone: `worker remove {worker} --force --reason …`, or --take-over where nothing is held on it",
         .machine.namespace, .machine.machine_id, .machine.boot_id
     )]
     OfAnotherMachine { worker: String, machine: v1::Identity },
@@ -76,6 +80,7 @@ pub struct Agent {
     client: Client,
     host: Arc<dyn Host>,
     worker: String,
+    /// From one report to the next.
     interval: Duration,
     told: Told,
     identity: v1::Identity,
@@ -84,6 +89,7 @@ pub struct Agent {
     differences: Differences,
     warned_of_ranges: Option<String>,
     trouble: Trouble,
+    gpu_trouble: Trouble,
 }
 
 /// May the same call be taken later?
@@ -112,6 +118,7 @@ impl Agent {
             differences: Differences::default(),
             warned_of_ranges: None,
             trouble: Trouble::default(),
+            gpu_trouble: Trouble::default(),
         })
     }
 
@@ -144,16 +151,30 @@ impl Agent {
     /// Once an interval, when there is a table.
     async fn tell_on(
         &mut self,
-        table: watch::Receiver<Option<Arc<Table>>>,
+        mut table: watch::Receiver<Option<Arc<Table>>>,
     ) -> Result<(), AgentError> {
-        let mut ticks = interval(self.interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let _ = table.wait_for(Option::is_some).await; // the follower never ends
         loop {
-            ticks.tick().await;
+            let looked = Instant::now();
             let known = table.borrow().clone();
             if let Some(known) = known {
                 self.tell(&known).await?;
             }
+            sleep_until(looked + self.interval).await;
+        }
+    }
+
+    /// A worker is lost, and nothing that its agent sees is counted, where it is silent for too long.
+    fn keep_within(&mut self, lost_after: Duration) {
+        let longest = (lost_after / REPORTS_BEFORE_LOST).max(REPORT_PAUSE_MIN);
+        if !lost_after.is_zero() && self.interval > longest {
+            let given = self.interval;
+            warn!(
+                ?given,
+                ?lost_after,
+                "the interval is too long for the cluster; it is {longest:?} now"
+            );
+            self.interval = longest;
         }
     }
 
@@ -188,6 +209,10 @@ impl Agent {
             }
         };
         self.warn_of_ranges(table, &kernel);
+        match &seen.gpu_trouble {
+            Some(why) => self.gpu_trouble.say(why),
+            None => self.gpu_trouble.is_over("the driver tells of all GPUs again"),
+        }
         self.number += 1;
         let stamp = Stamp {
             worker: &self.worker,
@@ -199,14 +224,16 @@ impl Agent {
         self.differences.tell(&report.drift);
         let timeout = REPORT_MAX.min(self.interval.max(Duration::from_secs(2)));
         match self.client.with_timeout(timeout).worker_report(report).await {
-            Ok(v1::ReportResponse { ignored, .. }) if !ignored.is_empty() => {
-                debug!(ignored, "the report was not counted");
-                self.trouble.is_over();
+            Ok(v1::ReportResponse { ignored, lost_after_ms, .. }) => {
+                if !ignored.is_empty() {
+                    debug!(ignored, "the report was not counted");
+                }
+                self.trouble.is_over("the cluster takes reports again");
+                self.keep_within(Duration::from_millis(lost_after_ms));
+                Ok(())
             }
-            Ok(_) => self.trouble.is_over(),
-            Err(error) => return self.refused(error).await,
+            Err(error) => self.refused(error).await,
         }
-        Ok(())
     }
 
     async fn look(&self, plan: &Plan) -> std::io::Result<(LocalPorts, Seen)> {
@@ -273,9 +300,9 @@ impl Trouble {
         }
     }
 
-    fn is_over(&mut self) {
+    fn is_over(&mut self, what: &str) {
         if self.said.take().is_some() {
-            info!("the cluster takes reports again");
+            info!("{what}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Which processes belong to an instance, and whether it lives: rules over what /proc shows.
 
 use std::collections::BTreeMap;
+use std::iter::successors;
 
 use crate::proto::v1;
 
@@ -72,18 +73,24 @@ impl Processes {
     }
 
     fn descends(&self, process: &Process, root: &v1::Process) -> bool {
-        let mut at = Some(process);
-        // A chain of parents is no longer than all processes; /proc is not read at one instant.
-        for _ in 0..=self.0.len() {
-            let Some(process) = at else { return false };
+        self.ancestry(process).any(|process| {
             let is_root = process.start_ticks == root.start_ticks
                 && (process.pid == root.pid || process.inner_pids.contains(&root.pid));
-            if is_root || process.group == root.pid || process.session == root.pid {
-                return true;
-            }
-            at = self.0.get(&process.parent).filter(|parent| parent.pid != process.pid);
-        }
-        false
+            is_root || process.group == root.pid || process.session == root.pid
+        })
+    }
+
+    /// Does the process `pid` descend from another, by its parents alone?
+    pub fn is_below(&self, pid: u32, ancestor: u32) -> bool {
+        let Some(process) = self.0.get(&pid) else { return false };
+        self.ancestry(process).skip(1).any(|process| process.pid == ancestor)
+    }
+
+    /// A process, its parent, and so on.
+    fn ancestry<'a>(&'a self, process: &'a Process) -> impl Iterator<Item = &'a Process> {
+        let parent = |of: &&Process| self.0.get(&of.parent).filter(|parent| parent.pid != of.pid);
+        // No longer than all processes are; /proc is not read at one instant.
+        successors(Some(process), parent).take(self.0.len() + 1)
     }
 }
 
@@ -160,6 +167,11 @@ mod tests {
         for pid in [1, 90, 91] {
             assert!(!processes.belongs(pid, &root), "{pid}");
         }
+        let below: Vec<_> = [1, 50, 51, 52, 90, 91]
+            .into_iter()
+            .filter(|pid| processes.is_below(*pid, 50))
+            .collect();
+        assert_eq!(below, [51, 52]);
     }
 
     #[test]

@@ -112,9 +112,10 @@ impl Method for Report {
         deadline: Deadline,
     ) -> Result<v1::ReportResponse, Failure> {
         match api.inner.node.report(sample.clone(), deadline).await {
-            Ok(Heard { ignored, revision }) => Ok(v1::ReportResponse {
+            Ok(Heard { ignored, revision, lost_after }) => Ok(v1::ReportResponse {
                 ignored: ignored.unwrap_or_default().into(),
                 revision: revision.0,
+                lost_after_ms: lost_after.0,
             }),
             Err(Unheard::Call(error)) => Err(Failure::Call(error)),
             Err(Unheard::NoWorker(name)) => {

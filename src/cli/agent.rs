@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
-use tracing::info;
 
 use super::worker::SpecFlags;
 use super::{CliError, Globals, log_to_stderr, parse, stopped, usage};
 use crate::agent::host::Linux;
-use crate::agent::host::gpus::{self, NoGpus};
+use crate::agent::host::gpus::Driver;
 use crate::agent::{Agent, AgentError, Told};
 use crate::core::WorkerName;
 
@@ -53,7 +52,7 @@ pub struct Args {
     /// Take the GPUs that NVIDIA's driver shows, whatever the record has
     #[arg(long, conflicts_with = "gpu")]
     gpus_of_driver: bool,
-    /// Take the worker over though its record is another machine's
+    /// Take the worker over though its record is another machine's; refused while anything is held on it
     #[arg(long)]
     take_over: bool,
     /// error, warn, info, debug or trace, or a filter [default: info]
@@ -88,11 +87,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
     };
     let fields = settings.spec.fields();
     let told = Told { spec: settings.spec.spec()?, fields, gpus_of_driver, take_over };
-    let gpus = gpus::driver().unwrap_or_else(|why| {
-        info!(why, "no GPUs are seen: there is no driver");
-        Box::new(NoGpus)
-    });
-    let host = Arc::new(Linux::new(gpus));
+    let host = Arc::new(Linux::new(Box::new(Driver::default())));
     let interval = settings.interval.unwrap_or(INTERVAL);
     let agent = Agent::new(globals.client()?, host, worker, interval, told).map_err(reported)?;
     agent.run(stopped()?).await.map_err(reported)?;

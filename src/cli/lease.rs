@@ -7,6 +7,7 @@ use futures::stream::{FuturesUnordered, StreamExt as _};
 use itertools::Itertools as _;
 use serde::Serialize;
 use serde_json::json;
+use tokio::time::sleep;
 
 use super::{CliError, Format, Globals, output, parse, stopped};
 use crate::agent::host::boot_clock;
@@ -113,7 +114,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
             output::print(globals.output, &lease, || table([&lease]))?;
         }
         Command::Get(Named { id }) => get(&client, id, globals.output).await?,
-        Command::KeepAlive(args) => return keep_alive(client, args, globals.output).await,
+        Command::KeepAlive(args) => return keep_alive(client, args, &globals).await,
         Command::Revoke(Named { id }) => revoke(&client, id, globals.output).await?,
         Command::List => {
             let leases = client.lease_list(v1::ListLeasesRequest::default()).await?.items;
@@ -158,7 +159,12 @@ async fn revoke(client: &Client, id: u64, format: Format) -> anyhow::Result<()> 
     })
 }
 
-async fn keep_alive(client: Client, args: KeepAlive, format: Format) -> anyhow::Result<ExitCode> {
+async fn keep_alive(
+    client: Client,
+    args: KeepAlive,
+    globals: &Globals,
+) -> anyhow::Result<ExitCode> {
+    let (format, timeout) = (globals.output, globals.timeout);
     let mut leases = Vec::new();
     for id in args.ids.into_iter().unique() {
         // Also says at once which of them do not exist.
@@ -169,12 +175,18 @@ async fn keep_alive(client: Client, args: KeepAlive, format: Format) -> anyhow::
     let mut kept: FuturesUnordered<_> = kept.collect();
     let stop = stopped()?;
     let mut stop = std::pin::pin!(stop);
+    let within = if args.once { timeout } else { Duration::MAX };
+    let mut overdue = std::pin::pin!(sleep(within));
     loop {
         tokio::select! {
             ended = kept.next() => match ended {
                 Some(ended) => ended?,
                 None => return Ok(ExitCode::SUCCESS),
             },
+            () = &mut overdue => {
+                let text = format!("no answer within {}", humantime::format_duration(timeout));
+                return Err(CliError::TimedOut(text).into());
+            }
             () = &mut stop => return Ok(ExitCode::SUCCESS),
         }
     }

@@ -33,7 +33,7 @@ pub struct NoPortLeft {
     pub name: String,
     pub tried: Vec<(u32, String)>,
     pub reason: String,
-    /// The allocation is gone; else it still has the last port that was tried.
+    /// The allocation is gone; else it is there, with another port that was not tried.
     pub reclaimed: bool,
 }
 
@@ -70,19 +70,21 @@ impl Client {
                 Try::InUse { port, why } => (port, why),
             };
             tried.push((port, why));
-            let end = |reason, reclaimed, tried| {
-                let name = held.name.clone();
-                StartError::NoPortLeft(Box::new(NoPortLeft { name, tried, reason, reclaimed }))
-            };
-            if tried.len() > retries as usize {
-                let reason = format!("no port was free in {retries} retries");
-                return Err(end(reason, false, tried));
-            }
+            // The last one too: it must not be given to the next one who asks.
             let answer = self.report_conflict(&held.name, held.token, held.version, port).await?;
-            if answer.reclaimed {
-                return Err(end(answer.reason, true, tried));
-            }
-            held = answer.allocation.unwrap_or_default();
+            let reclaimed = answer.reclaimed;
+            let reason = match reclaimed {
+                true => answer.reason,
+                false if tried.len() > retries as usize => {
+                    format!("no port was free in {retries} retries")
+                }
+                false => {
+                    held = answer.allocation.unwrap_or_default();
+                    continue;
+                }
+            };
+            let no_port_left = NoPortLeft { name: held.name, tried, reason, reclaimed };
+            return Err(StartError::NoPortLeft(Box::new(no_port_left)));
         }
     }
 }

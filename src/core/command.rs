@@ -501,7 +501,7 @@ impl LackKind {
         match self {
             LackKind::Labels => "labels do not match",
             LackKind::NoRange => "no such port range",
-            LackKind::PortTaken => "the port is taken",
+            LackKind::PortTaken => "the port is not free there",
             LackKind::Ports => "too few ports free",
             LackKind::Band => "too few ports in a row",
             LackKind::NoGpu => "no such GPU",

@@ -34,10 +34,11 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::outcome::CallError;
+use super::timers::millis;
 use super::{Deadline, Lifecycle, Node};
 use crate::core::{
     Actor, Allocation, Applied, Cause, ChangeKind, Command, Event, Ground, HeldGpu, Identity,
-    InstanceName, Leader, Liveness, Phase, Port, Revision, Source, State, Token, Worker,
+    InstanceName, Leader, Liveness, Millis, Phase, Port, Revision, Source, State, Token, Worker,
     WorkerName, WorkerPhase,
 };
 use crate::lock::guard;
@@ -107,6 +108,8 @@ pub struct Heard {
     /// Why it was not counted.
     pub ignored: Option<&'static str>,
     pub revision: Revision,
+    /// Of silence, until the worker is lost.
+    pub lost_after: Millis,
 }
 
 /// Why a sample was not taken.
@@ -487,7 +490,8 @@ impl Node {
             Err(why) => Some(why),
         };
         self.sweep(sample.worker, commands);
-        Ok(Heard { ignored, revision: state.revision })
+        let lost_after = millis(lifecycle.worker_lost_after);
+        Ok(Heard { ignored, revision: state.revision, lost_after })
     }
 
     /// Proposes what was proven, beside everything else.

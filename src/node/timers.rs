@@ -326,7 +326,7 @@ fn watched(worker: &Worker) -> bool {
     worker.has_agent() && !matches!(worker.phase, WorkerPhase::Lost | WorkerPhase::Unverified)
 }
 
-fn millis(span: Duration) -> Millis {
+pub(super) fn millis(span: Duration) -> Millis {
     Millis(span.as_millis() as u64)
 }
 

@@ -5,9 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::spawned::{
-    Spawned, free_ports, is_free, is_listened_on, is_running, send, server, stranger,
-};
+use crate::spawned::{Spawned, free_ports, is_free, is_listened_on, is_running, server, stranger};
 use crate::support::{BINARY, Cluster, wait_for};
 
 /// A worker on this host with so many ports on which nothing is; the first of them.
@@ -177,22 +175,71 @@ fn a_program_that_loses_the_race_for_its_port_goes_on_to_the_next() {
     let cluster = Cluster::start(3);
     let first = worker_here(&cluster, 4);
     // The first time it is started, somebody else takes the port, and it ends.
-    let pid = cluster.dir().join("thief");
+    let started = cluster.dir().join("started");
     let server = server().join(" ");
     let script = format!(
-        "if [ ! -e {0} ]; then setsid {server} & echo $! > {0}; \
+        "if [ ! -e {0} ]; then touch {0}; \
          while ! grep -q $(printf :%04X $PORT) /proc/net/tcp; do sleep 0.02; done; exit 1; fi; \
          exec {server}",
-        pid.display()
+        started.display()
     );
     let mut run = run_program(&cluster, "a", &["--ports", "1"], &["sh", "-c", &script]);
+    wait_for("the program to be started", || started.exists().then_some(()));
+    let _thief = stranger(first);
     let allocation = bound(&cluster, "a");
-    let thief: u32 = std::fs::read_to_string(&pid).expect("it came").trim().parse().expect("a pid");
     assert_eq!(port(&allocation), first + 1, "{}", run.stderr());
-    run.says("the program ended with 1; TCP 0.0.0.0: Address already in use");
-    assert!(is_running(thief), "a stranger is left alone");
+    run.says("Address already in use");
     assert_eq!(run.terminate(), 128 + 15);
-    send(thief, "KILL");
+    assert_nothing_left(&cluster);
+}
+
+/// It makes a daemon of itself: what holds the port has left its process group and its session, and
+/// has no parent any more.
+#[test]
+fn a_program_that_becomes_a_daemon_is_ended_before_its_port_is_given_back() {
+    let cluster = Cluster::start(3);
+    worker_here(&cluster, 4);
+    let (daemon, go) = (cluster.dir().join("daemon"), cluster.dir().join("go"));
+    let script = format!(
+        "(setsid {} & echo $! > {}); while [ ! -e {} ]; do sleep 0.02; done; exit 9",
+        server().join(" "),
+        daemon.display(),
+        go.display()
+    );
+    let flags = ["--ports", "1", "--listens", "none"];
+    let mut run = run_program(&cluster, "a", &flags, &["sh", "-c", &script]);
+    let at = port(&bound(&cluster, "a"));
+    wait_for("the daemon to listen", || is_listened_on(at).then_some(()));
+    let daemon = std::fs::read_to_string(&daemon).expect("it was started");
+    let daemon: u32 = daemon.trim().parse().expect("a pid");
+    std::fs::write(&go, "").expect("the directory is there");
+    assert_eq!(run.ended(), 9, "{}", run.stderr());
+    run.says("what it left behind is ended too");
+    assert!(!is_running(daemon));
+    assert!(is_free(at), "it was vouched for");
+    assert_nothing_left(&cluster);
+}
+
+#[test]
+fn a_program_that_is_stopped_from_a_terminal_keeps_its_lease() {
+    let cluster = Cluster::start(3);
+    worker_here(&cluster, 4);
+    let mut run = run_server(&cluster, "a", &["--ports", "1", "--lease-ttl", "3s"]);
+    let allocation = bound(&cluster, "a");
+    let program = child_of(run.pid());
+    let state = || {
+        let stat = std::fs::read_to_string(format!("/proc/{program}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next())
+    };
+    run.signal("TSTP");
+    wait_for("the program to be stopped", || (state() == Some('T')).then_some(()));
+    // A lease that nobody keeps is gone by then.
+    let since = std::time::Instant::now();
+    wait_for("a lease's time", || (since.elapsed().as_secs() >= 5).then_some(()));
+    assert_eq!(get(&cluster, "a").expect("it is held")["lease"], allocation["lease"]);
+    run.signal("CONT");
+    wait_for("the program to go on", || (state() != Some('T')).then_some(()));
+    assert_eq!(run.terminate(), 128 + 15);
     assert_nothing_left(&cluster);
 }
 

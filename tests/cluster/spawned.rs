@@ -110,8 +110,12 @@ pub fn send(pid: u32, signal: &str) {
 }
 
 pub fn is_running(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    // Its files are open until the last thread has ended.
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let stats =
+        threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+    let mut states = stats.filter_map(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    states.any(|state| state != 'Z')
 }
 
 /// The first of `count` ports in a row on which nothing is, and which no other test of this process

@@ -290,6 +290,7 @@ impl Host for Kernel {
             alive: wanted.handles.iter().map(alive).collect(),
             processes: machine.processes.iter().map(shown).collect(),
             gpus: Vec::new(),
+            gpu_trouble: None,
         })
     }
 }

@@ -4,6 +4,8 @@
 //!   (`PR_SET_PDEATHSIG`). That thread is one of its own, which lives as long as the [`Child`].
 //! - It leads a process group of its own, so that a signal from a terminal reaches it once, through
 //!   the supervisor, and so that what it leaves behind can be found and ended.
+//! - What leaves that group, as a daemon does, is found by its parent: once its own has ended, that is
+//!   the supervisor ([`adopt_orphans`]).
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal as _};
@@ -11,16 +13,42 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::{
-    Pid, Signal, getpid, getppid, kill_process, kill_process_group,
-    set_parent_process_death_signal, test_kill_process_group,
+    Pid, PidfdFlags, Signal, WaitOptions, child_subreaper, getpid, getppid, kill_process,
+    kill_process_group, pidfd_open, pidfd_send_signal, set_child_subreaper,
+    set_parent_process_death_signal, waitpid,
 };
 use tokio::process::{Child as Process, Command};
 use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::sleep;
+use tracing::{debug, warn};
 
 use super::processes;
+use crate::agent::{Process as Seen, Processes};
 use crate::proto::v1;
+
+/// Between two looks for orphans that have ended: each goes through all processes.
+const REAP_PAUSE: Duration = Duration::from_secs(1);
+
+/// Makes this process the parent of its descendants whose own have ended, so that none of them is lost
+/// from sight. Not where it has children already, as after a shell's `exec`: theirs could not be told
+/// from the program's.
+pub fn adopt_orphans() {
+    let me = std::process::id();
+    let adopted = match processes::processes(&[]) {
+        Ok(all) if all.iter().any(|process| process.parent == me) => {
+            return debug!("this process has children already: orphans are not adopted");
+        }
+        Ok(_) => set_child_subreaper(Some(getpid())).map_err(io::Error::from),
+        Err(error) => Err(io::Error::other(error)),
+    };
+    if let Err(error) = adopted {
+        warn!(%error, "what leaves the program's process group is not seen");
+    }
+}
 
 /// What is to be started.
 #[derive(Debug, Clone)]
@@ -35,6 +63,8 @@ pub struct Child {
     process: Process,
     pid: Pid,
     handle: v1::Process,
+    /// Orphans of its come to this process.
+    adopts: bool,
     /// Ends the thread that is its parent, once dropped.
     _parent: mpsc::Sender<()>,
 }
@@ -57,7 +87,8 @@ pub async fn start(program: Program) -> io::Result<Child> {
     // It stays in /proc until it is waited for.
     let start_ticks = processes::start_ticks(number).map_err(io::Error::other)?;
     let handle = v1::Process { pid: number, start_ticks };
-    Ok(Child { process, pid, handle, _parent: parent })
+    let adopts = child_subreaper().is_ok_and(|reaper| reaper.is_some());
+    Ok(Child { process, pid, handle, adopts, _parent: parent })
 }
 
 fn spawn(program: &Program) -> io::Result<Process> {
@@ -91,7 +122,11 @@ impl Child {
 
     /// Waits until it has ended. May be dropped and called again.
     pub async fn ended(&mut self) -> io::Result<ExitStatus> {
-        self.process.wait().await
+        let orphans = reap_orphans(self.handle.pid);
+        tokio::select! {
+            status = self.process.wait() => status,
+            error = orphans, if self.adopts => Err(error),
+        }
     }
 
     /// Sends it a signal; one that has ended gets none.
@@ -101,26 +136,73 @@ impl Child {
         }
     }
 
-    /// Sends a signal to all that is left of its process group.
+    /// Sends a signal to all that is left of it.
     ///
-    /// The group's number is not given anew while anything is in it; where nothing is, a new group
+    /// Its group's number is not given anew while anything is in it; where nothing is, a new group
     /// could only have it if its pid were given anew too, in the moment since it was waited for.
-    pub fn signal_group(&self, signal: Signal) {
+    pub fn signal_all(&self, signal: Signal) {
         let _ = kill_process_group(self.pid, signal); // nothing may be left
+        for process in self.left().unwrap_or_default() {
+            let _ = send(&process, signal); // it may have ended meanwhile
+        }
     }
 
-    /// Is anything of its process group left that has not ended? Of what has ended and waits for its
-    /// parent to take note, nobody can say when it does.
-    pub fn has_group(&self) -> bool {
-        // Of another user it would be PERM.
-        test_kill_process_group(self.pid) != Err(rustix::io::Errno::SRCH)
-            && processes::processes(&[])
-                .map_or(true, |all| all.iter().any(|p| !p.dead && p.group == self.handle.pid))
+    /// Is anything of it left that has not ended? Of what has ended and waits for its parent to take
+    /// note, nobody can say when it does.
+    pub fn has_left(&self) -> bool {
+        self.left().map_or(true, |left| !left.is_empty())
+    }
+
+    /// Is this process the program, or one that it has started?
+    pub fn has_started(&self, pid: u32, all: &Processes) -> bool {
+        all.belongs(pid, &v1::liveness::Handle::Process(self.handle))
+            || self.is_below_here(pid, all)
+    }
+
+    fn is_below_here(&self, pid: u32, all: &Processes) -> bool {
+        self.adopts && all.is_below(pid, std::process::id())
+    }
+
+    /// Itself, its process group, and all that descends from it where orphans are adopted.
+    fn left(&self) -> io::Result<Vec<v1::Process>> {
+        let all: Processes = processes::processes(&[]).map_err(io::Error::other)?;
+        let is_left =
+            |p: &&Seen| !p.dead && (p.group == self.handle.pid || self.is_below_here(p.pid, &all));
+        let handle = |p: &Seen| v1::Process { pid: p.pid, start_ticks: p.start_ticks };
+        Ok(all.iter().filter(is_left).map(handle).collect())
     }
 
     /// Has it ended, and was its status told?
     pub fn has_ended(&self) -> bool {
         self.process.id().is_none()
+    }
+}
+
+/// Sends a signal to a process that was seen, and to no later one of its pid.
+fn send(process: &v1::Process, signal: Signal) -> io::Result<()> {
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    let open = pidfd_open(pid.ok_or(io::ErrorKind::NotFound)?, PidfdFlags::empty())?;
+    match processes::start_ticks(process.pid).map_err(io::Error::other)? == process.start_ticks {
+        true => Ok(pidfd_send_signal(&open, signal)?),
+        false => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
+/// Takes note of the end of adopted processes, all but `program`; why it cannot.
+async fn reap_orphans(program: u32) -> io::Error {
+    let mut ends = match signal(SignalKind::child()) {
+        Ok(ends) => ends,
+        Err(error) => return error,
+    };
+    let me = std::process::id();
+    loop {
+        ends.recv().await;
+        let all = processes::processes(&[]).unwrap_or_default();
+        for orphan in all.iter().filter(|p| p.dead && p.parent == me && p.pid != program) {
+            let pid = i32::try_from(orphan.pid).ok().and_then(Pid::from_raw);
+            let _ = waitpid(pid, WaitOptions::NOHANG); // nobody asks for its status
+        }
+        sleep(REAP_PAUSE).await;
     }
 }
 
@@ -161,8 +243,8 @@ mod tests {
         child.signal(Signal::TERM);
         assert_eq!(exit_code(child.ended().await.unwrap()), 143);
         child.signal(Signal::TERM); // it is gone
-        assert!(child.has_group(), "its child is left");
-        child.signal_group(Signal::KILL);
+        assert!(child.has_left(), "its child is left");
+        child.signal_all(Signal::KILL);
         while processes::processes(&[&handle]).unwrap().is_alive(&handle) {
             tokio::task::yield_now().await;
         }

@@ -46,8 +46,10 @@ pub struct Seen {
     /// For each wanted handle, whether it lives; `None` where that cannot be told from here.
     pub alive: Vec<Option<bool>>,
     pub processes: Processes,
-    /// Empty without a driver.
+    /// Those that the driver tells of; empty without one.
     pub gpus: Vec<GpuSeen>,
+    /// What the driver cannot tell, in words.
+    pub gpu_trouble: Option<String>,
 }
 
 pub trait Host: Send + Sync + 'static {
@@ -139,9 +141,8 @@ impl Host for Linux {
         }
         let judge = Judge::new(&processes, &wanted.handles);
         let alive = wanted.handles.iter().map(|handle| judge.alive(handle)).collect();
-        // A driver that fails now and then is like none: it proves nothing.
-        let gpus = self.gpus.in_use().unwrap_or_default();
-        Ok(Seen { sockets, alive, processes, gpus })
+        let (gpus, gpu_trouble) = self.gpus.in_use();
+        Ok(Seen { sockets, alive, processes, gpus, gpu_trouble })
     }
 }
 
@@ -197,7 +198,7 @@ pub fn process_handle(process: v1::Process) -> Result<v1::Liveness, String> {
 mod tests {
     use super::*;
 
-    /// A driver as there is none here: two GPUs, or one that has failed.
+    /// A driver as there is none here: two GPUs, the first of which may fail.
     struct Fake {
         fails: bool,
     }
@@ -212,18 +213,17 @@ mod tests {
             }
         }
 
-        fn in_use(&self) -> Result<Vec<GpuSeen>, String> {
+        fn in_use(&self) -> (Vec<GpuSeen>, Option<String>) {
             let seen = |index| GpuSeen { index, uuid: String::new(), processes: index };
-            if self.fails {
-                Err("it has fallen off the bus".into())
-            } else {
-                Ok(vec![seen(0), seen(1)])
+            match self.fails {
+                true => (vec![seen(1)], Some("GPU 0: it has fallen off the bus".into())),
+                false => (vec![seen(0), seen(1)], None),
             }
         }
     }
 
     #[test]
-    fn the_gpus_of_a_driver_are_seen_and_one_that_fails_shows_none() {
+    fn the_gpus_of_a_driver_are_seen_and_one_that_fails_hides_no_other() {
         let host = Linux::new(Box::new(Fake { fails: false }));
         assert_eq!(host.gpus().unwrap().len(), 2);
         let processes: Vec<_> =
@@ -231,7 +231,9 @@ mod tests {
         assert_eq!(processes, [0, 1]);
         let failed = Linux::new(Box::new(Fake { fails: true }));
         assert!(failed.gpus().is_err());
-        assert!(failed.look(&Wanted::default()).unwrap().gpus.is_empty());
+        let seen = failed.look(&Wanted::default()).unwrap();
+        assert_eq!(seen.gpus.iter().map(|gpu| gpu.index).collect::<Vec<_>>(), [1]);
+        assert!(seen.gpu_trouble.unwrap().starts_with("GPU 0"));
     }
 
     #[test]

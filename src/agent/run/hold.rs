@@ -15,6 +15,7 @@ use tokio::time::{sleep, timeout};
 use tonic::Code;
 use tracing::{debug, info, warn};
 
+use super::super::Trouble;
 use crate::client::{Client, ClientError, Holding, Keeper, Standing};
 use crate::proto::v1;
 
@@ -107,6 +108,7 @@ impl Hold {
     /// Says that the program runs, under this handle; what lingers is revived by it. Tried until the
     /// cluster answers, for as long as the program may go on without.
     pub async fn confirm(&mut self, liveness: Option<v1::Liveness>) -> Result<(), Lost> {
+        let mut trouble = Trouble::default();
         loop {
             let spare = self.spare();
             if spare.is_zero() {
@@ -119,7 +121,7 @@ impl Hold {
             };
             match error.code() {
                 Some(Code::FailedPrecondition | Code::NotFound) => self.look(&error).await?,
-                _ => debug!(%error, "not confirmed yet"),
+                _ => trouble.say(&format!("not confirmed yet: {error}")),
             }
             sleep(PAUSE.min(self.spare())).await;
         }

@@ -11,11 +11,11 @@
 //!   found in use: the conflict is reported, and the next port is tried.
 //! - The program ends for another reason: so does `run`, with its status.
 //! - The lease is lost: see [`hold`].
-//! - `run` itself is killed: the kernel kills the program. What that has started may live on; it is
-//!   in the program's process group, which the handle stands for too.
+//! - `run` itself is killed: the kernel kills the program. What that has started may live on; where it is
+//!   in the program's process group, the handle stands for it too.
 //!
-//! Nothing is given back while a process of the program's group is left: whoever releases vouches
-//! that the ports are free.
+//! Nothing is given back while anything is left that the program has started, also what has left its
+//! group to be a daemon: whoever releases vouches that the ports are free.
 
 mod hold;
 mod program;
@@ -105,6 +105,7 @@ pub enum RunError {
 /// Runs a program to its end; its exit code, as a shell would tell it.
 pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, RunError> {
     let mut signals = Signals::listen()?;
+    child::adopt_orphans();
     if let Some(v1::claim::Placement::Worker(worker)) = &job.claim.placement {
         tokio::select! {
             is_here = here(&client, &*host, worker) => drop(is_here?),
@@ -145,7 +146,10 @@ pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, Ru
     let ended = supervisor.supervise(&mut hold).await;
     match supervisor.left {
         true => warn!("something of the program is left: what it held is not given back"),
-        false => hold.release().await,
+        false => tokio::select! {
+            () = hold.release() => {}
+            _ = signals.stop() => warn!("stopped before it was released; it is reclaimed in time"),
+        },
     }
     ended
 }
@@ -356,12 +360,15 @@ impl Supervisor<'_> {
             true => LEFTOVERS_GRACE,
             false => self.job.stop_grace,
         };
-        child.signal_group(Signal::TERM);
+        if child.has_ended() && child.has_left() {
+            warn!("the program has ended, and what it left behind is ended too");
+        }
+        child.signal_all(Signal::TERM);
         if timeout(grace.min(at_most), all_ended(child)).await.is_ok() {
             return;
         }
         warn!("what is left of the program is killed");
-        child.signal_group(Signal::KILL);
+        child.signal_all(Signal::KILL);
         self.left |= timeout(KILLED_MAX, all_ended(child)).await.is_err();
     }
 }
@@ -370,7 +377,7 @@ impl Supervisor<'_> {
 async fn all_ended(child: &mut Child) {
     let _ = child.ended().await; // its status is told already, or of no interest
     let mut pause = Duration::from_millis(1);
-    while child.has_group() {
+    while child.has_left() {
         sleep(pause).await;
         pause = (pause * 2).min(LOOK_MIN);
     }
@@ -419,17 +426,18 @@ impl Looks {
         self.pause = (self.pause * 3 / 2).min(LOOK_MAX);
         let program = Handle::Process(child.handle());
         let ports: Vec<RangeInclusive<u16>> = self.ports.iter().map(|port| *port..=*port).collect();
-        let (host, of) = (host.clone(), program.clone());
+        let host = host.clone();
         let look = move || {
             // Whose they are is of interest once there are any.
             let seen = host.look(&Wanted { ports: ports.clone(), handles: vec![] })?;
             match seen.sockets.is_empty() {
                 true => Ok(seen),
-                false => host.look(&Wanted { ports, handles: vec![of] }),
+                false => host.look(&Wanted { ports, handles: vec![program] }),
             }
         };
         let seen = spawn_blocking(look).await.map_err(io::Error::other)??;
-        let stage = stage(&self.ports, ready, &program, &seen);
+        let is_the_programs = |pid| child.has_started(pid, &seen.processes);
+        let stage = stage(&self.ports, ready, is_the_programs, &seen);
         let stranger = matches!(stage, Stage::Stranger { .. });
         self.strangers = if stranger { self.strangers + 1 } else { 0 };
         Ok(stage)

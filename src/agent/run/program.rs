@@ -24,8 +24,17 @@ enum Place<'a> {
     All,
 }
 
-/// Are all places in the command such that a claim with these ports fills them? Else which is not.
+/// Are all places in the command such that a claim with these ports fills them, and have no two names
+/// one variable? Else which.
 pub fn check(command: &[OsString], ports: &[v1::PortRequest]) -> Result<(), String> {
+    let named = || ports.iter().map(|p| &p.name).filter(|name| !name.is_empty());
+    for name in named() {
+        let rival = |other: &&String| *other != name && variable(other) == variable(name);
+        if let Some(other) = named().find(rival) {
+            let shared = variable(name);
+            return Err(format!("ports {name:?} and {other:?} would both be PORT_{shared}"));
+        }
+    }
     for word in command {
         let mut wrong = None;
         fill(word.as_bytes(), |place| {
@@ -210,5 +219,9 @@ mod tests {
         assert!(check("{port} {port:http} {ports} {other}", &ports).is_ok());
         assert!(check("{port:htpp}", &ports).unwrap_err().contains("htpp"));
         assert!(check("{port}", &[]).is_err());
+        let named = |name: &str| v1::PortRequest { name: name.into(), ..Default::default() };
+        let rivals = [named("ray-gcs"), named(""), named("ray_gcs"), named("")];
+        assert!(check("x", &rivals).unwrap_err().contains("PORT_RAY_GCS"));
+        assert!(check("x", &[named("a"), named("a"), named("b")]).is_ok());
     }
 }

@@ -9,7 +9,7 @@ use tokio::signal::unix::{self, SignalKind, signal};
 
 /// Those that a supervisor is sent for its program. From here on none of them ends this process. What was
 /// ignored when it started, as by `nohup`, stays ignored, here and by the program.
-const PASSED_ON: [Signal; 7] = [
+const PASSED_ON: [Signal; 9] = [
     Signal::HUP,
     Signal::INT,
     Signal::QUIT,
@@ -17,6 +17,9 @@ const PASSED_ON: [Signal; 7] = [
     Signal::USR1,
     Signal::USR2,
     Signal::WINCH,
+    // From a terminal: the program is stopped, and what it holds is kept for it.
+    Signal::TSTP,
+    Signal::CONT,
 ];
 
 pub struct Signals(Vec<(Signal, unix::Signal)>);
