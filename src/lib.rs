@@ -17,4 +17,5 @@ compile_error!(
 pub mod planted;
 pub mod proto;
 pub mod raft;
+mod request;
 pub mod store;

@@ -108,6 +108,9 @@ pub mod reason {
     /// The revisions from which on a watch should go are no longer kept (`oldest_revision` says which
     /// are): list anew, and watch from there.
     pub const COMPACTED: &str = "COMPACTED";
+    /// The revision from which on a watch should go does not exist (`revision` is the last one): whoever
+    /// has heard of it has the table of another cluster.
+    pub const AHEAD: &str = "AHEAD";
     /// A watcher did not read, and was cut off.
     pub const SLOW_WATCHER: &str = "SLOW_WATCHER";
     /// The listing's revision is no longer kept: start over.

@@ -263,11 +263,9 @@ impl Agent {
                 return Ok(());
             }
         };
-        match record.spec.unwrap_or_default().identity {
-            Some(by) if by != self.identity => {
-                Err(AgentError::Taken { worker: self.worker.clone(), by })
-            }
-            _ => self.join().await,
+        match register::taken_by(record, &self.identity) {
+            Some(by) => Err(AgentError::Taken { worker: self.worker.clone(), by }),
+            None => self.join().await,
         }
     }
 

@@ -154,6 +154,15 @@ pub fn step(
     if fields.is_empty() { Ok(Step::Nothing) } else { Ok(Step::Update { spec, fields }) }
 }
 
+/// Who has made a record its own that was `me`'s; `None`: nobody has. In a cluster that was begun from a
+/// backup it may be what this machine was then.
+pub fn taken_by(record: v1::Worker, me: &v1::Identity) -> Option<v1::Identity> {
+    let restored = record.phase() == v1::WorkerPhase::Unverified;
+    let was_me = |by: &v1::Identity| by.machine_id == me.machine_id && by.boot_id != me.boot_id;
+    let by = record.spec?.identity?;
+    (by != *me && !(restored && was_me(&by))).then_some(by)
+}
+
 /// Would taking this field change the record?
 fn differs(field: &str, record: &v1::WorkerSpec, spec: &v1::WorkerSpec) -> bool {
     match field {
@@ -210,6 +219,22 @@ mod tests {
         let Step::Register(spec) = step else { panic!("{step:?}") };
         assert_eq!((spec.identity, spec.gpus), (Some(me), vec![gpu(0, "A")]));
         assert_eq!(spec.ranges, told.spec.ranges);
+    }
+
+    #[test]
+    fn a_record_is_taken_by_another_and_not_by_what_this_machine_was_at_the_backup() {
+        use v1::WorkerPhase::{Ready, Unverified};
+        let me = identity("m", "b2");
+        let taken = |phase: v1::WorkerPhase, by: Option<v1::Identity>| {
+            let spec = Some(record(by));
+            taken_by(v1::Worker { phase: phase.into(), spec, ..Default::default() }, &me)
+        };
+        assert_eq!(taken(Ready, None), None);
+        assert_eq!(taken(Ready, Some(me.clone())), None);
+        assert_eq!(taken(Unverified, Some(identity("m", "b1"))), None);
+        for (phase, by) in [(Ready, identity("m", "b1")), (Unverified, identity("n", "b1"))] {
+            assert_eq!(taken(phase, Some(by.clone())), Some(by));
+        }
     }
 
     #[test]

@@ -29,6 +29,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
 
 use super::convert::Addresses;
 use super::pages::{PageToken, Views};
@@ -47,6 +48,8 @@ use crate::proto::v1;
 
 /// Calls that one node serves at a time; the next one is answered OVERLOADED.
 pub const CALLS_IN_FLIGHT_MAX: usize = 16_384;
+/// Those that are served beyond that where they confirm, move on or free, or begin to keep leases alive.
+pub const URGENT_CALLS_MAX: usize = 4_096;
 /// What OVERLOADED asks the caller to wait, where this module says it.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 /// Waiting between attempts while the leader changes: this at first, twice as long each time.
@@ -60,6 +63,8 @@ pub trait Backend: Send + Sync + 'static {
     fn id(&self) -> NodeId;
     /// Fails where this node is no member any more: then it answers nothing.
     fn check(&self) -> Result<(), CallError>;
+    /// A confirmation, or what is as urgent, was turned away: no deadline may pass for that.
+    fn turn_urgent_away(&self);
     /// As many answers as commands, in their order.
     async fn propose_all(
         &self,
@@ -115,6 +120,9 @@ impl Backend for Node {
     }
     fn check(&self) -> Result<(), CallError> {
         self.check_member()
+    }
+    fn turn_urgent_away(&self) {
+        Node::turn_urgent_away(self);
     }
     async fn propose_all(
         &self,
@@ -198,6 +206,7 @@ pub struct Api {
 pub(super) struct Inner {
     pub node: Arc<dyn Backend>,
     pub in_flight: Semaphore,
+    pub urgent_in_flight: Semaphore,
     pub next_request: AtomicU64,
     stop: watch::Sender<bool>,
     views: Mutex<Views>,
@@ -283,10 +292,12 @@ pub(super) async fn propose<R>(
 ) -> Result<R, Failure> {
     let node = &api.inner.node;
     let applied = node.propose(command, deadline).await.map_err(Failure::Call)?;
+    let revision = applied.revision.0;
+    tracing::debug!(revision, refused = applied.outcome.is_err(), "applied");
     let outcome = applied.outcome.map_err(|r| Failure::Answer(errors::refusal(r)))?;
     let specs = node.specs_of(&outcome.allocations().iter().map(|held| &held.worker).collect());
     // It is done: what goes wrong here must not read as if it were not.
-    answer(applied.revision.0, outcome, &specs).ok_or_else(|| {
+    answer(revision, outcome, &specs).ok_or_else(|| {
         let what = format!("{path} was answered with another's outcome");
         Failure::Call(CallError::Unknown(what))
     })
@@ -381,6 +392,7 @@ impl Api {
             inner: Arc::new(Inner {
                 node,
                 in_flight: Semaphore::new(CALLS_IN_FLIGHT_MAX),
+                urgent_in_flight: Semaphore::new(URGENT_CALLS_MAX),
                 next_request: AtomicU64::new(1),
                 stop: watch::Sender::new(false),
                 views: Mutex::new(Views::default()),
@@ -609,8 +621,10 @@ impl LocalCalls for Api {
         &self,
         method: &str,
         request: &[u8],
+        request_id: &str,
         deadline: Deadline,
     ) -> Result<Vec<u8>, Status> {
-        self.run_local(method, request, deadline).await
+        let span = tracing::info_span!("rpc", method, request_id, forwarded = true);
+        self.run_local(method, request, deadline).instrument(span).await
     }
 }

@@ -7,11 +7,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use itertools::Itertools as _;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::core::{
-    Allocation, Departure, Invalid, Lack, Refusal, ReleaseReason, Revision, Shortage, WorkerName,
+    Allocation, Departure, Invalid, Lack, LackKind, Refusal, ReleaseReason, Revision, Shortage,
+    WorkerName,
 };
 use crate::node::CallError;
 use crate::node::members::NotChanged;
@@ -131,15 +133,23 @@ fn capacity(text: String, facts: HashMap<String, String>) -> Status {
 fn shortage_facts(shortage: &Shortage) -> HashMap<String, String> {
     let (worker, lack) = match shortage {
         Shortage::OnWorker { worker, lack } => (worker, lack),
-        Shortage::OnSelection { looked_at, candidates, not_ready, .. } => {
-            return metadata([
+        Shortage::OnSelection { looked_at, candidates, not_ready, reasons } => {
+            let mut facts = metadata([
                 ("looked_at", looked_at.to_string()),
                 ("candidates", candidates.to_string()),
                 ("not_ready", not_ready.to_string()),
             ]);
+            let lacked = |(kind, count): &(LackKind, u64)| {
+                (format!("lacking_{}", kind.name()), count.to_string())
+            };
+            facts.extend(reasons.iter().map(lacked));
+            return facts;
         }
     };
     let mut facts = metadata([("worker", worker.to_string())]);
+    if let holders @ [_, ..] = lack.holders() {
+        facts.insert("holders".into(), holders.iter().join(","));
+    }
     let mut add = |key: &str, value: String| facts.insert(key.into(), value);
     match lack {
         Lack::NoRanges => {}
@@ -149,10 +159,14 @@ fn shortage_facts(shortage: &Shortage) -> HashMap<String, String> {
         Lack::Port { port, .. } => {
             add("port", port.to_string());
         }
-        Lack::Ports { range, wanted, free, .. } => {
+        Lack::Ports { range, wanted, free, managed, held, quarantined, reserved, .. } => {
             add("range", range.to_string());
             add("wanted", wanted.to_string());
             add("free", free.to_string());
+            add("managed", managed.to_string());
+            add("held", held.to_string());
+            add("quarantined", quarantined.to_string());
+            add("reserved", reserved.to_string());
         }
         Lack::Band { range, wanted, longest, free } => {
             add("range", range.to_string());
@@ -163,14 +177,16 @@ fn shortage_facts(shortage: &Shortage) -> HashMap<String, String> {
         Lack::NoGpu(index) | Lack::GpuBusy { index, .. } => {
             add("gpu", index.to_string());
         }
-        Lack::GpuMemory { index, wanted_bytes, free_bytes, .. } => {
+        Lack::GpuMemory { index, wanted_bytes, free_bytes, memory_bytes, .. } => {
             add("gpu", index.to_string());
             add("wanted_bytes", wanted_bytes.to_string());
             add("free_bytes", free_bytes.to_string());
+            add("memory_bytes", memory_bytes.to_string());
         }
-        Lack::Gpus { wanted, fitting, most_free_bytes, .. } => {
+        Lack::Gpus { wanted, fitting, total, most_free_bytes, .. } => {
             add("wanted", wanted.to_string());
             add("fitting", fitting.to_string());
+            add("total", total.to_string());
             add("most_free_bytes", most_free_bytes.to_string());
         }
     }
@@ -189,9 +205,12 @@ pub fn call(error: CallError) -> Status {
         }
         CallError::Unknown(why) => outcome_unknown(&why),
         CallError::NotLeader { leader } => {
-            let leader = leader.map_or("none is known".into(), |id| format!("it is node {id}"));
-            let text = format!("this node is not the leader; {leader}");
-            reasoned(Code::Unavailable, text, reason::NOT_LEADER)
+            let who = leader.map_or("none is known".into(), |id| format!("it is node {id}"));
+            let facts = leader.map(|id| ("leader".to_string(), id.to_string()));
+            let facts: HashMap<_, _> = facts.into_iter().collect();
+            let details = ErrorDetails::with_error_info(reason::NOT_LEADER, DOMAIN, facts);
+            let text = format!("this node is not the leader; {who}");
+            Status::with_error_details(Code::Unavailable, text, details)
         }
     }
 }
@@ -264,6 +283,17 @@ pub fn compacted(oldest: Revision) -> Status {
     );
     let facts = metadata([("oldest_revision", oldest.to_string())]);
     let details = ErrorDetails::with_error_info(reason::COMPACTED, DOMAIN, facts);
+    Status::with_error_details(Code::OutOfRange, text, details)
+}
+
+pub fn ahead(from: Revision, now: Revision) -> Status {
+    let text = format!(
+        "from_revision: {from} must be at most {}: the table is at revision {now}; a copy that is ahead \
+         of it is of another cluster, list anew",
+        now.0 + 1
+    );
+    let facts = metadata([("revision", now.to_string())]);
+    let details = ErrorDetails::with_error_info(reason::AHEAD, DOMAIN, facts);
     Status::with_error_details(Code::OutOfRange, text, details)
 }
 

@@ -53,10 +53,13 @@ pub(crate) fn table() -> State {
         spec: convert::worker_spec(Some(&spec())).unwrap(),
     };
     assert!(apply(&mut state, &Origin::default(), &register).0.outcome.is_ok());
-    let claims = convert::claims(&[claim("a")]).unwrap();
-    let allocate = Command::allocate(claims, Millis(600_000));
-    assert!(apply(&mut state, &Origin::default(), &allocate).0.outcome.is_ok());
+    assert!(apply(&mut state, &Origin::default(), &allocate("a")).0.outcome.is_ok());
     state
+}
+
+/// What [`claim`] asks for.
+pub(crate) fn allocate(name: &str) -> Command {
+    Command::allocate(convert::claims(&[claim(name)]).unwrap(), Millis(600_000))
 }
 
 pub(crate) type Forwarded = Result<Result<Vec<u8>, Status>, ForwardError>;
@@ -70,6 +73,7 @@ pub(crate) struct Fake {
     /// Answers of `forward`; while there are any, node 2 leads.
     pub forwards: Mutex<VecDeque<Forwarded>>,
     pub proposed: Mutex<usize>,
+    pub turned_away: Mutex<usize>,
     pub members: Mutex<Vec<MemberReport>>,
     pub hub: Hub,
 }
@@ -81,6 +85,9 @@ impl Backend for Fake {
     }
     fn check(&self) -> Result<(), CallError> {
         Ok(())
+    }
+    fn turn_urgent_away(&self) {
+        *self.turned_away.lock().unwrap() += 1;
     }
     async fn propose(&self, command: Command, _: Deadline) -> Result<Applied, CallError> {
         *self.proposed.lock().unwrap() += 1;

@@ -3,14 +3,16 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Response, Status};
 use tracing::Instrument as _;
 
-use super::dispatch::Api;
+use super::dispatch::{Api, Inner};
 use super::errors;
 use crate::node::Deadline;
+use crate::request;
 
 /// Where the caller names no deadline.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
@@ -20,6 +22,16 @@ pub const TIMEOUT_MAX: Duration = Duration::from_secs(60);
 const MARGIN_MAX: Duration = Duration::from_millis(100);
 /// Longest request id that is taken over from a caller.
 const REQUEST_ID_MAX_BYTES: usize = 128;
+
+/// Methods whose callers lose something where they are turned away.
+const URGENT: [&str; 6] = [
+    "/portwarden.v1.Allocator/Confirm",
+    "/portwarden.v1.Allocator/Attach",
+    "/portwarden.v1.Allocator/Release",
+    "/portwarden.v1.Allocator/ReportConflict",
+    "/portwarden.v1.Leases/KeepAlive",
+    "/portwarden.v1.Leases/Revoke",
+];
 
 const RPC_SECONDS: &str = "portwarden_rpc_seconds";
 
@@ -62,14 +74,15 @@ impl Api {
     {
         let mut timer = Timer { method, code: "CANCELLED", started: Instant::now() };
         self.inner.node.check().map_err(errors::call)?;
-        let Ok(_permit) = self.inner.in_flight.try_acquire() else {
+        let Some(_permit) = self.enter(method) else {
             timer.code = code_name(Code::ResourceExhausted);
             return Err(Api::overloaded());
         };
         let request_id = self.request_id(metadata);
         let span = tracing::info_span!("rpc", method, request_id);
         let deadline = timer.started + less_margin(time);
-        let result = call(deadline).instrument(span.clone()).await;
+        let call = request::under(request_id, call(deadline));
+        let result = call.instrument(span.clone()).await;
         let code = result.as_ref().err().map_or(Code::Ok, Status::code);
         timer.code = code_name(code);
         if let Err(status) = &result {
@@ -77,6 +90,20 @@ impl Api {
             span.in_scope(|| tracing::debug!(code = timer.code, why, "refused"));
         }
         result.map(Response::new)
+    }
+
+    /// Room for one more call; what is urgent has some of its own, for when there is no other.
+    fn enter(&self, method: &str) -> Option<SemaphorePermit<'_>> {
+        let Inner { in_flight, urgent_in_flight, node, .. } = &*self.inner;
+        let room = in_flight.try_acquire().ok();
+        if room.is_some() || !URGENT.contains(&method) {
+            return room;
+        }
+        let room = urgent_in_flight.try_acquire().ok();
+        if room.is_none() {
+            node.turn_urgent_away();
+        }
+        room
     }
 
     /// The caller's `x-request-id`, or one that is unique to this process.

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
-use super::dispatch::CALLS_IN_FLIGHT_MAX;
+use super::dispatch::{CALLS_IN_FLIGHT_MAX, URGENT_CALLS_MAX};
 use super::fake::{claim, count, fake, request, spec, table};
 use super::pages::{PAGE_SIZE_MAX, PAGE_SOFT_BYTES, SCAN_MAX, fill, page_size};
 use super::session::Session;
@@ -428,16 +428,16 @@ async fn a_forwarded_call_runs_here_and_never_goes_on() {
     let deadline = Instant::now() + Duration::from_secs(1);
     let path = "/portwarden.v1.Allocator/Get";
     let request = get("a").into_inner().encode_to_vec();
-    let answer = calls.call(path, &request, deadline).await.unwrap();
+    let answer = calls.call(path, &request, "id", deadline).await.unwrap();
     let response = v1::GetResponse::decode(answer.as_slice()).unwrap();
     assert_eq!(response.allocation.unwrap().name, "a");
 
     fake.failures.lock().unwrap().push_back(CallError::NotLeader { leader: Some(3) });
-    let status = api.call(path, &request, deadline).await.unwrap_err();
+    let status = api.call(path, &request, "id", deadline).await.unwrap_err();
     assert!(errors::is_not_leader(&status));
-    let status = api.call("/portwarden.v1.Cluster/Status", b"", deadline).await.unwrap_err();
+    let status = api.call("/portwarden.v1.Cluster/Status", b"", "id", deadline).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
-    let status = api.call(path, b"\xff", deadline).await.unwrap_err();
+    let status = api.call(path, b"\xff", "id", deadline).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
 }
 
@@ -604,14 +604,28 @@ fn what_is_shown_of_a_worker_is_bounded() {
 
 #[tokio::test]
 async fn as_many_calls_as_there_may_be_are_served_and_one_more_is_not() {
-    let (_, api) = fake();
+    let (fake, api) = fake();
     let others = api.inner.in_flight.try_acquire_many(CALLS_IN_FLIGHT_MAX as u32 - 1).unwrap();
     api.get(get("a")).await.unwrap();
     let last = api.inner.in_flight.try_acquire().unwrap();
     let refused = api.get(get("a")).await.unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert_eq!(reason_of(&refused).as_deref(), Some(reason::OVERLOADED));
-    drop(last);
+    // What is urgent has room of its own, and where that is full, no deadline passes for it.
+    let release = || {
+        Request::new(v1::ReleaseRequest {
+            name: "a".into(),
+            authority: Some(v1::release_request::Authority::Token(99)),
+        })
+    };
+    let answer = api.release(release()).await.unwrap_err();
+    assert_eq!(answer.code(), Code::FailedPrecondition, "it came to the table");
+    let urgent = api.inner.urgent_in_flight.try_acquire_many(URGENT_CALLS_MAX as u32).unwrap();
+    assert_eq!(*fake.turned_away.lock().unwrap(), 0);
+    let refused = api.release(release()).await.unwrap_err();
+    assert_eq!(reason_of(&refused).as_deref(), Some(reason::OVERLOADED));
+    assert_eq!(*fake.turned_away.lock().unwrap(), 1);
+    drop((last, urgent));
     api.get(get("a")).await.unwrap();
     drop(others);
 }

@@ -311,6 +311,7 @@ impl Api {
             0 => Revision(now.0 + 1),
             #[cfg(planted)]
             from if planted::is(Bug::WatchSkips) => Revision(from + 1),
+            from if from > now.0 + 1 => return Err(errors::ahead(Revision(from), now)),
             from => Revision(from),
         };
         let subscription = self.inner.node.hub().subscribe(from, filter.worker.clone());

@@ -298,8 +298,7 @@ struct ClaimInFile {
     uid: String,
     worker: Option<String>,
     selector: Option<String>,
-    #[serde(default)]
-    policy: Policy,
+    policy: Option<Policy>,
     #[serde(default)]
     ports: Vec<PortsInFile>,
     gpus: Option<GpusInFile>,
@@ -396,6 +395,12 @@ fn claim_from_file(claim: ClaimInFile) -> Result<v1::Claim, String> {
     if claim.worker.is_some() && claim.selector.is_some() {
         return Err("selector: must be left out where a worker is given".into());
     }
+    if claim.worker.is_some() && claim.policy.is_some() {
+        return Err("policy: must be left out where a worker is given".into());
+    }
+    if claim.bound && claim.confirm_within.is_some() {
+        return Err("confirm_within: must be left out where bound is true".into());
+    }
     let confirm_within = claim.confirm_within.map(|text| {
         let span = parse::span_of_time(&text).map(parse::ms);
         span.map_err(|why| format!("confirm_within: {text:?} {why}"))
@@ -409,7 +414,7 @@ fn claim_from_file(claim: ClaimInFile) -> Result<v1::Claim, String> {
     Ok(v1::Claim {
         name: claim.name,
         uid: claim.uid,
-        placement: placement(claim.worker, claim.selector, claim.policy),
+        placement: placement(claim.worker, claim.selector, claim.policy.unwrap_or_default()),
         ports: ports.collect::<Result<_, _>>()?,
         gpus: claim.gpus.map(gpus_from_file).transpose()?,
         lease: claim.lease,
@@ -471,6 +476,8 @@ mod tests {
             ("- {name: a, gpus: {count: 1, memory: 17TiB}}", "16 TiB"),
             ("- {name: a, worker: w, selector: x}", "selector"),
             ("- {name: a, worker: w, confirm_within: 0s}", "1s to 24h"),
+            ("- {name: a, worker: w, policy: spread}", "policy"),
+            ("- {name: a, worker: w, bound: true, confirm_within: 60s}", "confirm_within"),
         ] {
             let error = parse_claims(text).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

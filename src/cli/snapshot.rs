@@ -12,8 +12,9 @@ use tempfile::NamedTempFile;
 
 use super::serve::parse_initial_cluster;
 use super::{CliError, Globals, output, parse, usage};
+use crate::agent::host::wall_clock_ms;
 use crate::client::{BackupError, Copied};
-use crate::core::{Worker, WorkerPhase};
+use crate::core::{Millis, State, Worker, WorkerPhase};
 use crate::raft::{Backup, NodeId, RestoreError, restore};
 
 #[derive(Debug, clap::Args)]
@@ -149,7 +150,7 @@ struct Begun {
 
 /// Makes the directory and says how to go on.
 pub(super) fn begin_anew(
-    state: &crate::core::State,
+    before: &State,
     data_dir: &Path,
     id: NodeId,
     initial_cluster: &str,
@@ -162,6 +163,8 @@ pub(super) fn begin_anew(
              the cluster, the others start over empty directories"
         )));
     }
+    let state = before.anew(Millis(wall_clock_ms()));
+    let revision = state.revision.0;
     let cluster_id = restore(state, data_dir, id, &members).map_err(|error| match error {
         RestoreError::NotEmpty(_) => CliError::Precondition(error.to_string()).into(),
         error => anyhow::Error::from(error),
@@ -169,9 +172,9 @@ pub(super) fn begin_anew(
     let begun = Begun {
         cluster_id,
         data_dir: data_dir.to_path_buf(),
-        revision: state.anew().revision.0,
-        workers: state.worker_count() as u64,
-        allocations: state.allocation_count() as u64,
+        revision,
+        workers: before.worker_count() as u64,
+        allocations: before.allocation_count() as u64,
     };
     output::print(globals.output, &begun, || {
         let Begun { cluster_id, data_dir, workers, allocations, .. } = &begun;

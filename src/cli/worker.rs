@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use super::allocate::{list_or_key, read};
 use super::{CliError, Format, Globals, output, parse};
 use crate::api::worker_spec;
-use crate::client::{Client, ClientError, Listing};
+use crate::client::{Client, ClientError, Filter};
 use crate::core::WorkerName;
 use crate::proto::v1;
 
@@ -360,7 +360,10 @@ async fn drain(client: &Client, args: Drain, globals: &Globals) -> anyhow::Resul
     client.worker_set_phase(&name, v1::WorkerPhase::Draining).await.map_err(again)?;
     let left = match wait {
         true => emptied(client, &name, deadline).await?,
-        false => held_by(client, &name).await?.items,
+        false => {
+            let held = v1::ListRequest { worker: name.clone(), ..Default::default() };
+            client.list(held).await?.items
+        }
     };
     let worker = client.worker_get(&name, None).await?.worker.unwrap_or_default();
     let left: Vec<_> = left.into_iter().map(output::Allocation::from).collect();
@@ -379,36 +382,29 @@ async fn drain(client: &Client, args: Drain, globals: &Globals) -> anyhow::Resul
     Ok(ExitCode::SUCCESS)
 }
 
-async fn held_by(client: &Client, worker: &str) -> Result<Listing<v1::Allocation>, ClientError> {
-    client.list(v1::ListRequest { worker: worker.into(), ..Default::default() }).await
-}
-
 /// Waits, with progress on stderr, until a worker holds nothing or time is over; what is left then.
 async fn emptied(
     client: &Client,
     worker: &str,
     deadline: Instant,
 ) -> Result<Vec<v1::Allocation>, ClientError> {
-    let mut held = held_by(client, worker).await?;
-    let from_revision = held.revision + 1;
-    let request = v1::WatchRequest { from_revision, worker: worker.into(), ..Default::default() };
-    let mut watch = client.watch(request);
+    let mut held = client.follow(Filter { worker: worker.into(), ..Filter::default() });
+    held.next().await?;
     let mut told = None;
-    while !held.items.is_empty() {
-        let left = held.items.len();
+    while !held.allocations().is_empty() {
+        let left = held.allocations().len();
         if told.replace(left) != Some(left) {
-            let first: Vec<_> = held.items.iter().take(LEFT_SHOWN).map(|a| &*a.name).collect();
+            let first: Vec<_> =
+                held.allocations().keys().take(LEFT_SHOWN).map(String::as_str).collect();
             let more = if left > LEFT_SHOWN { ", …" } else { "" };
             output::note(&format!("{left} left on {worker}: {}{more}", first.join(", ")));
         }
-        match timeout_at(deadline, watch.next()).await {
-            Ok(Ok(heard)) if heard.events.is_empty() => {}
-            Ok(Ok(_)) => held = held_by(client, worker).await?,
-            Ok(Err(error)) => return Err(error),
+        match timeout_at(deadline, held.next()).await {
+            Ok(news) => drop(news?),
             Err(_) => break,
         }
     }
-    Ok(held.items)
+    Ok(held.allocations().values().cloned().collect())
 }
 
 /// Names that a line of progress shows.

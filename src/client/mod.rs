@@ -18,14 +18,16 @@
 //!   matter only under a token, because a token that does not hold will never hold again; and not
 //!   where it is the version that does not: that may be the doubtful attempt's own doing.
 //!
-//! Beyond single calls: [`Session`] carries many over one stream, [`Keeper`] keeps leases alive over one stream, [`Client::watch`] follows the
-//! table without a gap, and [`Client::start_on`] goes from port to port until one is free.
+//! Beyond single calls: [`Session`] carries many over one stream, [`Keeper`] keeps leases alive over one,
+//! [`Client::watch`] tells the changes of the table without a gap, [`Client::follow`] keeps a copy up with
+//! it, and [`Client::start_on`] goes from port to port until one is free.
 
 mod backup;
 mod call;
 mod conflicts;
 mod endpoints;
 mod error;
+mod follow;
 mod keeper;
 mod leases;
 pub mod session;
@@ -49,6 +51,7 @@ use call::methods;
 pub use conflicts::{NoPortLeft, StartError, Try};
 use endpoints::Endpoints;
 pub use error::{ClientError, Refused};
+pub use follow::{Filter, Follow, News};
 pub use keeper::{Clock, Holding, Keeper, Standing};
 pub use session::Session;
 pub use watch::{Heard, Watch};

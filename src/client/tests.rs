@@ -10,12 +10,15 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use super::session::{Answer, Command};
-use super::{Client, ClientError, Keeper, Options, Standing, StartError, Try};
-use crate::api::fake::{Fake, claim, fake, listen, spec};
+use super::{
+    Client, ClientError, Filter, Follow, Keeper, News, Options, Standing, StartError, Try,
+};
+use crate::api::fake::{Fake, allocate, claim, fake, listen, spec, table};
 use crate::api::{Readiness, serve, tcp_incoming};
 use crate::core;
 use crate::node::{CallError, MemberReport};
 use crate::proto::v1;
+use crate::raft::ApplyObserver as _;
 
 /// A node that serves, and its address. It ends with the test's runtime.
 async fn node() -> (Arc<Fake>, String) {
@@ -339,6 +342,50 @@ async fn a_lease_that_nobody_acknowledges_is_unproven_when_its_time_is_over() {
     }
     assert_eq!(lease.standing(), Standing::Unproven);
     assert!(keeper.now() >= known);
+}
+
+#[tokio::test]
+async fn a_copy_follows_the_table_and_is_listed_anew_where_the_changes_are_not_kept() {
+    let (fake, address) = node().await;
+    fake.hub.installed(&fake.state.lock().unwrap());
+    let telling = fake.clone();
+    tokio::spawn(async move { telling.hub.run().await });
+    let client = client(&[&address]);
+    let mut copy = client.follow(Filter { worker: "w".into(), ..Filter::default() });
+    let names = |copy: &Follow| copy.allocations().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(copy.next().await.unwrap(), News::Listed);
+    assert_eq!(names(&copy), ["a"]);
+
+    let change = |command: core::Command| {
+        let mut state = fake.state.lock().unwrap();
+        let (applied, events) = core::apply(&mut state, &core::Origin::default(), &command);
+        applied.outcome.as_ref().unwrap();
+        fake.hub.applied(&command, &applied, &events);
+        fake.hub.published(&state);
+    };
+    let release = |name: &str| core::Command::Release {
+        name: name.parse().unwrap(),
+        authority: core::Authority::Operator { reason: "test".into() },
+    };
+    change(allocate("b"));
+    change(release("a"));
+    while names(&copy) != ["b"] {
+        assert!(matches!(copy.next().await.unwrap(), News::Heard(_)));
+    }
+    let revision = fake.state.lock().unwrap().revision.0;
+    assert_eq!(copy.revision(), revision);
+
+    // Another table, which begins where nobody has watched.
+    let restored = fake.state.lock().unwrap().anew(core::Millis(0));
+    *fake.state.lock().unwrap() = restored.clone();
+    fake.hub.installed(&restored);
+    while copy.next().await.unwrap() != News::Listed {}
+    assert_eq!((names(&copy), copy.revision()), (vec!["b".to_string()], restored.revision.0));
+    // And one that has not come so far: as when an older backup was restored elsewhere.
+    *fake.state.lock().unwrap() = table();
+    fake.hub.installed(&table());
+    while copy.next().await.unwrap() != News::Listed {}
+    assert_eq!((names(&copy), copy.revision()), (vec!["a".to_string()], table().revision.0));
 }
 
 #[tokio::test]

@@ -5,7 +5,8 @@
 //!
 //! - A node that no longer keeps the revisions that are wanted says so; another one may still have
 //!   them, and is asked. Where none has, [`Watch::next`] ends with the refusal (reason `COMPACTED`):
-//!   what came between is lost to this watch, and whoever keeps a copy lists anew.
+//!   what came between is lost to this watch, and whoever keeps a copy lists anew, as [`Follow`](super::Follow)
+//!   does.
 //! - A node proves every few seconds how fresh it is. One that is silent for [`SILENCE_MAX`] is left.
 
 use std::collections::BTreeSet;

@@ -3,13 +3,15 @@
 //!
 //! - The revision is far ahead of any that the old cluster can have come to, and every allocation
 //!   has it as its token and version: no token, version or watch of the old cluster is taken for one
-//!   of the new. A holder learns its new token by repeating its request under its uid.
+//!   of the new. It is ahead, too, of any that came of the same backup before. A holder learns its new
+//!   token by repeating its request under its uid.
 //! - Every worker is `Unverified`: it holds what it held and grants nothing, until its agent has
 //!   reported or an operator has verified it.
 //! - Ids of nodes start afresh.
 
 use super::allocation::Allocation;
-use super::name::{Revision, Token};
+use super::invariants::COUNTER_MAX;
+use super::name::{Millis, Revision, Token};
 use super::state::State;
 use super::worker::{Worker, WorkerPhase};
 #[cfg(planted)]
@@ -19,11 +21,16 @@ use crate::planted::{self, Bug};
 /// second, and little enough for programs that count in floats.
 pub const RESTORE_GAP: u64 = 1 << 40;
 
+/// The lowest revision of what is restored at a time: 1024 for each millisecond, more than any cluster
+/// changes its table. What was restored of an older backup earlier has not come to it.
+const REVISIONS_PER_MS: u64 = 1 << 10;
+
 impl State {
-    /// This table as that of a new cluster.
-    pub fn anew(&self) -> State {
+    /// This table as that of a new cluster that begins at `now`, in Unix time.
+    pub fn anew(&self, now: Millis) -> State {
         let mut state = self.clone();
-        let revision = Revision(self.revision.0 + RESTORE_GAP);
+        let after_others = now.0.saturating_mul(REVISIONS_PER_MS).min(COUNTER_MAX / 2);
+        let revision = Revision(after_others.max(self.revision.0 + RESTORE_GAP));
         #[cfg(planted)]
         let revision = match planted::is(Bug::RestoreReusesTokens) {
             true => self.revision,

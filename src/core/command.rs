@@ -497,6 +497,21 @@ pub enum LackKind {
 }
 
 impl LackKind {
+    /// For programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            LackKind::Labels => "labels",
+            LackKind::NoRange => "range",
+            LackKind::PortTaken => "port",
+            LackKind::Ports => "ports",
+            LackKind::Band => "band",
+            LackKind::NoGpu => "gpu",
+            LackKind::GpuMemory => "gpu_memory",
+            LackKind::GpuBusy => "idle_gpu",
+            LackKind::Gpus => "gpus",
+        }
+    }
+
     pub fn text(self) -> &'static str {
         match self {
             LackKind::Labels => "labels do not match",
@@ -513,6 +528,22 @@ impl LackKind {
 }
 
 impl Lack {
+    /// Who has what is lacking: some of them.
+    pub fn holders(&self) -> &[InstanceName] {
+        match self {
+            Lack::Port { taken: Taken::Held(holder), .. } => std::slice::from_ref(holder),
+            Lack::Ports { holders, .. }
+            | Lack::GpuMemory { holders, .. }
+            | Lack::GpuBusy { holders, .. }
+            | Lack::Gpus { holders, .. } => holders,
+            Lack::NoRanges
+            | Lack::NoRange(_)
+            | Lack::Port { .. }
+            | Lack::Band { .. }
+            | Lack::NoGpu(_) => &[],
+        }
+    }
+
     pub fn kind(&self) -> LackKind {
         match self {
             Lack::NoRanges | Lack::NoRange(_) => LackKind::NoRange,

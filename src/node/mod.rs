@@ -180,6 +180,7 @@ pub trait LocalCalls: Send + Sync + 'static {
         &self,
         method: &str,
         request: &[u8],
+        request_id: &str,
         deadline: Deadline,
     ) -> Result<Vec<u8>, tonic::Status>;
 }
@@ -486,6 +487,11 @@ impl Node {
         answers
     }
 
+    /// A confirmation, or what is as urgent, was turned away for too many calls: deadlines are put off.
+    pub fn turn_urgent_away(&self) {
+        self.inner.proposer.turn_urgent_away();
+    }
+
     /// How long an allocation may stay unconfirmed if its claim does not say.
     pub fn confirm_within(&self) -> Millis {
         Millis(self.inner.config.lifecycle.confirm_within.as_millis() as u64)
@@ -765,6 +771,7 @@ fn forwarded(method: &str, request: Vec<u8>, deadline: Deadline) -> peer::Forwar
         method: method.into(),
         request: request.into(),
         remaining_ms: remaining.as_millis() as u64,
+        request_id: crate::request::id(),
     }
 }
 
@@ -779,8 +786,9 @@ impl PeerHooks for Hooks {
     async fn forward(&self, request: peer::ForwardRequest) -> peer::ForwardResponse {
         let remaining = Duration::from_millis(request.remaining_ms).min(FORWARDED_MAX);
         let deadline = Instant::now() + remaining;
+        let peer::ForwardRequest { method, request, request_id, .. } = &request;
         let result = match self.calls.get() {
-            Some(calls) => calls.call(&request.method, &request.request, deadline).await,
+            Some(calls) => calls.call(method, request, request_id, deadline).await,
             None => Err(tonic::Status::unavailable("this node is starting")),
         };
         use peer::forward_response::Result as Answer;

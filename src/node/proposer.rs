@@ -110,6 +110,10 @@ impl Proposer {
         self.urgent_full.swap(false, Ordering::Relaxed)
     }
 
+    pub fn turn_urgent_away(&self) {
+        self.urgent_full.store(true, Ordering::Relaxed);
+    }
+
     pub async fn propose(&self, command: Command, deadline: Instant) -> Result<Applied, CallError> {
         let mut answers = self.propose_all(vec![command], deadline).await;
         answers.pop().expect("one answer to one command")

@@ -19,8 +19,12 @@ use crate::raft::{Raft, TableView};
 
 /// Readers that may wait for the next round.
 const READERS_MAX: usize = 16_384;
+/// Keepalives that may wait beyond that.
+const KEEPALIVES_MAX: usize = 4_096;
 /// Longest round: without a quorum, readers are sent to look for another leader.
 const ROUND_MAX: Duration = Duration::from_secs(2);
+
+const OVERLOADED: CallError = CallError::Overloaded { retry_after: Duration::from_millis(100) };
 
 type Answer = oneshot::Sender<Result<State, CallError>>;
 
@@ -32,7 +36,7 @@ pub(super) struct Reads {
 impl Reads {
     /// The returned future runs the rounds until every sender is gone.
     pub fn new(raft: Raft, view: TableView) -> (Reads, impl Future<Output = ()> + Send) {
-        let (waiting, queue) = mpsc::channel(READERS_MAX);
+        let (waiting, queue) = mpsc::channel(READERS_MAX + KEEPALIVES_MAX);
         let round = move || {
             let (raft, view) = (raft.clone(), view.clone());
             async move { round(&raft, &view).await }
@@ -41,10 +45,16 @@ impl Reads {
     }
 
     pub async fn read(&self, deadline: Instant) -> Result<State, CallError> {
+        match self.waiting.capacity() > KEEPALIVES_MAX {
+            true => self.read_for_keepalive(deadline).await,
+            false => Err(OVERLOADED),
+        }
+    }
+
+    /// The same, with the room that is kept for keepalives.
+    pub async fn read_for_keepalive(&self, deadline: Instant) -> Result<State, CallError> {
         let (answer, answered) = oneshot::channel();
-        self.waiting
-            .try_send(answer)
-            .map_err(|_| CallError::Overloaded { retry_after: Duration::from_millis(100) })?;
+        self.waiting.try_send(answer).map_err(|_| OVERLOADED)?;
         match timeout_at(deadline, answered).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(CallError::NotReady("the node is stopping".into())),
@@ -58,7 +68,7 @@ where
     R: Future<Output = Result<State, CallError>>,
 {
     let mut readers = Vec::new();
-    while queue.recv_many(&mut readers, READERS_MAX).await > 0 {
+    while queue.recv_many(&mut readers, READERS_MAX + KEEPALIVES_MAX).await > 0 {
         let started = Instant::now();
         let result = round().await;
         #[cfg(planted)]
@@ -106,15 +116,24 @@ mod tests {
 
     #[tokio::test]
     async fn one_reader_more_than_may_wait_is_overloaded_until_a_round_has_begun() {
-        let (waiting, mut queue) = mpsc::channel(READERS_MAX);
+        let all = READERS_MAX + KEEPALIVES_MAX;
+        let (waiting, mut queue) = mpsc::channel(all);
         let reads = Reads { waiting };
         let deadline = Instant::now() + Duration::from_secs(60);
+        let is_refused = |answer: Option<Result<State, CallError>>| match answer {
+            None => false,
+            Some(Err(CallError::Overloaded { .. })) => true,
+            Some(other) => panic!("{other:?}"),
+        };
         for _ in 0..READERS_MAX {
-            assert!(reads.read(deadline).now_or_never().is_none());
+            assert!(!is_refused(reads.read(deadline).now_or_never()));
         }
-        let refused = reads.read(deadline).now_or_never();
-        assert!(matches!(refused, Some(Err(CallError::Overloaded { .. }))), "{refused:?}");
-        assert_eq!(queue.recv_many(&mut Vec::new(), READERS_MAX).await, READERS_MAX);
+        assert!(is_refused(reads.read(deadline).now_or_never()));
+        for _ in 0..KEEPALIVES_MAX {
+            assert!(!is_refused(reads.read_for_keepalive(deadline).now_or_never()));
+        }
+        assert!(is_refused(reads.read_for_keepalive(deadline).now_or_never()));
+        assert_eq!(queue.recv_many(&mut Vec::new(), all).await, all);
         assert!(reads.read(deadline).now_or_never().is_none());
     }
 

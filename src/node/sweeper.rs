@@ -252,7 +252,8 @@ impl Watched {
             Some(processes) => *processes == 0 || !gpu.is_idle(),
             None => false,
         };
-        let nothing_else = self.strangers.is_empty() && worker.gpus.iter().all(clear);
+        let nothing_else =
+            commands.is_empty() && self.strangers.is_empty() && worker.gpus.iter().all(clear);
         if unverified && sample.revision >= worker.version && nothing_else {
             let (name, by) = (worker.name.clone(), Actor::Leader(under));
             commands.push(Command::VerifyWorker { name, by });
@@ -921,7 +922,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_restored_worker_is_verified_once_nobody_is_on_the_gpus_that_nobody_holds() {
         let mut s = Scene::new();
-        s.state = s.state.anew();
+        s.state = s.state.anew(Millis(0));
         s.looks(3).await;
         assert!(s.done.is_empty(), "without a driver nobody knows: {:?}", s.done);
         s.sample.gpus.insert(0, 1);
@@ -930,6 +931,25 @@ mod tests {
         s.sample.gpus.insert(0, 0);
         s.looks(1).await;
         assert_eq!(s.done, ["verify_worker"]);
+    }
+
+    /// What comes free by this very sample may be in use by it: the next one knows.
+    #[tokio::test(start_paused = true)]
+    async fn a_restored_worker_is_not_verified_by_a_sample_that_frees_something() {
+        let mut s = Scene::new();
+        let number = s.port_of("a", false);
+        let held = s.held("a").clone();
+        s.confirm(&held, process("b"));
+        s.state = s.state.anew(Millis(0));
+        s.reboot("b2");
+        s.sample.gpus.insert(0, 0);
+        s.open(number, true); // its successor
+        s.looks(1).await;
+        assert_eq!((s.done.as_slice(), s.is_held("a")), (&["reclaim"][..], false));
+        s.looks(1).await;
+        assert_eq!(s.done, ["reclaim", "quarantine"]);
+        s.looks(1).await;
+        assert_eq!(s.done, ["reclaim", "quarantine", "verify_worker"]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,7 +1,7 @@
 //! What a node shows of itself: metrics. Every family is registered at start, so that an alert on a
 //! counter that never moved still finds it; label sets are bounded (never a worker or an instance).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -14,10 +14,11 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::Node;
 use super::lag::Lags;
 use crate::core::{
-    Applied, Cause, Command, Event, Outcome, Phase, Refusal, ReleaseReason, State, WorkerPhase,
+    Applied, Cause, ChangeKind, Command, Event, Outcome, Phase, Refusal, ReleaseReason, State,
+    WorkerPhase,
 };
 use crate::lock::guard;
-use crate::raft::{ApplyObserver, Metrics};
+use crate::raft::{ApplyObserver, Metrics, NodeId};
 
 /// How often gauges are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -214,10 +215,11 @@ impl Tally {
                 self.count("portwarden_releases_total", [("reason", reason), NONE]);
             }
             // It lingers since this change: the next one ends it.
-            Event::Changed(allocation) if allocation.phase == Phase::Lingering => {
-                let cause =
-                    if allocation.confirmed { Cause::LeaseEnded } else { Cause::Unconfirmed };
-                self.count("portwarden_lingering_total", [("cause", cause.name()), NONE]);
+            Event::Changed(allocation) => {
+                let change = allocation.last_change.as_ref().map(|change| &change.kind);
+                if let Some(ChangeKind::Lingered { cause }) = change {
+                    self.count("portwarden_lingering_total", [("cause", cause.name()), NONE]);
+                }
             }
             _ => {}
         }
@@ -259,6 +261,7 @@ pub(super) async fn report(node: Node) {
     let mut every = interval(REPORT_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut lags = Lags::default();
+    let mut shown = BTreeSet::from([node.id()]);
     loop {
         every.tick().await;
         let raft = node.inner.metrics();
@@ -285,17 +288,25 @@ pub(super) async fn report(node: Node) {
             let labels = [("node", id.clone()), ("phase", phase.name().to_string())];
             gauge!("portwarden_allocations", &labels).set(count);
         }
-        show_lag(&raft, &mut lags);
+        show_lag(&raft, &mut lags, &mut shown);
     }
 }
 
-/// How far the members are behind; 0 where this node does not lead.
-fn show_lag(raft: &Metrics, lags: &mut Lags) {
+/// How far the members are behind; 0 where this node does not lead, and of who is none any more: what was
+/// shown once is shown for ever.
+fn show_lag(raft: &Metrics, lags: &mut Lags, shown: &mut BTreeSet<NodeId>) {
     let last = raft.last_log_index.unwrap_or(0);
+    let show = |member: NodeId, lag: u64| {
+        gauge!("portwarden_member_lag_entries", "member" => member.to_string()).set(lag as f64);
+    };
+    for member in std::mem::take(shown) {
+        show(member, 0);
+    }
     for (member, _) in raft.membership_config.nodes() {
         let matched = raft.replication.as_ref().and_then(|matched| matched.get(member));
         let lag = matched.map_or(0, |id| last - id.as_ref().map_or(0, |id| id.index()).min(last));
-        gauge!("portwarden_member_lag_entries", "member" => member.to_string()).set(lag as f64);
+        shown.insert(*member);
+        show(*member, lag);
         match matched {
             Some(Some(_)) => lags.tell(*member, lag),
             Some(None) => {}                 // it has not said yet how far it is

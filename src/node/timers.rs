@@ -349,7 +349,11 @@ impl Node {
         id: LeaseId,
         deadline: super::Deadline,
     ) -> Result<Option<Millis>, CallError> {
-        let state = self.read(deadline).await?;
+        let read = self.inner.reads.read_for_keepalive(deadline).await;
+        if matches!(read, Err(CallError::Overloaded { .. })) {
+            self.turn_urgent_away();
+        }
+        let state = read?;
         let counted = |result| {
             counter!("portwarden_keepalives_total", "result" => result).increment(1);
         };

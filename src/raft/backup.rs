@@ -66,10 +66,10 @@ pub enum RestoreError {
     Io { path: PathBuf, what: &'static str, source: io::Error },
 }
 
-/// Makes the data directory with which node `id` begins a new cluster over this table; answers with
-/// the cluster's id.
+/// Makes the data directory with which node `id` begins a new cluster over this table, which is a
+/// [new cluster's](core::State::anew); answers with the cluster's id.
 pub fn restore(
-    state: &core::State,
+    state: core::State,
     dir: &Path,
     id: NodeId,
     members: &BTreeMap<NodeId, String>,
@@ -102,7 +102,7 @@ pub fn restore(
 }
 
 fn fill(
-    state: &core::State,
+    state: core::State,
     dir: &Path,
     id: NodeId,
     members: &BTreeMap<NodeId, String>,
@@ -116,7 +116,7 @@ fn fill(
 /// Fills a data directory that was just made: see [`restore`].
 pub async fn restore_into(
     data: &DataDir,
-    state: &core::State,
+    mut state: core::State,
     members: &BTreeMap<NodeId, String>,
 ) -> Result<String, StoreError> {
     let id = data.node_id();
@@ -141,7 +141,6 @@ pub async fn restore_into(
             nodes: members.iter().map(record).collect(),
         },
     };
-    let mut state = state.anew();
     for (member, record) in &head.membership.nodes {
         state.remember_member(*member, &record.incarnation);
     }

@@ -215,6 +215,7 @@ impl Peer {
             method: "/portwarden.v1.Workers/Remove".into(),
             request: b"\n\x01w".to_vec().into(),
             remaining_ms: 10_000,
+            request_id: String::new(),
         };
         answers.push(("forward", self.0.forward(request).await.err()));
         answers

@@ -524,8 +524,8 @@ fn agree(
     for (i, op) in ops.iter().enumerate() {
         if i == turns.anew {
             model.anew();
-            state = state.anew();
-            copy = copy.as_ref().map(State::anew);
+            state = state.anew(Millis(0));
+            copy = copy.as_ref().map(|copy| copy.anew(Millis(0)));
         }
         if i == turns.snapshot {
             copy = Some(rebuilt(&state).map_err(TestCaseError::fail)?);

@@ -241,7 +241,7 @@ impl Cluster {
         members: BTreeMap<NodeId, String>,
     ) -> Result<String, String> {
         let data = DataDir::simulated(&dir, id, disk).map_err(|error| error.to_string())?;
-        let restored = raft::restore_into(&data, &state, &members).await;
+        let restored = raft::restore_into(&data, state, &members).await;
         data.close().await;
         restored.map_err(|error| error.to_string())
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 
 use portwarden::client::{Client, ClientError};
-use portwarden::core::{Allocation, State};
+use portwarden::core::{Allocation, Millis, State};
 use portwarden::proto::v1;
 
 use crate::cluster::Cluster;
@@ -67,7 +67,8 @@ impl Sim {
         let (host, disk, dir) = (seat.host, seat.disk.clone(), seat.dir().to_path_buf());
         self.world.start(host, || {
             Box::pin(async move {
-                let restored = Cluster::restore(dir, FIRST_ID, disk, backup, members).await;
+                let restored =
+                    Cluster::restore(dir, FIRST_ID, disk, backup.anew(Millis(0)), members).await;
                 restored.map_or_else(|why| why, |_| RESTORED.into())
             })
         });

@@ -18,7 +18,7 @@ fn backed_up() -> Table {
 #[test]
 fn it_holds_what_was_held_and_its_revision_is_far_ahead() {
     let t = backed_up();
-    let anew = t.state.anew();
+    let anew = t.state.anew(Millis(0));
     check_invariants(&anew).unwrap();
     assert_eq!(anew.revision.0, t.state.revision.0 + RESTORE_GAP);
     for held in t.state.allocations_after(None) {
@@ -32,16 +32,31 @@ fn it_holds_what_was_held_and_its_revision_is_far_ahead() {
     assert_eq!(anew.members().count(), 0, "ids of nodes start afresh");
 }
 
+/// The first of two restores of a backup ran, and changed; nobody made a newer backup.
+#[test]
+fn a_second_restore_of_one_backup_is_ahead_of_what_the_first_came_to() {
+    let (backup, now) = (backed_up().state, Millis(1_795_000_000_000));
+    let mut first = Table { state: backup.anew(now), events: vec![] };
+    for _ in 0..500 {
+        first.lease();
+    }
+    let second = backup.anew(Millis(now.0 + 1_000));
+    check_invariants(&second).unwrap();
+    assert!(second.revision > first.state.revision);
+    assert!(first.state.anew(Millis(0)).revision.0 >= first.state.revision.0 + RESTORE_GAP);
+    assert!(second.revision.0 < 1 << 53, "a float counts as far");
+}
+
 #[test]
 fn it_is_restored_from_a_snapshot_as_it_is() {
-    let anew = backed_up().state.anew();
+    let anew = backed_up().state.anew(Millis(0));
     assert_eq!(rebuilt(&anew), Ok(anew));
 }
 
 #[test]
 fn no_token_of_the_old_cluster_counts() {
     let old = backed_up();
-    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let mut t = Table { state: old.state.anew(Millis(0)), events: vec![] };
     let a = old.get("a");
     let judged = reclaim(a, gone(booted("b1"), t.state.revision));
     for late in [
@@ -58,7 +73,7 @@ fn no_token_of_the_old_cluster_counts() {
 #[test]
 fn a_holder_learns_its_new_token_by_repeating_its_request() {
     let old = backed_up();
-    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let mut t = Table { state: old.state.anew(Millis(0)), events: vec![] };
     let asked = Claim::clone(&old.get("a").claim);
     let Outcome::Allocated { allocations, repeated: true } = t.noop(allocate(&[asked])) else {
         panic!("not repeated");
@@ -70,7 +85,7 @@ fn a_holder_learns_its_new_token_by_repeating_its_request() {
 #[test]
 fn what_an_agent_saw_of_the_old_cluster_proves_nothing() {
     let old = backed_up();
-    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let mut t = Table { state: old.state.anew(Millis(0)), events: vec![] };
     let seen = old.state.revision;
     let refusal = t.refused(reclaim(t.get("a"), gone(booted("b1"), seen)));
     assert_eq!(unproven(refusal), "it changed after it was looked at");
@@ -79,7 +94,7 @@ fn what_an_agent_saw_of_the_old_cluster_proves_nothing() {
 #[test]
 fn what_lingered_goes_on_lingering_and_can_be_revived() {
     let old = backed_up();
-    let mut t = Table { state: old.state.anew(), events: vec![] };
+    let mut t = Table { state: old.state.anew(Millis(0)), events: vec![] };
     let d = t.get("d").clone();
     assert_eq!(d.phase, Phase::Lingering);
     t.ok(confirm("d", d.token, d.version.0));

@@ -169,7 +169,7 @@ fn what_a_deposed_leader_proposed_changes_nothing() {
     for command in proposed_by(&t, DEPOSED) {
         assert_eq!(t.refused(command), deposed);
     }
-    t.state = t.state.anew();
+    t.state = t.state.anew(Millis(0));
     let verify = Command::VerifyWorker { name: worker("w"), by: Actor::Leader(DEPOSED) };
     assert_eq!(t.refused(verify), deposed);
 }

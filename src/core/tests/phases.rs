@@ -5,7 +5,7 @@ use super::*;
 /// The table of a cluster that was restored from a backup.
 fn restored() -> Table {
     let t = Table::with_agent(40003);
-    Table { state: t.state.anew(), events: vec![] }
+    Table { state: t.state.anew(Millis(0)), events: vec![] }
 }
 
 fn phases(t: &Table) -> (WorkerPhase, WorkerPhase) {
