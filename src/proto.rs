@@ -71,10 +71,23 @@ pub const DOMAIN: &str = "portwarden";
 
 /// Kinds of a violation in `google.rpc.PreconditionFailure`, of those that a client goes by.
 pub mod precondition {
+    /// The allocation has another token.
+    pub const TOKEN: &str = "TOKEN";
     /// The allocation has another version.
     pub const VERSION: &str = "VERSION";
     /// What is held on the worker would have no place any more.
     pub const WOULD_LOSE: &str = "WOULD_LOSE";
+    pub const PORT_NOT_HELD: &str = "PORT_NOT_HELD";
+    pub const PORT_NOT_FREE: &str = "PORT_NOT_FREE";
+    pub const WORKER_NOT_READY: &str = "WORKER_NOT_READY";
+    pub const WORKER_IN_USE: &str = "WORKER_IN_USE";
+    /// The allocation lingers: it is to be confirmed first.
+    pub const LINGERING: &str = "LINGERING";
+    /// What the leader's timers or sweeper proposed does not hold any more.
+    pub const NOT_PROVEN: &str = "NOT_PROVEN";
+    /// It was proposed under another leader.
+    pub const LEADER: &str = "LEADER";
+    pub const FEATURE_LEVEL: &str = "FEATURE_LEVEL";
 }
 
 /// Reasons in `google.rpc.ErrorInfo`: what a caller can do about an error, where its code alone

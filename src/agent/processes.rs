@@ -24,21 +24,26 @@ pub struct Process {
 
 /// All processes that the agent sees.
 #[derive(Debug, Clone, Default)]
-pub struct Processes(BTreeMap<u32, Process>);
+pub struct Processes {
+    by_pid: BTreeMap<u32, Process>,
+    /// One that is there could not be read: what is not among these may live.
+    pub incomplete: bool,
+}
 
 impl FromIterator<Process> for Processes {
     fn from_iter<I: IntoIterator<Item = Process>>(processes: I) -> Self {
-        Processes(processes.into_iter().map(|process| (process.pid, process)).collect())
+        let by_pid = processes.into_iter().map(|process| (process.pid, process)).collect();
+        Processes { by_pid, incomplete: false }
     }
 }
 
 impl Processes {
     pub fn iter(&self) -> impl Iterator<Item = &Process> {
-        self.0.values()
+        self.by_pid.values()
     }
 
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Process> {
-        self.0.values_mut()
+        self.by_pid.values_mut()
     }
 
     /// Does the process that a handle names live, or anything of its process group or session? What
@@ -48,7 +53,7 @@ impl Processes {
     /// A handle from an inner PID namespace is found by its start and its pid there.
     pub fn is_alive(&self, handle: &v1::Process) -> bool {
         let v1::Process { pid, start_ticks } = *handle;
-        let named = self.0.get(&pid);
+        let named = self.by_pid.get(&pid);
         let is_it = |process: &Process| {
             process.start_ticks == start_ticks
                 && (process.pid == pid || process.inner_pids.contains(&pid))
@@ -63,7 +68,7 @@ impl Processes {
     /// cgroup?
     pub fn belongs(&self, pid: u32, handle: &v1::liveness::Handle) -> bool {
         use v1::liveness::Handle;
-        let Some(process) = self.0.get(&pid) else { return false };
+        let Some(process) = self.by_pid.get(&pid) else { return false };
         let in_cgroup = |inside: &dyn Fn(&str) -> bool| process.cgroups.iter().any(|c| inside(c));
         match handle {
             Handle::Process(root) => self.descends(process, root),
@@ -82,15 +87,16 @@ impl Processes {
 
     /// Does the process `pid` descend from another, by its parents alone?
     pub fn is_below(&self, pid: u32, ancestor: u32) -> bool {
-        let Some(process) = self.0.get(&pid) else { return false };
+        let Some(process) = self.by_pid.get(&pid) else { return false };
         self.ancestry(process).skip(1).any(|process| process.pid == ancestor)
     }
 
     /// A process, its parent, and so on.
     fn ancestry<'a>(&'a self, process: &'a Process) -> impl Iterator<Item = &'a Process> {
-        let parent = |of: &&Process| self.0.get(&of.parent).filter(|parent| parent.pid != of.pid);
+        let parent =
+            |of: &&Process| self.by_pid.get(&of.parent).filter(|parent| parent.pid != of.pid);
         // No longer than all processes are; /proc is not read at one instant.
-        successors(Some(process), parent).take(self.0.len() + 1)
+        successors(Some(process), parent).take(self.by_pid.len() + 1)
     }
 }
 

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::sleep;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
+use super::Trouble;
 use crate::client::{Client, ClientError, Filter, News};
 use crate::proto::v1;
 
@@ -50,8 +51,13 @@ async fn follow_from_listing(
 ) -> ClientError {
     let mut copy = client.follow(Filter { worker: name.into(), ..Filter::default() });
     let mut worker = None;
+    let mut trouble = Trouble::default();
     loop {
-        match copy.next().await {
+        let news = copy.next().await;
+        if news.is_ok() {
+            trouble.is_over("the cluster tells of the worker again");
+        }
+        match news {
             // The worker after them, so that nothing of it that is older is missed.
             Ok(News::Listed) => match fetch(client, name).await {
                 Ok(fetched) => {
@@ -62,8 +68,9 @@ async fn follow_from_listing(
                 Err(error) => return error,
             },
             Ok(News::Heard(heard)) => heard.events.into_iter().for_each(|e| hear(&mut worker, e)),
+            // What the agent sees proves nothing about what is newer than the last news.
             Err(error @ ClientError::Unavailable { .. }) => {
-                debug!(%error, "no news");
+                trouble.say(&format!("no news of the worker: {error}"));
                 continue;
             }
             Err(error) => return error,

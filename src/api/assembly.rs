@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{interval, timeout};
+use tokio::time::{Instant, interval, timeout_at};
 use tonic::transport::server::Connected;
 use tracing::{error, info};
 
@@ -149,8 +149,9 @@ impl Server {
         self.node.hand_over().await;
         let _ = self.stop.send(true);
         self.api.end_streams();
+        let deadline = Instant::now() + DRAIN_MAX;
         for mut task in self.tasks {
-            if timeout(DRAIN_MAX, &mut task).await.is_err() {
+            if timeout_at(deadline, &mut task).await.is_err() {
                 task.abort();
             }
         }

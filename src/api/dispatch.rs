@@ -41,7 +41,9 @@ use crate::lock::guard;
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
-use crate::node::{CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, StatusReport};
+use crate::node::{
+    CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, RETRY_AFTER, StatusReport,
+};
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::proto::v1;
@@ -50,8 +52,6 @@ use crate::proto::v1;
 pub const CALLS_IN_FLIGHT_MAX: usize = 16_384;
 /// Those that are served beyond that where they confirm, move on or free, or begin to keep leases alive.
 pub const URGENT_CALLS_MAX: usize = 4_096;
-/// What OVERLOADED asks the caller to wait, where this module says it.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
 /// Waiting between attempts while the leader changes: this at first, twice as long each time.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(200);

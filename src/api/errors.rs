@@ -60,21 +60,29 @@ pub fn refusal(refusal: Refusal) -> Status {
             );
             Status::with_error_details(Code::AlreadyExists, text, details)
         }
-        Refusal::WrongToken { name, .. } => precondition("TOKEN", name.as_str()),
+        Refusal::WrongToken { name, .. } => precondition(precondition::TOKEN, name.as_str()),
         Refusal::WrongVersion { name, .. } => precondition(precondition::VERSION, name.as_str()),
-        Refusal::PortNotHeld { name, .. } => precondition("PORT_NOT_HELD", name.as_str()),
-        Refusal::WorkerNotReady { worker, .. } => precondition("WORKER_NOT_READY", worker.as_str()),
-        Refusal::Lingers { name, .. } => precondition("LINGERING", name.as_str()),
-        Refusal::NotProven { name, .. } => precondition("NOT_PROVEN", name.as_str()),
-        Refusal::Deposed { leader, .. } => precondition("LEADER", &leader.to_string()),
-        Refusal::FeatureLevelPassed { .. } | Refusal::FeatureLevelUnknown { .. } => {
-            precondition("FEATURE_LEVEL", "cluster")
+        Refusal::PortNotHeld { name, .. } => {
+            precondition(precondition::PORT_NOT_HELD, name.as_str())
         }
-        Refusal::WorkerInUse { worker, .. } => precondition("WORKER_IN_USE", worker.as_str()),
+        Refusal::WorkerNotReady { worker, .. } => {
+            precondition(precondition::WORKER_NOT_READY, worker.as_str())
+        }
+        Refusal::Lingers { name, .. } => precondition(precondition::LINGERING, name.as_str()),
+        Refusal::NotProven { name, .. } => precondition(precondition::NOT_PROVEN, name.as_str()),
+        Refusal::Deposed { leader, .. } => precondition(precondition::LEADER, &leader.to_string()),
+        Refusal::FeatureLevelPassed { .. } | Refusal::FeatureLevelUnknown { .. } => {
+            precondition(precondition::FEATURE_LEVEL, "cluster")
+        }
+        Refusal::WorkerInUse { worker, .. } => {
+            precondition(precondition::WORKER_IN_USE, worker.as_str())
+        }
         Refusal::WouldLose { worker, .. } => {
             precondition(precondition::WOULD_LOSE, worker.as_str())
         }
-        Refusal::PortNotFree { worker, .. } => precondition("PORT_NOT_FREE", worker.as_str()),
+        Refusal::PortNotFree { worker, .. } => {
+            precondition(precondition::PORT_NOT_FREE, worker.as_str())
+        }
         Refusal::NothingFits { name, shortage } => {
             let mut facts = shortage_facts(shortage);
             facts.insert("claim".into(), name.to_string());

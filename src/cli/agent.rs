@@ -117,7 +117,8 @@ struct Settings {
 
 impl Args {
     fn with_file(self) -> anyhow::Result<Settings> {
-        let file = self.config.as_ref().map(read).transpose()?.unwrap_or_default();
+        let file =
+            self.config.as_deref().map(parse::config::<File>).transpose()?.unwrap_or_default();
         let flags = Settings {
             worker: self.worker,
             interval: self.interval,
@@ -127,13 +128,6 @@ impl Args {
         let at = self.config.map(|path| path.display().to_string()).unwrap_or_default();
         file.under(flags).map_err(|why| usage(format!("--config: {at}: {why}")))
     }
-}
-
-fn read(path: &PathBuf) -> anyhow::Result<File> {
-    let shown = path.display();
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| usage(format!("--config: {shown} cannot be read: {e}")))?;
-    toml::from_str(&text).map_err(|e| usage(format!("--config: {shown}: {e}")))
 }
 
 impl File {

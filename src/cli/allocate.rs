@@ -71,7 +71,7 @@ pub(super) struct ClaimFlags {
     /// [default: binpack]
     #[arg(long, value_enum, requires = "selector", conflicts_with = "worker")]
     policy: Option<Policy>,
-    /// Any so many ports
+    /// This many ports, whichever are free
     #[arg(
         long,
         value_name = "N",
@@ -87,7 +87,7 @@ pub(super) struct ClaimFlags {
         value_parser = parse::named_port
     )]
     port: Vec<parse::NamedPort>,
-    /// So many ports in a row
+    /// This many consecutive ports
     #[arg(
         long,
         value_name = "N",
@@ -103,7 +103,7 @@ pub(super) struct ClaimFlags {
         value_parser = parse::name::<RangeName>
     )]
     range: Option<String>,
-    /// Any so many GPUs
+    /// This many GPUs, whichever fit
     #[arg(
         long,
         value_name = "N",

@@ -16,13 +16,14 @@ use futures::future::try_join_all;
 use itertools::Itertools as _;
 use serde_json::json;
 use tokio::sync::{Barrier, watch};
-use tokio::task::yield_now;
+use tokio::task::{JoinSet, yield_now};
 
 use super::embedded::{self, NodePorts};
 use super::output::{self, table};
 use super::{Format, Globals, log_to_stderr, usage};
 use crate::api::assembly::Server;
 use crate::client::{Client, Options};
+use crate::lock::guard;
 use crate::node::NodeId;
 use crate::proto::v1;
 
@@ -112,23 +113,23 @@ async fn place(args: &Args, mut servers: Vec<Server>) -> anyhow::Result<Outcome>
     };
     client(0)?.worker_register(WORKER, worker()).await?;
 
-    let suffix = |i: u32| format!("qwen2.5-{:05x}", u64::from(i + 1) * 0x9e37 % 0xf_ffff);
-    let waiting: VecDeque<String> = (0..args.replicas).map(suffix).collect();
+    let name = |i: u32| format!("qwen2.5-{:05x}", u64::from(i + 1) * 0x9e37 % 0xf_ffff);
+    let waiting: VecDeque<String> = (0..args.replicas).map(name).collect();
     let waiting = Arc::new(Mutex::new(waiting));
     // The second half is placed while the leader is being killed.
     let half = args.replicas as usize / 2;
     let (kill, killing) = watch::channel(false);
     let (count, mut acknowledged) = watch::channel(0usize);
     let count = Arc::new(count);
-    let mut schedulers = Vec::new();
+    let mut schedulers = JoinSet::new();
     for scheduler in 0..args.schedulers {
         let client = client(scheduler)?;
         let (waiting, count, mut killing) = (waiting.clone(), count.clone(), killing.clone());
-        schedulers.push(tokio::spawn(async move {
+        schedulers.spawn(async move {
             let mut placed = Vec::new();
             loop {
                 let (name, left) = {
-                    let mut waiting = waiting.lock().unwrap_or_else(|e| e.into_inner());
+                    let mut waiting = guard(&waiting);
                     let Some(name) = waiting.pop_front() else {
                         return Ok::<_, anyhow::Error>(placed);
                     };
@@ -144,20 +145,26 @@ async fn place(args: &Args, mut servers: Vec<Server>) -> anyhow::Result<Outcome>
                 let endpoint = client.last_endpoint().to_string();
                 placed.push(Placed { scheduler, endpoint, allocation });
             }
-        }));
+        });
     }
 
     let first_half = args.replicas as usize - half;
-    let _ = acknowledged.wait_for(|count| *count >= first_half).await;
+    let mut placed = Vec::new();
+    loop {
+        tokio::select! {
+            _ = acknowledged.wait_for(|count| *count >= first_half) => break,
+            // One that has failed ends it all: the others would wait for what it was to place.
+            Some(done) = schedulers.join_next() => placed.extend(done??),
+        }
+    }
     let leader = embedded::leader(&servers).await?;
     let victim = servers.swap_remove(leader);
     let killed = vec![victim.node.id()];
     let _ = kill.send(true);
     victim.abort().await;
 
-    let mut placed = Vec::new();
-    for scheduler in schedulers {
-        placed.extend(scheduler.await??);
+    while let Some(done) = schedulers.join_next().await {
+        placed.extend(done??);
     }
     placed.sort_by_key(|p| p.allocation.token);
     let table = client(0)?.list(v1::ListRequest::default()).await?.items;
@@ -216,7 +223,7 @@ async fn naive(replicas: u32, schedulers: u32) -> Vec<(u32, u32)> {
             tokio::spawn(async move {
                 for round in 0..mine.max(1) {
                     let read: BTreeSet<u32> = {
-                        let table = in_use.lock().unwrap_or_else(|e| e.into_inner());
+                        let table = guard(&in_use);
                         table.iter().map(|(_, port)| *port).collect()
                     };
                     if round == 0 {
@@ -227,7 +234,7 @@ async fn naive(replicas: u32, schedulers: u32) -> Vec<(u32, u32)> {
                         && let Some(port) =
                             (FIRST_PORT..FIRST_PORT + PORTS).find(|p| !read.contains(p))
                     {
-                        let mut table = in_use.lock().unwrap_or_else(|e| e.into_inner());
+                        let mut table = guard(&in_use);
                         table.push((scheduler, port));
                     }
                 }
@@ -237,8 +244,7 @@ async fn naive(replicas: u32, schedulers: u32) -> Vec<(u32, u32)> {
     for task in tasks {
         let _ = task.await;
     }
-    let placed = in_use.lock().unwrap_or_else(|e| e.into_inner());
-    placed.clone()
+    guard(&in_use).clone()
 }
 
 /// How many are on a port that another one was given before.

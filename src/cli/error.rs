@@ -8,7 +8,7 @@ use tonic::Code;
 
 use super::output;
 use crate::client::{ClientError, Refused};
-use crate::proto::reason;
+use crate::proto::{precondition, reason};
 
 /// What a subcommand ends with that is worth more than its text.
 #[derive(Debug, thiserror::Error)]
@@ -205,20 +205,20 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
              `portwarden status` says whose"
         }
         (Code::FailedPrecondition, _) => match broken.map(|b| b.r#type.as_str()) {
-            Some("TOKEN" | "VERSION" | "PORT_NOT_HELD") => {
+            Some(precondition::TOKEN | precondition::VERSION | precondition::PORT_NOT_HELD) => {
                 "`portwarden get NAME` shows its token, version and ports"
             }
-            Some("WORKER_NOT_READY") => {
+            Some(precondition::WORKER_NOT_READY) => {
                 "`portwarden worker uncordon NAME` makes a cordoned or draining one ready again, \
                  `worker verify` one that was restored, and its agent one that is lost"
             }
-            Some("WORKER_IN_USE" | "WOULD_LOSE") => {
+            Some(precondition::WORKER_IN_USE | precondition::WOULD_LOSE) => {
                 "`portwarden list --worker NAME` shows what it holds"
             }
-            Some("LINGERING") => {
+            Some(precondition::LINGERING) => {
                 "its holder may confirm it anew; an operator may `portwarden release NAME --force`"
             }
-            Some("PORT_NOT_FREE") => "`portwarden worker get NAME` shows its ports",
+            Some(precondition::PORT_NOT_FREE) => "`portwarden worker get NAME` shows its ports",
             _ => return None,
         },
         _ => return None,

@@ -16,8 +16,8 @@ use crate::proto::v1;
   portwarden explain qwen-0 --selector zone=a --gpus 2 --gpu-memory 20GiB
   portwarden explain -f gang.yaml -o json
 
-It says what `allocate` with the same flags would be answered, and of each worker that was looked at
-why it fits or what is missing and by how much. Nothing is changed."
+It shows what `allocate` would answer to the same flags and, for each worker considered, why it fits
+or what is missing and by how much. Nothing is changed."
 )]
 pub struct Args {
     #[command(flatten)]

@@ -11,7 +11,7 @@ use crate::core::InstanceName;
   portwarden get qwen-0
   portwarden get qwen-0 -o json
 
-Of a name that was taken back lately it says when and why (exit code 3).")]
+For a name that was reclaimed or forced out recently it says when and why (exit code 3).")]
 pub struct Args {
     /// Name of the instance
     #[arg(value_parser = parse::name::<InstanceName>)]

@@ -202,8 +202,8 @@ async fn keep_one(mut lease: Holding, once: bool, format: Format) -> anyhow::Res
                     Format::Json => json!({ "id": id, "ttl_ms": ttl_ms }).to_string(),
                     Format::Table => format!("lease {id} is kept, for {}", shown(ttl_ms)),
                 };
-                output::emit(&format!("{line}\n"))?;
-                if once {
+                let is_read = output::emit_on(&format!("{line}\n"))?;
+                if once || !is_read {
                     return Ok(());
                 }
             }

@@ -170,7 +170,7 @@ impl Stage {
         self.act("a start is never confirmed", why, began)
     }
 
-    /// Something else takes the port that comes next; it is not given until it is free again.
+    /// Something else takes a free port; it is not given until it is free again.
     async fn taken_from_outside(&mut self) -> anyhow::Result<()> {
         let began = Instant::now();
         let worker = self.client.worker_get(WORKER, None).await?.worker.unwrap_or_default();

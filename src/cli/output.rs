@@ -13,10 +13,15 @@ use crate::proto::v1;
 
 /// Writes to stdout. A reader that has gone away is no error: `portwarden list | head`.
 pub fn emit(text: &str) -> anyhow::Result<()> {
+    emit_on(text).map(drop)
+}
+
+/// The same for what goes on; false where nobody reads any more.
+pub fn emit_on(text: &str) -> anyhow::Result<bool> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
-        _ => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        written => Ok(written.map(|()| true)?),
     }
 }
 
@@ -196,7 +201,8 @@ pub fn allocation_text(allocation: v1::Allocation, now_ms: u64) -> String {
         lines.push(format!("lives as {}", liveness_text(liveness)));
     }
     if *swaps > 0 {
-        lines.push(format!("{swaps} ports were swapped because of conflicts"));
+        let ports = if *swaps == 1 { "1 port was".into() } else { format!("{swaps} ports were") };
+        lines.push(format!("{ports} swapped because of conflicts"));
     }
     lines.push(format!("uid {uid}"));
     let shown = Allocation::from(allocation);

@@ -2,13 +2,17 @@
 //! limit.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use itertools::Itertools as _;
+use serde::de::DeserializeOwned;
 
 use super::error::CliError;
+use super::usage;
 use crate::core::{
     InstanceName, Invalid, LabelKey, LabelValue, Millis, Port, PortName, RangeName, Selector,
     limits,
@@ -19,6 +23,14 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 
 fn limit(error: Invalid) -> String {
     format!("must be {}", error.limit)
+}
+
+/// The file of `--config`, in TOML.
+pub fn config<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let shown = path.display();
+    let text = fs::read_to_string(path)
+        .map_err(|e| usage(format!("--config: {shown} cannot be read: {e}")))?;
+    toml::from_str(&text).map_err(|e| usage(format!("--config: {shown}: {e}")))
 }
 
 /// Any of core's names, kept as text.

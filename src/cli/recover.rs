@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::snapshot::begin_anew;
-use super::{CliError, Globals, parse};
+use super::{CliError, Globals, output, parse};
 use crate::raft::{NodeId, Table, salvage};
 use crate::store::DataDir;
 
@@ -60,11 +60,11 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         .into());
     }
     let at = table.applied.map_or(0, |at| at.index);
-    eprintln!(
+    output::note(&format!(
         "recovering what node {survivor} had: revision {}, log entry {at}; what was acknowledged after \
          it and only the others had is lost",
         table.state.revision
-    );
+    ));
     begin_anew(&table.state, &data_dir, id, &initial_cluster, globals)
 }
 
@@ -84,7 +84,10 @@ async fn others_alive(survivor: NodeId, table: &Table) -> Vec<String> {
             Ok(Ok(_)) => alive.push(format!("node {id} answers at {}", member.peer)),
             Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {}
             Ok(Err(_)) | Err(_) => {
-                alive.push(format!("nobody knows of node {id} at {}", member.peer));
+                alive.push(format!(
+                    "node {id} at {} does not refuse connections, so it may be alive",
+                    member.peer
+                ));
             }
         }
     }

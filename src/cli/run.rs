@@ -59,13 +59,14 @@ pub struct Args {
     /// For how long it is held without a word from here (1s to 24h)
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse::span_of_time)]
     lease_ttl: Duration,
-    /// What becomes of the program [default: keep where the worker has an agent, else stop]
+    /// What to do with the program when the lease is lost [default: keep where the worker has an agent, else stop]
     #[arg(long, value_enum)]
     on_lease_lost: Option<LeaseLost>,
     /// How long the program may take until it listens (1s to 24h)
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = parse::span_of_time)]
     start_timeout: Duration,
-    /// On which of its ports it must listen to be confirmed; none: it is as soon as it is started
+    /// On which of its ports the program must listen before it is confirmed; none: confirm it as soon as it
+    /// is started
     #[arg(long, value_enum, default_value_t = Listens::All)]
     listens: Listens,
     /// How long the program may take to end where it is stopped from here (1s to 24h)

@@ -2,15 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use serde::Deserialize;
-use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use super::{Globals, log_to_stderr, parse, usage};
+use super::{Globals, log_to_stderr, parse, stopped, usage};
 use crate::api::assembly::{Listeners, Server};
 use crate::node::backups::BackupPlan;
 use crate::node::{Entry, Lifecycle, NodeConfig, NodeId, Upkeep};
@@ -50,7 +49,7 @@ Examples:
   portwarden serve --config node1.toml
 
 The list of --initial-cluster is read once, when the cluster begins: all nodes need the same one.
-Later starts ignore it, and so they do --join. SIGTERM or Ctrl-C stops the node in order: a leader hands over first.")]
+Later starts ignore both it and --join. SIGTERM or Ctrl-C stops the node in order: a leader hands over first.")]
 pub struct Args {
     /// This node's id: a number from 1, never used again once the node is gone
     #[arg(long, env = "PORTWARDEN_ID")]
@@ -79,7 +78,8 @@ pub struct Args {
     /// Where the other nodes reach this one, if not at --listen-peer
     #[arg(long, env = "PORTWARDEN_ADVERTISE_PEER", value_name = "HOST:PORT")]
     advertise_peer: Option<String>,
-    /// Write a snapshot after so many bytes of log entries, if there were fewer [default: 64MiB]
+    /// Write a snapshot after this many bytes of log entries, even before --snapshot-every is reached
+    /// [default: 64MiB]
     #[arg(long, env = "PORTWARDEN_SNAPSHOT_EVERY_BYTES", value_name = "SIZE")]
     snapshot_every_bytes: Option<String>,
     /// Let the replicas compare their tables after so many log entries, and once a minute if
@@ -105,10 +105,10 @@ pub struct Args {
     /// Write backups of the table into this directory
     #[arg(long, env = "PORTWARDEN_BACKUP_DIR", value_name = "DIR")]
     backup_dir: Option<PathBuf>,
-    /// How often, if anything has changed [default: 1h]
+    /// Time between backups; skipped while nothing has changed [default: 1h]
     #[arg(long, env = "PORTWARDEN_BACKUP_EVERY", value_name = "DURATION")]
     backup_every: Option<String>,
-    /// Keep so many of them [default: 24]
+    /// How many backups to keep [default: 24]
     #[arg(long, env = "PORTWARDEN_BACKUP_KEEP", value_name = "N")]
     backup_keep: Option<usize>,
     /// Listen beyond loopback without TLS: tokens and names travel in the clear
@@ -164,8 +164,7 @@ pub async fn run(args: Args, _: Globals) -> anyhow::Result<ExitCode> {
 
 /// Runs servers until SIGTERM or SIGINT, or until one of them fails.
 pub(super) async fn until_stopped(servers: Vec<Server>) -> anyhow::Result<ExitCode> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stopped = stopped()?;
     let entering = futures::future::try_join_all(servers.iter().map(Server::enter_cluster));
     let entered = async {
         match entering.await {
@@ -186,8 +185,7 @@ pub(super) async fn until_stopped(servers: Vec<Server>) -> anyhow::Result<ExitCo
                 anyhow::bail!("{why}; a node that is to join needs an empty data directory and a new id");
             }
         }
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = stopped => {}
     }
     info!("stopping");
     for server in servers {
@@ -199,7 +197,7 @@ pub(super) async fn until_stopped(servers: Vec<Server>) -> anyhow::Result<ExitCo
 impl Args {
     fn with_file(self) -> anyhow::Result<Args> {
         let Some(path) = &self.config else { return Ok(self) };
-        let file = read_config(path)?;
+        let file: Args = parse::config(path)?;
         Ok(Args {
             id: self.id.or(file.id),
             data_dir: self.data_dir.or(file.data_dir),
@@ -410,12 +408,6 @@ fn check_upkeep(
         checkpoint_every: checkpoint_every.unwrap_or(default.checkpoint_every),
         low_space_bytes: size("--low-space", low_space, default.low_space_bytes)?,
     })
-}
-
-fn read_config(path: &Path) -> anyhow::Result<Args> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| usage(format!("--config: {} cannot be read: {e}", path.display())))?;
-    toml::from_str(&text).map_err(|e| usage(format!("--config: {}: {e}", path.display())))
 }
 
 /// Is it a `--config FILE`? For the fuzzers.

@@ -1,6 +1,5 @@
 //! `portwarden watch`: a line for each change of the table.
 
-use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use serde::Serialize;
@@ -17,13 +16,13 @@ use crate::proto::v1;
   portwarden watch --from-revision 120 -o json    one JSON object a line
 
 Each change comes once and in order, whichever nodes come and go. Types: allocated, confirmed, swapped,
-attached, lingering, released, reclaimed, worker, worker_removed, lease_granted, lease_ended. With a
-filter only allocations are told of, and with --worker that worker itself.
+attached, lingering, released, reclaimed, worker, worker_removed, lease_granted, lease_ended,
+feature_level. With a filter only allocations are told of, and with --worker that worker itself.
 
 SIGTERM or Ctrl-C ends it with exit code 0. Exit code 4: the revisions that come next are not kept any
 more by any node; `portwarden list` shows what is now.")]
 pub struct Args {
-    /// The first revision to hear of; 0: what comes from now on
+    /// The first revision to hear of, at most the next one; 0: what comes from now on
     #[arg(long, value_name = "REVISION", default_value_t = 0)]
     from_revision: u64,
     /// Only on this worker
@@ -140,7 +139,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
             }
             Err(error) => return Err(error.into()),
         };
-        if !write(&lines)? {
+        if !output::emit_on(&lines)? {
             return Ok(ExitCode::SUCCESS);
         }
     }
@@ -162,15 +161,6 @@ fn lines(heard: Heard, format: &Format, first: bool) -> anyhow::Result<String> {
         lines.push('\n');
     }
     Ok(lines)
-}
-
-/// False where nobody reads any more.
-fn write(lines: &str) -> io::Result<bool> {
-    let mut out = io::stdout().lock();
-    match out.write_all(lines.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        written => written.map(|()| true),
-    }
 }
 
 #[cfg(test)]

@@ -288,10 +288,8 @@ impl Tour {
     pub fn move_on(&mut self, asked_pause: Option<Duration>) -> Duration {
         let endpoints = self.doors.len();
         self.attempts += 1;
-        // Overload is the cluster's, not the node's: another node would not help.
-        if asked_pause.is_none() {
-            self.at = (self.at + 1) % endpoints;
-        }
+        // Also from one that is overloaded: many bounds are those of one node.
+        self.at = (self.at + 1) % endpoints;
         let round_over = self.attempts.is_multiple_of(endpoints);
         if round_over {
             // Somebody may have learnt of others meanwhile.
@@ -337,8 +335,14 @@ fn after_doubt(effect: Effect, doubt: Option<String>, refused: Box<super::Refuse
     );
     let says_nothing = match effect {
         Effect::Repeatable => !settled,
-        // It may be the version that the earlier attempt has made.
-        Effect::Fenced => refused.is_for(precondition::VERSION),
+        // A name or a token that does not hold will never hold again. All else may be what the earlier
+        // attempt has made, or pass while that is still on its way.
+        Effect::Fenced => {
+            let missing = refused.details.resource_info();
+            let for_good = missing.is_some_and(|missing| missing.resource_type == "allocation")
+                || refused.is_for(precondition::TOKEN);
+            !settled && !for_good
+        }
         Effect::Read | Effect::Expiring | Effect::Once => false,
     };
     match doubt {
@@ -346,5 +350,41 @@ fn after_doubt(effect: Effect, doubt: Option<String>, refused: Box<super::Refuse
             why: format!("{doubt}; a repeat was refused: {}", refused.status.message()),
         },
         _ => ClientError::Refused(refused),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::{ErrorDetails, StatusExt as _};
+
+    use super::*;
+    use crate::client::Refused;
+
+    #[test]
+    fn after_a_doubt_only_what_holds_for_good_is_the_last_word() {
+        let broken = |kind: &str| {
+            let details = ErrorDetails::with_precondition_failure_violation(kind, "a", "");
+            (Code::FailedPrecondition, details)
+        };
+        let missing =
+            |kind: &str| (Code::NotFound, ErrorDetails::with_resource_info(kind, "a", "", ""));
+        for ((code, details), known) in [
+            (missing("allocation"), true),
+            (broken(precondition::TOKEN), true),
+            ((Code::InvalidArgument, ErrorDetails::new()), true),
+            // What the earlier attempt has made, perhaps.
+            (broken(precondition::VERSION), false),
+            (broken(precondition::PORT_NOT_HELD), false),
+            // What passes.
+            (missing("lease"), false),
+            (broken(precondition::LINGERING), false),
+            ((Code::ResourceExhausted, ErrorDetails::new()), false),
+        ] {
+            let status = Status::with_error_details(code, "no", details.clone());
+            let refused = Box::new(Refused { status, details });
+            let shown = format!("{refused:?}");
+            let error = after_doubt(Effect::Fenced, Some("it broke".into()), refused);
+            assert_eq!(matches!(error, ClientError::Refused(_)), known, "{shown}");
+        }
     }
 }

@@ -78,8 +78,10 @@ impl Client {
                 false if tried.len() > retries as usize => {
                     format!("no port was free in {retries} retries")
                 }
+                // What lingered meanwhile is off its lease: it is to be confirmed on that.
                 false => {
-                    held = answer.allocation.unwrap_or_default();
+                    let lease = held.lease;
+                    held = v1::Allocation { lease, ..answer.allocation.unwrap_or_default() };
                     continue;
                 }
             };

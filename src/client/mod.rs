@@ -103,7 +103,7 @@ struct Shared {
 /// All pages of a listing.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listing<T> {
-    /// In order of name.
+    /// In order of name; leases in order of id.
     pub items: Vec<T>,
     pub revision: u64,
 }

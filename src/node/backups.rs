@@ -79,7 +79,7 @@ impl Node {
 const PREFIX: &str = "portwarden-";
 const SUFFIX: &str = ".backup";
 
-/// Writes one, if anything has changed since revision `last`.
+/// Writes one; it gets its name when it is whole.
 fn write_one(dir: &Path, table: &Table, cluster: &str) -> io::Result<PathBuf> {
     std::fs::create_dir_all(dir)?;
     let mut temp = tempfile::Builder::new().prefix(".part-").tempfile_in(dir)?;

@@ -42,6 +42,7 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{RaftMetrics, ServerState};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::sync::watch::Sender;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -59,7 +60,7 @@ use crate::raft::{
 use crate::store::{DataDir, LogStore, StoreError};
 pub use agreement::DISAGREES_EXIT;
 pub use bootstrap::BootstrapError;
-pub use outcome::{CallError, ForwardError};
+pub use outcome::{CallError, ForwardError, RETRY_AFTER};
 pub use status::{MemberReport, StatusReport};
 
 /// By when the caller wants its answer, on tokio's clock.
@@ -200,6 +201,7 @@ struct Inner {
     network: PeerNetwork,
     proposer: proposer::Proposer,
     reads: reads::Reads,
+    stale_readers: Semaphore,
     timers: timers::Timers,
     sweeper: sweeper::Sweeper,
     surveys: survey::Surveys,
@@ -233,6 +235,8 @@ impl Inner {
 
 /// How long the leader waits, when it stops, for another node to take over.
 const HAND_OVER_MAX: Duration = Duration::from_secs(3);
+/// Reads of this node's own copy that wait for it to come as far as they ask.
+const STALE_READERS_MAX: usize = 1_024;
 /// Longest that a peer's call may run, whatever it says.
 const FORWARDED_MAX: Duration = Duration::from_secs(120);
 
@@ -336,6 +340,7 @@ impl Node {
                 network,
                 proposer,
                 reads,
+                stale_readers: Semaphore::new(STALE_READERS_MAX),
                 timers,
                 sweeper,
                 surveys: survey::Surveys::default(),
@@ -513,6 +518,13 @@ impl Node {
         if !self.inner.recovered.load(Ordering::Acquire) {
             return Err(CallError::NotReady("this node is still recovering its table".into()));
         }
+        let table = self.inner.view.table();
+        if table.state.revision >= min_revision {
+            return Ok(table.state.clone());
+        }
+        let Ok(_room) = self.inner.stale_readers.try_acquire() else {
+            return Err(CallError::Overloaded { retry_after: RETRY_AFTER });
+        };
         let reached = self.inner.view.wait_for(|t| t.state.revision >= min_revision);
         match timeout_at(deadline, reached).await {
             Ok(table) => Ok(table.state.clone()),
@@ -614,9 +626,7 @@ impl Node {
         let remaining = deadline.saturating_duration_since(Instant::now());
         let sent = self.inner.network.forward(to, &member.peer, request);
         let answer = match timeout(remaining, sent).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(raft::ForwardError::NotSent(why))) => return Err(ForwardError::NotSent(why)),
-            Ok(Err(raft::ForwardError::Broken(why))) => return Err(ForwardError::Broken(why)),
+            Ok(answer) => answer?,
             Err(_) => return Err(ForwardError::Broken("the deadline passed".into())),
         };
         fail_point!("forward-answer-lost", |_| Err(ForwardError::Broken("a failpoint".into())));

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
 
+pub use crate::raft::ForwardError;
 use crate::raft::{NodeId, TypeConfig};
 
 /// Why no answer came.
@@ -30,8 +31,8 @@ pub enum CallError {
     /// Surely not done.
     #[error("not ready: {0}")]
     NotReady(String),
-    /// Surely not done: the queue of proposals is full.
-    #[error("overloaded: too many commands wait to be proposed")]
+    /// Surely not done: a queue is full.
+    #[error("overloaded: too many calls wait")]
     Overloaded { retry_after: Duration },
     /// Surely not done: the disks of the members are filling up.
     #[error("low on space: {why}")]
@@ -47,16 +48,8 @@ pub enum CallError {
     NotLeader { leader: Option<NodeId> },
 }
 
-/// Why a call could not be carried to a peer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ForwardError {
-    /// Surely not executed there.
-    #[error("not sent: {0}")]
-    NotSent(String),
-    /// May have been executed there.
-    #[error("broken off: {0}")]
-    Broken(String),
-}
+/// What OVERLOADED asks the caller to wait.
+pub const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 pub(super) fn of_write(error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> CallError {
     match error {

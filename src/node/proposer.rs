@@ -24,7 +24,7 @@ use itertools::Itertools as _;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::outcome::{CallError, of_write};
+use super::outcome::{CallError, RETRY_AFTER, of_write};
 use super::wall_clock::wall_clock;
 use crate::core::{Applied, Command};
 use crate::raft::{Batch, Raft};
@@ -39,8 +39,6 @@ const ENTRY_WEIGHT_MAX_BYTES: usize = 1 << 20;
 const IN_FLIGHT_MAX: usize = 4;
 /// How long an entry that is not full waits for the answer to those before it.
 const NEXT_AFTER: Duration = Duration::from_millis(5);
-/// What an overloaded caller is told to wait.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 #[derive(Clone)]
 pub(super) struct Proposer {

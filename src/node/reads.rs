@@ -11,7 +11,7 @@ use openraft::ReadPolicy;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::outcome::{CallError, of_read};
+use super::outcome::{CallError, RETRY_AFTER, of_read};
 use crate::core::State;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
@@ -24,7 +24,7 @@ const KEEPALIVES_MAX: usize = 4_096;
 /// Longest round: without a quorum, readers are sent to look for another leader.
 const ROUND_MAX: Duration = Duration::from_secs(2);
 
-const OVERLOADED: CallError = CallError::Overloaded { retry_after: Duration::from_millis(100) };
+const OVERLOADED: CallError = CallError::Overloaded { retry_after: RETRY_AFTER };
 
 type Answer = oneshot::Sender<Result<State, CallError>>;
 

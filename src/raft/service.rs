@@ -2,7 +2,7 @@
 //!
 //! Runs before there is a Raft: a node that is still being set up answers probes, and UNAVAILABLE
 //! to Raft's calls. Every call's header is checked first; one that is not for this node is refused
-//! with FAILED_PRECONDITION, which nothing else here answers with.
+//! with FAILED_PRECONDITION, which beside it only `join` answers with.
 
 use std::future::ready;
 use std::sync::{Arc, OnceLock};

@@ -38,13 +38,14 @@ pub(super) fn verify() -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Exit status of a node whose disk failed (`EX_IOERR` of sysexits.h).
+/// Exit status of a node whose disk failed, or that lost a thread it cannot do without (`EX_IOERR` of
+/// sysexits.h).
 pub const FATAL_EXIT: c_int = 74;
 
 /// Ends the process at once, without another answer to anybody: what was asked is of unknown
 /// outcome. No destructor runs, nothing more is written.
 pub fn fatal(what: &str, error: &dyn std::fmt::Display) -> ! {
-    tracing::error!(what, %error, "the disk failed; the process ends without another answer");
+    tracing::error!(%error, "{what}; the process ends without another answer");
     exit_at_once(FATAL_EXIT, &format!("{what}: {error}; the process ends"))
 }
 

@@ -2,8 +2,11 @@
 
 use std::collections::VecDeque;
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
 
 use crate::agent::processes::names_container;
 
@@ -33,49 +36,94 @@ impl Hierarchies {
         Hierarchies(whole.map(|mount| mount.mount_point).collect())
     }
 
-    /// Has the cgroup at `path`, or one below it, a process? One that does not exist has none.
-    pub fn is_populated(&self, path: &str) -> bool {
+    /// Has the cgroup at `path`, or one below it, a process? One that does not exist has none; `None`
+    /// where it cannot be told.
+    pub fn is_populated(&self, path: &str) -> Option<bool> {
         let path = path.trim_start_matches('/');
-        self.0.iter().any(|root| is_populated(&root.join(path)))
+        any(self.0.iter().map(|root| is_populated(&root.join(path))))
     }
 
-    /// Has a container a process? `None` where there are too many cgroups to look through.
+    /// Has a container a process? `None` where it cannot be told: cgroups that are not to be read, or too
+    /// many of them.
     pub fn is_container_populated(&self, id: &str) -> Option<bool> {
-        let mut left = CGROUPS_MAX;
-        for root in &self.0 {
-            let mut queue = VecDeque::from([root.clone()]);
-            while let Some(dir) = queue.pop_front() {
-                left = left.checked_sub(1)?;
+        any(self.0.iter().map(|root| {
+            walk(root, |dir| {
                 let named = dir.file_name().and_then(|name| name.to_str());
-                if named.is_some_and(|name| names_container(name, id)) && is_populated(&dir) {
-                    return Some(true);
+                match named.is_some_and(|name| names_container(name, id)) {
+                    true => is_populated(dir),
+                    false => Some(false),
                 }
-                queue.extend(children(&dir));
-            }
-        }
-        Some(false)
+            })
+        }))
     }
 }
 
 /// By `cgroup.events` of version 2; version 1 shows the processes themselves, cgroup by cgroup.
-fn is_populated(dir: &Path) -> bool {
-    if let Ok(events) = fs::read_to_string(dir.join("cgroup.events")) {
-        return events.lines().any(|line| line == "populated 1");
+fn is_populated(dir: &Path) -> Option<bool> {
+    match text(&dir.join("cgroup.events")) {
+        Ok(Some(events)) => Some(events.lines().any(|line| line == "populated 1")),
+        Ok(None) => walk(dir, |dir| {
+            let processes = text(&dir.join("cgroup.procs")).ok()?;
+            Some(processes.is_some_and(|processes| !processes.is_empty()))
+        }),
+        Err(_) => None,
     }
-    let mut queue = VecDeque::from([dir.to_path_buf()]);
-    for _ in 0..CGROUPS_MAX {
-        let Some(dir) = queue.pop_front() else { return false };
-        if fs::read_to_string(dir.join("cgroup.procs")).is_ok_and(|procs| !procs.is_empty()) {
-            return true;
-        }
-        queue.extend(children(&dir));
-    }
-    true // nobody can tell: it is not known to be empty
 }
 
-fn children(dir: &Path) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path())
+/// Does it hold for a directory or one below it? `None` where it cannot be told.
+fn walk(root: &Path, mut holds: impl FnMut(&Path) -> Option<bool>) -> Option<bool> {
+    let mut queue = VecDeque::from([root.to_path_buf()]);
+    let mut all_seen = true;
+    for _ in 0..CGROUPS_MAX {
+        let Some(dir) = queue.pop_front() else { return all_seen.then_some(false) };
+        match holds(&dir) {
+            Some(true) => return Some(true),
+            Some(false) => {}
+            None => all_seen = false,
+        }
+        match children(&dir) {
+            Ok(children) => queue.extend(children),
+            Err(_) => all_seen = false,
+        }
+    }
+    None
+}
+
+/// What holds for one holds; what cannot be told of one does not fail to hold.
+fn any(each: impl Iterator<Item = Option<bool>>) -> Option<bool> {
+    let mut all_seen = true;
+    for holds in each {
+        match holds {
+            Some(true) => return Some(true),
+            Some(false) => {}
+            None => all_seen = false,
+        }
+    }
+    all_seen.then_some(false)
+}
+
+/// `None`: there is no such file.
+fn text(path: &Path) -> io::Result<Option<String>> {
+    present(fs::read_to_string(path))
+}
+
+/// None of a directory that is gone.
+fn children(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let Some(entries) = present(fs::read_dir(dir))? else { return Ok(Vec::new()) };
+    let is_dir = |entry: fs::DirEntry| match entry.file_type() {
+        Ok(kind) => Ok(kind.is_dir().then(|| entry.path())),
+        Err(error) => Err(error),
+    };
+    entries.filter_map(|entry| entry.and_then(is_dir).transpose()).collect()
+}
+
+/// A cgroup that is removed while it is read says that there is no such device.
+fn present<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    match read {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) if e.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => Ok(None),
+        read => read.map(Some),
+    }
 }
 
 #[cfg(test)]
@@ -100,9 +148,9 @@ mod tests {
             ("a", "cgroup.events", "populated 1\nfrozen 0\n"),
             ("b", "cgroup.events", "populated 0\nfrozen 0\n"),
         ]);
-        assert!(hierarchies.is_populated("/a"));
-        assert!(!hierarchies.is_populated("b"));
-        assert!(!hierarchies.is_populated("nowhere"));
+        assert_eq!(hierarchies.is_populated("/a"), Some(true));
+        assert_eq!(hierarchies.is_populated("b"), Some(false));
+        assert_eq!(hierarchies.is_populated("nowhere"), Some(false));
     }
 
     #[test]
@@ -112,8 +160,23 @@ mod tests {
             ("a/b", "cgroup.procs", "42\n"),
             ("c/d", "cgroup.procs", ""),
         ]);
-        assert!(hierarchies.is_populated("a"));
-        assert!(!hierarchies.is_populated("c"));
+        assert_eq!(hierarchies.is_populated("a"), Some(true));
+        assert_eq!(hierarchies.is_populated("c"), Some(false));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_known_to_be_empty() {
+        // A directory where there should be a file is an error, whoever asks.
+        let (_dir, hierarchies) = hierarchy(&[
+            ("a/cgroup.events", "x", ""),
+            ("b/c/cgroup.procs", "x", ""),
+            ("docker/0123456789ab/cgroup.events", "x", ""),
+        ]);
+        for path in ["a", "b"] {
+            assert_eq!(hierarchies.is_populated(path), None, "{path}");
+        }
+        assert_eq!(hierarchies.is_container_populated("0123456789ab"), None);
+        assert_eq!(hierarchies.is_container_populated("ffffffffffff"), Some(false));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The rest of the agent holds rules over what a [`Host`] shows, so that tests give it one made up.
 //! Everything here reads and waits for the kernel; callers are asynchronous and go through
-//! [`tokio::task::spawn_blocking`].
+//! [`crate::blocking`].
 
 mod cgroups;
 pub mod child;
@@ -177,9 +177,12 @@ impl<'a> Judge<'a> {
         match handle {
             Handle::Process(process) => match self.processes.is_alive(process) {
                 true => Some(true),
-                false => self.sees_all_processes.then_some(false),
+                false => {
+                    let all_seen = self.sees_all_processes && !self.processes.incomplete;
+                    all_seen.then_some(false)
+                }
             },
-            Handle::Cgroup(path) => self.cgroups.as_ref().map(|c| c.is_populated(path)),
+            Handle::Cgroup(path) => self.cgroups.as_ref()?.is_populated(path),
             Handle::Container(id) => self.cgroups.as_ref()?.is_container_populated(id),
         }
     }

@@ -2,10 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 
-use procfs::ProcResult;
 use procfs::process::{FDTarget, Process as Proc, all_processes};
+use procfs::{ProcError, ProcResult};
+
+use rustix::io::Errno;
 
 use crate::agent::processes::{Process, Processes};
 use crate::proto::v1;
@@ -15,18 +18,39 @@ const INIT_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 /// All processes; those that `handles` may mean from inner PID namespaces with their pids there.
 pub fn processes(handles: &[&v1::Process]) -> ProcResult<Processes> {
-    let read = |process: ProcResult<Proc>| process.ok().and_then(|p| read(&p, handles));
-    Ok(all_processes()?.filter_map(read).collect())
+    let mut incomplete = false;
+    let all =
+        all_processes()?.map(|process| read(&process?, handles)).filter_map(|read| match read {
+            Ok(process) => Some(process),
+            Err(error) => {
+                incomplete |= !has_ended(&error);
+                None
+            }
+        });
+    let mut all: Processes = all.collect();
+    all.incomplete = incomplete;
+    Ok(all)
 }
 
-/// `None` where it has ended meanwhile.
-fn read(process: &Proc, handles: &[&v1::Process]) -> Option<Process> {
-    let stat = process.stat().ok()?;
+/// Of a process that was being read.
+fn has_ended(error: &ProcError) -> bool {
+    match error {
+        ProcError::NotFound(_) => true,
+        ProcError::Io(error, _) => {
+            error.kind() == io::ErrorKind::NotFound
+                || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
+        }
+        _ => false,
+    }
+}
+
+fn read(process: &Proc, handles: &[&v1::Process]) -> ProcResult<Process> {
+    let stat = process.stat()?;
     let number = |n: i32| u32::try_from(n).unwrap_or(0);
     let meant =
         handles.iter().any(|h| h.start_ticks == stat.starttime && h.pid != number(stat.pid));
-    let inner_pids = if meant { inner_pids(process) } else { Vec::new() };
-    Some(Process {
+    let inner_pids = if meant { inner_pids(process.pid())? } else { Vec::new() };
+    Ok(Process {
         pid: number(stat.pid),
         parent: number(stat.ppid),
         group: number(stat.pgrp),
@@ -48,9 +72,17 @@ fn has_live_thread(process: &Proc) -> bool {
     tasks.flatten().any(|task| task.stat().is_ok_and(|stat| !is_dead(stat.state)))
 }
 
-fn inner_pids(process: &Proc) -> Vec<u32> {
-    let pids = process.status().ok().and_then(|status| status.nspid).unwrap_or_default();
-    pids.into_iter().skip(1).filter_map(|pid| u32::try_from(pid).ok()).collect()
+/// Its pids in the PID namespaces below this one.
+fn inner_pids(pid: i32) -> ProcResult<Vec<u32>> {
+    let status = fs::read(format!("/proc/{pid}/status"));
+    Ok(inner_pids_of(&status.map_err(|error| ProcError::Io(error, None))?))
+}
+
+/// In bytes: the kernel cuts the name of a program where it is too long, in the middle of a character too.
+fn inner_pids_of(status: &[u8]) -> Vec<u32> {
+    let line = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"NSpid:"));
+    let text = line.and_then(|line| std::str::from_utf8(line).ok()).unwrap_or_default();
+    text.split_whitespace().skip(1).filter_map(|pid| pid.parse().ok()).collect()
 }
 
 /// The cgroups of some processes, one path in each hierarchy.
@@ -130,6 +162,13 @@ mod tests {
     use super::*;
     use std::net::TcpListener;
     use std::process::{Command, Stdio};
+
+    #[test]
+    fn a_name_that_is_cut_in_a_character_hides_no_pid() {
+        let status = b"Name:\ta\xe6\xa8\nUmask:\t0022\nNSpid:\t22693\t5\nNSpgid:\t22693\t5\n";
+        assert_eq!(inner_pids_of(status), [5]);
+        assert_eq!(inner_pids_of(b"Name:\tsh\nNSpid:\t22693\n"), [0u32; 0]);
+    }
 
     #[test]
     fn this_process_is_seen_with_its_start_and_its_sockets() {

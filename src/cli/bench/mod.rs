@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::sleep;
 
@@ -103,14 +103,25 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         endpoints: leader_first(&client, &globals.endpoints).await?,
         timeout: globals.timeout,
     };
-    let seconds = args.seconds;
-    let report = async {
+    let stopped = super::stopped()?.shared();
+    let make = async {
         bench.register(&args).await?;
-        let callers = bench.callers(&args).await?;
-        load::drive(args.workload.name(), callers, WARM_UP, wait(seconds)).await
+        bench.callers(&args).await
+    };
+    let report = async {
+        let callers = tokio::select! {
+            callers = make => callers?,
+            () = stopped.clone() => anyhow::bail!("stopped before anything was measured"),
+        };
+        let over = wait(args.seconds, stopped.clone());
+        load::drive(args.workload.name(), callers, WARM_UP, over).await
     };
     let report = report.await;
-    let cleaned = bench.clean_up(&args).await;
+    let again = super::stopped()?;
+    let cleaned = tokio::select! {
+        cleaned = bench.clean_up(&args) => cleaned,
+        () = again => Err(anyhow::anyhow!("stopped; workers named {}… are left", bench.prefix)),
+    };
     let report = report?;
     output::print(globals.output, &report, || text(&report))?;
     cleaned?;
@@ -222,8 +233,9 @@ impl Bench {
     }
 }
 
-/// Until the time is over or Ctrl-C, with a bar on stderr where that is a terminal.
-async fn wait(seconds: u64) {
+/// Until the time is over or it is stopped, with a bar on stderr where that is a terminal.
+async fn wait(seconds: u64, stopped: impl Future<Output = ()>) {
+    let mut stopped = std::pin::pin!(stopped);
     let bar = ProgressBar::new(seconds);
     if let Ok(style) = ProgressStyle::with_template("measuring {bar:40} {pos}/{len} s") {
         bar.set_style(style);
@@ -231,7 +243,7 @@ async fn wait(seconds: u64) {
     for _ in 0..seconds {
         tokio::select! {
             () = sleep(Duration::from_secs(1)) => bar.inc(1),
-            _ = tokio::signal::ctrl_c() => break,
+            () = &mut stopped => break,
         }
     }
     bar.finish_and_clear();
