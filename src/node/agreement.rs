@@ -19,12 +19,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use futures::future::join_all;
 use metrics::{counter, gauge, histogram};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Node;
+use super::status::ASK_TIMEOUT;
 use crate::blocking::spawn_blocking;
 use crate::core::{Applied, Checkpoint, Command, Digest, Event, Revision, State, digest};
 use crate::lock::guard;
@@ -39,7 +39,6 @@ pub const DISAGREES_EXIT: i32 = 70;
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
-const ASK_TIMEOUT: Duration = Duration::from_millis(700);
 /// Longest wait for the digests of the others; ten times as long as the leader's own took, if that
 /// is more.
 const GATHER_MAX: Duration = Duration::from_secs(30);
@@ -270,14 +269,10 @@ async fn gather(node: &Node, own: Taken, wait: Duration) -> Taken {
     loop {
         let membership = node.inner.metrics().membership_config;
         let voters: Vec<_> = membership.membership().voter_ids().collect();
-        let others = membership.nodes().filter(|(id, _)| **id != node.id() && voters.contains(id));
-        let asked = others.map(|(id, member)| {
-            let request = peer::ProbeRequest::default();
-            let answer = node.inner.network.probe(*id, &member.peer, request, ASK_TIMEOUT);
-            async move { (*id, answer.await.ok().and_then(|answer| taken_of(&answer))) }
-        });
         let mut votes = BTreeMap::from([(node.id(), own)]);
-        for (id, taken) in join_all(asked).await {
+        let answers = node.ask_others(ASK_TIMEOUT).await.into_iter();
+        for (id, answer) in answers.filter(|(id, _)| voters.contains(id)) {
+            let taken = answer.and_then(|answer| taken_of(&answer));
             votes.extend(taken.filter(|taken| taken.at == own.at).map(|taken| (id, taken)));
         }
         let votes: Vec<_> = votes.into_iter().collect();

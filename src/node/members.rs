@@ -26,6 +26,7 @@ use tonic::Status;
 use tracing::{info, warn};
 
 use super::outcome::{CallError, of_write};
+use super::status::ASK_TIMEOUT;
 use super::{Deadline, Node};
 use crate::core::{Command, Refusal};
 use crate::proto::peer;
@@ -47,8 +48,9 @@ const OTHERS_MAX: Duration = Duration::from_secs(3);
 const JOIN_MAX: Duration = Duration::from_secs(2);
 /// Left of the caller's time for saying how far a learner is.
 const ANSWER_MARGIN: Duration = Duration::from_millis(300);
-const ASK_TIMEOUT: Duration = Duration::from_millis(700);
 const TIDY_MAX: Duration = Duration::from_secs(5);
+/// What goes wrong again and again is said again after this.
+const SAY_AGAIN: Duration = Duration::from_secs(30);
 /// A node that joins asks again if it takes longer.
 const TAKE_IN_MAX: Duration = Duration::from_secs(4);
 /// Tries to tell a node that it was removed.
@@ -213,10 +215,18 @@ impl Roll {
         others.filter(|id| self.is_live(*id)).map(|id| (self.lag(id), id)).min()
     }
 
+    /// The last entry that it has told the leader is on its disk; 0: none, or nobody leads here.
+    pub fn acknowledged(&self, id: NodeId) -> u64 {
+        self.matched(id).map_or(0, |at| at.index())
+    }
+
+    fn matched(&self, id: NodeId) -> Option<&LogId> {
+        self.metrics.replication.as_ref().and_then(|all| all.get(&id)?.as_ref())
+    }
+
     /// Entries of the leader's log that it does not have.
     pub fn lag(&self, id: NodeId) -> u64 {
-        let matched = self.metrics.replication.as_ref().and_then(|all| all.get(&id));
-        let have = matched.and_then(Option::as_ref).map_or(0, |at| at.index() + 1);
+        let have = self.matched(id).map_or(0, |at| at.index() + 1);
         self.metrics.last_log_index.map_or(0, |last| last + 1).saturating_sub(have)
     }
 }
@@ -337,7 +347,7 @@ impl Node {
             return Err(NotChanged::LastVoter(id));
         }
         if is_voter && !force {
-            keeps_majority(|| self.roll(), id, &left, deadline).await?;
+            self.keeps_majority(id, &left, deadline).await?;
         }
         if id == self.id() {
             // The next leader removes this one.
@@ -400,7 +410,7 @@ impl Node {
         let Ok(_alone) = self.inner.changing.try_lock() else { return Err(NotChanged::UnderWay) };
         let roll = self.roll();
         let told = roll.members().into_iter().map(|(id, member)| async move {
-            let answer = self.state_of(id, member).await;
+            let answer = self.ask(id, member, ASK_TIMEOUT).await;
             (id, answer.map(|answer| answer.feature_level_max.max(1)))
         });
         all_know(level, join_all(told).await)?;
@@ -408,13 +418,23 @@ impl Node {
         raised.outcome.map(drop).map_err(NotChanged::Refused)
     }
 
-    /// `None` where it does not answer.
-    async fn state_of(&self, id: NodeId, member: &Member) -> Option<peer::ProbeResponse> {
-        if id == self.id() {
-            return Some(self.own_state());
+    /// Fails where most of the voters that are left do not answer now: the last word of one that has just
+    /// died is not old yet, and a change that was begun without a majority cannot be taken back.
+    async fn keeps_majority(
+        &self,
+        without: NodeId,
+        left: &BTreeSet<NodeId>,
+        deadline: Deadline,
+    ) -> Result<(), NotChanged> {
+        keeps_majority(|| self.roll(), without, left, deadline).await?;
+        let roll = self.roll();
+        let members = roll.members().into_iter().filter(|(id, _)| left.contains(id));
+        let asked = members.map(|(id, member)| self.ask(id, member, ASK_TIMEOUT));
+        let live = join_all(asked).await.into_iter().flatten().count();
+        match live * 2 > left.len() {
+            true => Ok(()),
+            false => Err(NotChanged::NoQuorum { id: without, live, voters: left.len() }),
         }
-        let request = peer::ProbeRequest::default();
-        self.inner.network.probe(id, &member.peer, request, ASK_TIMEOUT).await.ok()
     }
 
     /// One change on top of the membership of `roll`, and of no other.
@@ -454,16 +474,20 @@ impl Node {
     }
 
     /// Ends a joint configuration that nobody is at work on.
-    async fn finish(&self, roll: &Roll, deadline: Deadline) {
+    async fn finish(&self, roll: &Roll, deadline: Deadline, said: &mut Option<Instant>) {
         let Ok(_alone) = self.inner.changing.try_lock() else { return };
-        info!("finishing a change of the membership that was left half done");
+        let says = said.is_none_or(|said| said.elapsed() > SAY_AGAIN);
+        if says {
+            info!("finishing a change of the membership that was left half done");
+            *said = Some(Instant::now());
+        }
         let nothing_more = ChangeMembers::AddVoterIds(BTreeSet::new());
         let asked =
             self.inner.raft.change_membership_if(nothing_more, false, [roll.precondition()]);
         match timeout_at(deadline, asked).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => warn!(%error, "the change cannot be finished yet"),
-            Err(_) => warn!("the change cannot be finished yet: no quorum"),
+            Ok(Err(error)) if says => warn!(%error, "the change cannot be finished yet"),
+            Err(_) if says => warn!("the change cannot be finished yet: no quorum"),
+            _ => {}
         }
     }
 
@@ -512,7 +536,7 @@ impl Node {
                 continue;
             }
             // Else it has not come yet.
-            let Some(answer) = self.state_of(id, member).await else { continue };
+            let Some(answer) = self.ask(id, member, ASK_TIMEOUT).await else { continue };
             let known = Member {
                 incarnation: answer.incarnation,
                 client: answer.client_endpoint,
@@ -578,6 +602,7 @@ async fn successor(look: impl Fn() -> Roll, deadline: Deadline) -> Result<NodeId
 pub(super) async fn tidy(node: Node) {
     let mut every = interval(LOOK_EVERY);
     every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut said = None;
     while node.runs() {
         every.tick().await;
         let roll = node.roll();
@@ -586,9 +611,10 @@ pub(super) async fn tidy(node: Node) {
         }
         let deadline = Instant::now() + TIDY_MAX;
         if roll.is_joint() {
-            node.finish(&roll, deadline).await;
+            node.finish(&roll, deadline, &mut said).await;
             continue;
         }
+        said = None;
         let complete = node.incomplete(&roll).await;
         if !complete.is_empty() {
             let ids: Vec<_> = complete.keys().copied().collect();

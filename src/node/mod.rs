@@ -19,6 +19,7 @@ mod observers;
 mod outcome;
 mod proposer;
 mod reads;
+mod setback;
 mod space;
 mod status;
 mod survey;
@@ -162,6 +163,13 @@ pub enum StartError {
     Bootstrap(#[from] BootstrapError),
     #[error(transparent)]
     OtherCluster(#[from] ClusterMismatch),
+    #[error(
+        "{} is older than what node {id} has told the others: node {leader}, which leads, knows that entry \
+         {acknowledged} of the log was on its disk, and {last} is the last one there; it must not take \
+         part. Put the newer directory back, or remove member {id} (portwarden member remove {id}), and \
+         start over an empty data directory with --join and a new id", .path.display()
+    )]
+    SetBack { id: NodeId, path: PathBuf, leader: NodeId, acknowledged: u64, last: u64 },
     #[error("node {id} cannot join: {why}")]
     CannotJoin { id: NodeId, why: String },
     #[error("node {id} is refused by its peers: {why}")]
@@ -357,6 +365,9 @@ impl Node {
             }),
         };
         let _ = hooks.node.set(Arc::downgrade(&node.inner));
+        if !node.inner.pristine {
+            setback::look(&node).await?;
+        }
         cell.set(raft);
         let (hub, told) = (node.hub().clone(), node.inner.network.clone());
         tokio::spawn(async move {
@@ -813,9 +824,13 @@ impl PeerHooks for Hooks {
         peer::ForwardResponse { result: Some(result) }
     }
 
-    async fn probe(&self, _: peer::ProbeRequest) -> peer::ProbeResponse {
+    async fn probe(&self, request: peer::ProbeRequest) -> peer::ProbeResponse {
+        let from = request.header.map_or(0, |header| header.from);
         match self.node() {
-            Some(node) => node.own_state(),
+            Some(node) => {
+                let acknowledged = node.roll().acknowledged(from);
+                peer::ProbeResponse { acknowledged, ..node.own_state() }
+            }
             // Without an incarnation: who asks shall ask again.
             None => peer::ProbeResponse::default(),
         }

@@ -13,15 +13,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use futures::future::join_all;
 use metrics::gauge;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
+use super::status::ASK_TIMEOUT;
 use super::{CallError, Node};
 use crate::blocking::blocking;
 use crate::core::{Command, State, WorkerPatch};
 use crate::lock::guard;
-use crate::proto::peer;
 use crate::raft::NodeId;
 use crate::store::Reserve;
 
@@ -30,7 +29,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const ASK_EVERY: Duration = Duration::from_secs(1);
 /// A new leader asks as soon as it notices that it is one.
 const LEADS_EVERY: Duration = Duration::from_millis(100);
-const ASK_TIMEOUT: Duration = Duration::from_millis(700);
 /// What a member said longer ago does not tell that it has room now.
 const HEARD_MAX_AGE: Duration = Duration::from_secs(10);
 /// What a refused caller is told to wait: somebody has to make room first.
@@ -216,16 +214,9 @@ pub(super) async fn ask_others(node: Node) {
             continue;
         }
         asked_at = Some(Instant::now());
-        let metrics = node.inner.metrics();
-        let members = metrics.membership_config.nodes().filter(|(id, _)| **id != node.id());
-        let asked = members.map(|(id, member)| {
-            let request = peer::ProbeRequest::default();
-            let answer = node.inner.network.probe(*id, &member.peer, request, ASK_TIMEOUT);
-            async move { (*id, answer.await) }
-        });
-        for (id, answer) in join_all(asked).await {
+        for (id, answer) in node.ask_others(ASK_TIMEOUT).await {
             // Who does not answer keeps the word that it gave last, until that is too old.
-            if let Ok(answer) = answer {
+            if let Some(answer) = answer {
                 let room = Room { free_bytes: answer.free_bytes, low: answer.low_space };
                 node.inner.space.known().others.insert(id, (room, Instant::now()));
             }

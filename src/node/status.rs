@@ -1,6 +1,7 @@
 //! What a node can tell of its cluster, leader or not, quorum or not.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -14,7 +15,7 @@ use crate::proto::peer;
 use crate::raft::{Member, NodeId};
 
 /// How long a member may take to say how it is.
-const ASK_TIMEOUT: Duration = Duration::from_millis(700);
+pub(super) const ASK_TIMEOUT: Duration = Duration::from_millis(700);
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StatusReport {
@@ -60,14 +61,7 @@ impl Node {
         let membership = self.inner.metrics().membership_config;
         let voters: Vec<NodeId> = membership.membership().voter_ids().collect();
         let asked = membership.nodes().map(|(id, member)| async move {
-            let answer = match *id == self.id() {
-                true => Some(self.own_state()),
-                false => {
-                    let request = peer::ProbeRequest::default();
-                    self.inner.network.probe(*id, &member.peer, request, patience).await.ok()
-                }
-            };
-            (*id, member, answer)
+            (*id, member, self.ask(*id, member, patience).await)
         });
         let answers = join_all(asked).await;
         let furthest = answers.iter().flat_map(|a| &a.2).map(|a| a.last_log).max().unwrap_or(0);
@@ -107,7 +101,7 @@ impl Node {
             leader,
             revision: table.state.revision.0,
             problems: [
-                problems(leader, &members),
+                problems(leader, &members, membership.membership().get_joint_config()),
                 self.membership_problems(&members),
                 own,
                 of_table.clone(),
@@ -121,6 +115,32 @@ impl Node {
             allocations: table.state.allocation_count() as u64,
             feature_level: table.state.feature_level,
         }
+    }
+
+    /// How a member is, itself included; `None` where it does not answer.
+    pub(super) async fn ask(
+        &self,
+        id: NodeId,
+        member: &Member,
+        patience: Duration,
+    ) -> Option<peer::ProbeResponse> {
+        if id == self.id() {
+            return Some(self.own_state());
+        }
+        let request = peer::ProbeRequest::default();
+        self.inner.network.probe(id, &member.peer, request, patience).await.ok()
+    }
+
+    /// The same of all others, at once.
+    pub(super) async fn ask_others(
+        &self,
+        patience: Duration,
+    ) -> Vec<(NodeId, Option<peer::ProbeResponse>)> {
+        let membership = self.inner.metrics().membership_config;
+        let others = membership.nodes().filter(|(id, _)| **id != self.id());
+        let asked =
+            others.map(|(id, member)| async move { (*id, self.ask(*id, member, patience).await) });
+        join_all(asked).await
     }
 
     /// What the membership says of the members, and nothing of how they are.
@@ -205,6 +225,8 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").into(),
             feature_level_max: FEATURE_LEVEL,
             problems: self.inner.sweeper.problems(),
+            acknowledged: 0,
+            recovering: !self.inner.recovered.load(Ordering::Acquire),
             digest: self.inner.agreement.latest().map(super::agreement::wire_taken),
         }
     }
@@ -216,15 +238,15 @@ fn own_problems(
     answers: &[(NodeId, &Member, Option<peer::ProbeResponse>)],
 ) -> Vec<String> {
     let answered = || answers.iter().filter_map(|(id, m, answer)| Some((*id, m, answer.as_ref()?)));
-    let mut problems: Vec<_> = answered()
-        .filter(|(.., answer)| answer.low_space)
-        .map(|(id, member, answer)| {
-            let (peer, free) = (&member.peer, answer.free_bytes);
-            format!(
-                "member {id} at {peer} is low on space: {free} bytes free for its data directory"
-            )
-        })
+    let recovering = answered().filter(|(.., answer)| answer.recovering);
+    let mut problems: Vec<_> = recovering
+        .map(|(id, ..)| format!("member {id} is still recovering what it had before its restart"))
         .collect();
+    let low = answered().filter(|(.., answer)| answer.low_space).map(|(id, member, answer)| {
+        let (peer, free) = (&member.peer, answer.free_bytes);
+        format!("member {id} at {peer} is low on space: {free} bytes free for its data directory")
+    });
+    problems.extend(low);
     if let Some((.., answer)) = answered().find(|(id, ..)| leader == Some(*id)) {
         let why = &answer.growth_refused;
         if !why.is_empty() {
@@ -237,14 +259,21 @@ fn own_problems(
     problems
 }
 
-fn problems(leader: Option<NodeId>, members: &[MemberReport]) -> Vec<String> {
+/// `configs`: the voters; two sets of them while they change, each of which must have a majority.
+fn problems(
+    leader: Option<NodeId>,
+    members: &[MemberReport],
+    configs: &[BTreeSet<NodeId>],
+) -> Vec<String> {
     let mut problems = Vec::new();
-    let voters = members.iter().filter(|m| m.role == "voter").count();
-    let live = members.iter().filter(|m| m.role == "voter" && m.state != "unreachable").count();
+    let is_live = |id: &&NodeId| members.iter().any(|m| m.id == **id && m.state != "unreachable");
+    let of_config =
+        |voters: &BTreeSet<NodeId>| (voters.iter().filter(is_live).count(), voters.len());
+    let lacking = configs.iter().map(of_config).find(|(live, voters)| live * 2 <= *voters);
     if members.is_empty() {
         problems
             .push("the cluster has not begun: waiting for all nodes of --initial-cluster".into());
-    } else if live * 2 <= voters {
+    } else if let Some((live, voters)) = lacking {
         problems.push(format!("no quorum: {live} of {voters} voters can be reached"));
     } else if leader.is_none() {
         problems.push("no leader: an election is under way".into());

@@ -133,6 +133,53 @@ fn a_copy_of_a_data_directory_is_found_out() {
     assert_unique(&cluster.list());
 }
 
+/// An older copy in the place of a directory: its node has acknowledged what it no longer has. It ends
+/// before it speaks to the others, and they go on.
+#[test]
+fn a_data_directory_that_was_set_back_is_found_out() {
+    let mut cluster = Cluster::start(3);
+    cluster.worker("w", 40063);
+    let follower = (cluster.leader() + 1) % 3;
+    let older = cluster.dir().join("older");
+    cluster.kill(follower);
+    copy(&cluster.data_dir(follower), &older);
+    cluster.spawn(follower);
+    let allocate = |cluster: &Cluster, name: &str| {
+        let args = ["allocate", name, "--worker", "w", "--ports", "1", "--timeout", "30s"];
+        cluster.cli(&args).ok();
+    };
+    for i in 0..5 {
+        allocate(&cluster, &format!("a{i}"));
+    }
+    // The third is away: what comes now is on the follower's disk for sure.
+    let third = 3 - cluster.leader() - follower;
+    cluster.kill(third);
+    allocate(&cluster, "b");
+    cluster.spawn(third);
+    let status = || cluster.cli(&["status", "--check", "--members"]).code() == 0;
+    wait_for("all to be well", || status().then_some(()));
+    let newer = cluster.dir().join("newer");
+    cluster.kill(follower);
+    std::fs::rename(cluster.data_dir(follower), &newer).expect("a new name");
+    copy(&older, &cluster.data_dir(follower));
+    cluster.spawn(follower);
+    assert_ne!(cluster.ended(follower), Some(0));
+    let log = cluster.log(follower);
+    let id = cluster.nodes[follower].id;
+    for says in [format!("is older than what node {id} has told"), format!("member remove {id}")] {
+        assert!(log.contains(&says), "it should say {says:?}: {log}");
+    }
+    allocate(&cluster, "c");
+    // The newer one is as good as it was.
+    std::fs::remove_dir_all(cluster.data_dir(follower)).expect("it is there");
+    std::fs::rename(&newer, cluster.data_dir(follower)).expect("its name is free");
+    cluster.spawn(follower);
+    wait_for("all to be well", || {
+        (cluster.cli(&["status", "--check", "--members"]).code() == 0).then_some(())
+    });
+    assert_unique(&cluster.list());
+}
+
 /// A node of one cluster at the address of a member of another.
 #[test]
 fn a_node_of_another_cluster_is_refused() {
