@@ -121,12 +121,8 @@ impl Method for SetFeatureLevel {
 }
 
 fn address(field: &str, text: &str) -> Result<String, Status> {
-    core::check_text(field, text, core::limits::ADDRESS_MAX_BYTES).map_err(errors::invalid)?;
-    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty());
-    match port.and_then(|(_, port)| port.parse::<u16>().ok()) {
-        Some(1..) => Ok(text.into()),
-        _ => Err(errors::invalid(Invalid::new(field, text, "HOST:PORT with a port of 1 to 65535"))),
-    }
+    core::check_host_port(field, text).map_err(errors::invalid)?;
+    Ok(text.into())
 }
 
 async fn change(api: &Api, asked: MemberChange, deadline: Deadline) -> Result<(), Failure> {

@@ -174,7 +174,8 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
                         "it may or may not be done; repeat the command with {flags}: that is safe and tells"
                     )
                 }
-                None => "it may or may not be done; look before you repeat it".into(),
+                None => "it may or may not be done; look (`portwarden get NAME`, `list`, `lease list`) before you \
+                         repeat it".into(),
             });
         }
         ClientError::Refused(refused) => refused,

@@ -186,9 +186,21 @@ pub fn parse() -> Cli {
 
 /// Logs to stderr from this level or filter on. Commands that only call a cluster log nothing.
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
-    let filter: EnvFilter = filter
-        .parse()
-        .map_err(|e| usage(format!("--log-level: {filter:?} must be a level or a filter: {e}")))?;
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let bad = |why: &str| {
+        usage(format!(
+            "--log-level: {filter:?} must be error, warn, info, debug or trace, or a filter such as \
+             info,portwarden::raft=debug: {why}"
+        ))
+    };
+    // A word that is no level would be taken for a target, and silence all others.
+    let is_level = |word: &&str| LEVELS.contains(&word.to_ascii_lowercase().as_str());
+    let is_filter = |word: &&str| word.contains(['=', ':', '[']);
+    let mut words = filter.split(',').map(str::trim);
+    if let Some(word) = words.find(|word| !is_level(word) && !is_filter(word)) {
+        return Err(bad(&format!("{word:?} is no level")));
+    }
+    let filter: EnvFilter = filter.parse().map_err(|e| bad(&format!("{e}")))?;
     // Fails only where a subscriber is set already, and that one is as good.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -424,6 +424,12 @@ pub struct Status {
     pub cluster_id: String,
     pub leader: Option<u64>,
     pub revision: u64,
+    pub term: u64,
+    pub feature_level: u32,
+    pub workers: u64,
+    pub allocations: u64,
+    /// The one that answers.
+    pub node: u64,
     pub members: Vec<Member>,
     pub problems: Vec<String>,
 }
@@ -434,14 +440,18 @@ pub struct Member {
     pub role: String,
     pub state: String,
     pub endpoint: String,
+    pub peer_endpoint: String,
+    /// Both say nothing of a member that is unreachable.
     pub applied: u64,
     pub lag: u64,
+    /// Empty where it could not be asked.
+    pub version: String,
 }
 
 impl From<v1::Member> for Member {
     fn from(m: v1::Member) -> Self {
-        let v1::Member { id, role, state, endpoint, applied, lag, .. } = m;
-        Member { id, role, state, endpoint, applied, lag }
+        let v1::Member { id, role, state, endpoint, peer_endpoint, applied, lag, version } = m;
+        Member { id, role, state, endpoint, peer_endpoint, applied, lag, version }
     }
 }
 
@@ -451,6 +461,11 @@ impl From<v1::StatusResponse> for Status {
             cluster_id: s.cluster_id,
             leader: Some(s.leader).filter(|id| *id != 0),
             revision: s.revision,
+            term: s.term,
+            feature_level: s.feature_level,
+            workers: s.workers,
+            allocations: s.allocations,
+            node: s.node,
             members: s.members.into_iter().map(Member::from).collect(),
             problems: s.problems,
         }
@@ -458,15 +473,21 @@ impl From<v1::StatusResponse> for Status {
 }
 
 pub fn members_table<'a>(members: impl IntoIterator<Item = &'a Member>) -> String {
-    let header = ["ID", "ROLE", "STATE", "ENDPOINT", "APPLIED", "LAG"];
+    let header = ["ID", "ROLE", "STATE", "ENDPOINT", "PEER ENDPOINT", "APPLIED", "LAG", "VERSION"];
+    let known = |m: &Member, n: u64| match m.state.as_str() {
+        "unreachable" => "-".to_string(),
+        _ => n.to_string(),
+    };
     let rows = members.into_iter().map(|m| {
         vec![
             m.id.to_string(),
             m.role.clone(),
             m.state.clone(),
             none_as_dash(m.endpoint.clone()),
-            m.applied.to_string(),
-            m.lag.to_string(),
+            m.peer_endpoint.clone(),
+            known(m, m.applied),
+            known(m, m.lag),
+            none_as_dash(m.version.clone()),
         ]
     });
     table(&header, rows)

@@ -15,7 +15,7 @@ use super::error::CliError;
 use super::usage;
 use crate::core::{
     InstanceName, Invalid, LabelKey, LabelValue, Millis, Port, PortName, RangeName, Selector,
-    limits,
+    check_host_port, limits,
 };
 use crate::proto::v1;
 
@@ -175,12 +175,7 @@ pub fn labels<T: FromIterator<(String, String)>>(
 }
 
 pub fn host_port(text: &str) -> Result<String, String> {
-    let bad = || "must be HOST:PORT with a port of 1 to 65535".to_string();
-    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
-    match port.parse::<u16>() {
-        Ok(1..) if !host.is_empty() => Ok(text.to_string()),
-        _ => Err(bad()),
-    }
+    check_host_port("", text).map(|()| text.to_string()).map_err(limit)
 }
 
 /// `memory=24GiB[,model=M][,uuid=U][,index=I]`; without an index, its place in the list.
@@ -195,10 +190,14 @@ pub struct GpuFlag {
 pub fn gpu(text: &str) -> Result<GpuFlag, String> {
     let mut flag =
         GpuFlag { index: None, uuid: String::new(), model: String::new(), memory_bytes: 0 };
+    let mut given = BTreeSet::new();
     for part in text.split(',') {
         let (key, value) = part
             .split_once('=')
             .ok_or_else(|| format!("{part:?} must be key=value, such as memory=24GiB"))?;
+        if !given.insert(key) {
+            return Err(format!("{key:?} is given twice"));
+        }
         match key {
             "memory" => flag.memory_bytes = memory(value).map_err(|e| format!("memory {e}"))?,
             "model" => flag.model = value.into(),
@@ -222,6 +221,12 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    #[test]
+    fn a_part_of_a_gpu_that_is_given_twice_is_refused_by_name() {
+        let error = gpu("memory=1GiB,memory=2GiB").unwrap_err();
+        assert_eq!(error, "\"memory\" is given twice");
+    }
 
     #[test]
     fn a_label_that_is_given_twice_is_refused_by_name() {

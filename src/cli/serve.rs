@@ -1,6 +1,7 @@
 //! `serve`: one node, until it is told to stop.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -330,6 +331,8 @@ impl Args {
         if keep == 0 {
             return Err(usage("--backup-keep: 0 must be 1 or more"));
         }
+        fs::create_dir_all(&dir)
+            .map_err(|e| usage(format!("--backup-dir: {}: {e}", dir.display())))?;
         Ok(Some(BackupPlan { dir, every, keep }))
     }
 
@@ -342,9 +345,10 @@ impl Args {
                 "--join: must be left out where --initial-cluster is given: a node begins a cluster \
                  or joins one",
             )),
-            (None, None) => {
-                Err(usage("--initial-cluster or --join is required (see portwarden serve --help)"))
-            }
+            (None, None) => Err(usage(
+                "--initial-cluster or --join is required (see portwarden serve --help); a node that \
+                     has begun ignores which",
+            )),
             (None, Some(_)) if self.advertise_peer.is_none() && peers.ip().is_unspecified() => {
                 Err(usage(format!(
                     "--listen-peer: {peers} is every address; --advertise-peer must say which one \

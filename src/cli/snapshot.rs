@@ -178,10 +178,10 @@ pub(super) fn begin_anew(
     };
     output::print(globals.output, &begun, || {
         let Begun { cluster_id, data_dir, workers, allocations, .. } = &begun;
-        let dir = data_dir.display();
+        let (dir, peer) = (data_dir.display(), &members[&id]);
         format!(
             "{dir} begins cluster {cluster_id} with {workers} workers and {allocations} \
-             allocations\n\nNext:\n  portwarden serve --id {id} --data-dir {dir} \
+             allocations\n\nNext:\n  portwarden serve --id {id} --data-dir {dir} --listen-peer {peer} \
              --initial-cluster {initial_cluster}\n  portwarden worker verify --all    or let the \
              agents report: until then nothing is granted"
         )

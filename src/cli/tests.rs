@@ -238,7 +238,7 @@ fn the_json_of_an_allocation_is_that_of_the_design() {
 }
 
 #[test]
-fn the_json_of_the_status_is_that_of_the_design() {
+fn the_json_of_the_status_is_that_of_the_design_and_a_little_more() {
     let member = v1::Member {
         id: 1,
         role: "voter".into(),
@@ -255,14 +255,20 @@ fn the_json_of_the_status_is_that_of_the_design() {
         revision: 4,
         members: vec![member],
         problems: vec!["p".into()],
+        node: 1,
+        term: 2,
+        feature_level: 1,
+        workers: 3,
+        allocations: 6,
         ..Default::default()
     };
     let shown = serde_json::to_value(output::Status::from(status.clone())).unwrap();
     let expected = json!({
         "cluster_id": "c", "leader": 1, "revision": 4,
         "members": [{"id": 1, "role": "voter", "state": "leader", "endpoint": "a:1",
-                     "applied": 5, "lag": 0}],
+                     "applied": 5, "lag": 0, "peer_endpoint": "a:2", "version": "0.1.0"}],
         "problems": ["p"],
+        "term": 2, "feature_level": 1, "workers": 3, "allocations": 6, "node": 1,
     });
     assert_eq!(shown, expected);
     status.leader = 0;

@@ -327,21 +327,29 @@ async fn verify_all(client: &Client, format: Format) -> anyhow::Result<ExitCode>
 struct Removed {
     removed: bool,
     revision: u64,
+    /// With --force: names of what it held.
+    held: Vec<String>,
 }
 
 async fn remove(client: &Client, args: Remove, format: Format) -> anyhow::Result<ExitCode> {
     let Remove { name, force, reason } = args;
+    let mut held = Vec::new();
     let response = match force {
-        true => client.worker_force_remove(&name, &reason).await?,
+        true => {
+            let on_it = v1::ListRequest { worker: name.clone(), ..Default::default() };
+            held = client.list(on_it).await?.items.into_iter().map(|held| held.name).collect();
+            client.worker_force_remove(&name, &reason).await?
+        }
         false => {
             let again = CliError::repeat_with("the same arguments".into());
             client.worker_remove(&name).await.map_err(again)?
         }
     };
-    let result = Removed { removed: response.removed, revision: response.revision };
-    output::print(format, &result, || match result.removed {
-        true => format!("removed worker {name}"),
-        false => format!("there was no worker {name}"),
+    let result = Removed { removed: response.removed, revision: response.revision, held };
+    output::print(format, &result, || match (result.removed, result.held.as_slice()) {
+        (true, []) => format!("removed worker {name}"),
+        (true, held) => format!("removed worker {name}, which held {}", some_of(held)),
+        (false, _) => format!("there was no worker {name}"),
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -394,10 +402,8 @@ async fn emptied(
     while !held.allocations().is_empty() {
         let left = held.allocations().len();
         if told.replace(left) != Some(left) {
-            let first: Vec<_> =
-                held.allocations().keys().take(LEFT_SHOWN).map(String::as_str).collect();
-            let more = if left > LEFT_SHOWN { ", …" } else { "" };
-            output::note(&format!("{left} left on {worker}: {}{more}", first.join(", ")));
+            let names: Vec<_> = held.allocations().keys().cloned().collect();
+            output::note(&format!("left on {worker}: {}", some_of(&names)));
         }
         match timeout_at(deadline, held.next()).await {
             Ok(news) => drop(news?),
@@ -407,8 +413,12 @@ async fn emptied(
     Ok(held.allocations().values().cloned().collect())
 }
 
-/// Names that a line of progress shows.
-const LEFT_SHOWN: usize = 5;
+/// How many there are, and the first names.
+fn some_of(names: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let more = if names.len() > SHOWN { ", …" } else { "" };
+    format!("{}: {}{more}", names.len(), names[..names.len().min(SHOWN)].join(", "))
+}
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -225,7 +225,8 @@ impl Client {
         Req: prost::Message + 'static,
         Res: prost::Message + Default + 'static,
     {
-        let (given, path) = (self.shared.attempt_timeout, PathAndQuery::from_static(path));
+        let given = self.shared.attempt_timeout.min(self.timeout);
+        let path = PathAndQuery::from_static(path);
         let requests = Request::new(requests);
         ask(door, given, async |grpc| grpc.streaming(requests, path, ProstCodec::default()).await)
             .await
