@@ -28,7 +28,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tonic::Code;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::blocking::spawn_blocking;
 use crate::client::{Client, ClientError};
@@ -84,11 +84,14 @@ pub struct Agent {
     interval: Duration,
     told: Told,
     identity: v1::Identity,
+    /// Tells this run of the agent from others.
+    run: String,
     /// Of the last report.
     number: u64,
     differences: Differences,
     warned_of_ranges: Option<String>,
     trouble: Trouble,
+    ignored: Trouble,
     gpu_trouble: Trouble,
 }
 
@@ -108,6 +111,7 @@ impl Agent {
     ) -> Result<Self, AgentError> {
         let identity = host.identity().map_err(AgentError::NoIdentity)?;
         Ok(Agent {
+            run: client.fresh_uid(),
             client,
             host,
             worker,
@@ -118,6 +122,7 @@ impl Agent {
             differences: Differences::default(),
             warned_of_ranges: None,
             trouble: Trouble::default(),
+            ignored: Trouble::default(),
             gpu_trouble: Trouble::default(),
         })
     }
@@ -217,6 +222,7 @@ impl Agent {
         let stamp = Stamp {
             worker: &self.worker,
             identity: &self.identity,
+            run: &self.run,
             number: self.number,
             kernel: &kernel,
         };
@@ -225,8 +231,9 @@ impl Agent {
         let timeout = REPORT_MAX.min(self.interval.max(Duration::from_secs(2)));
         match self.client.with_timeout(timeout).worker_report(report).await {
             Ok(v1::ReportResponse { ignored, lost_after_ms, .. }) => {
-                if !ignored.is_empty() {
-                    debug!(ignored, "the report was not counted");
+                match ignored.as_str() {
+                    "" => self.ignored.is_over("reports are counted again"),
+                    why => self.ignored.say(&format!("the report was not counted: {why}")),
                 }
                 self.trouble.is_over("the cluster takes reports again");
                 self.keep_within(Duration::from_millis(lost_after_ms));

@@ -72,6 +72,8 @@ fn in_use(seen: &Seen, kernel: &LocalPorts) -> BTreeMap<u16, Use> {
 pub struct Stamp<'a> {
     pub worker: &'a str,
     pub identity: &'a v1::Identity,
+    /// Drawn when the agent started.
+    pub run: &'a str,
     /// Rises with each report.
     pub number: u64,
     pub kernel: &'a LocalPorts,
@@ -93,6 +95,7 @@ pub fn report(stamp: &Stamp<'_>, table: &Table, plan: &Plan, seen: &Seen) -> v1:
         identity: Some(stamp.identity.clone()),
         revision: table.revision,
         sample: stamp.number,
+        run: stamp.run.into(),
         ports: ports.iter().map(port).collect(),
         handles: handles.collect(),
         gpus: gpus(table, seen),
@@ -241,7 +244,8 @@ mod tests {
 
     fn told(table: &Table, seen: &Seen) -> v1::ReportRequest {
         let identity = v1::Identity { boot_id: "boot".into(), ..Default::default() };
-        let stamp = Stamp { worker: "w", identity: &identity, number: 3, kernel: &KERNEL };
+        let stamp =
+            Stamp { worker: "w", identity: &identity, run: "r", number: 3, kernel: &KERNEL };
         report(&stamp, table, &Plan::of(table, "boot"), seen)
     }
 

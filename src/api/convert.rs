@@ -15,7 +15,7 @@ use crate::core::{
     Identity, InstanceName, Invalid, LabelKey, LabelValue, Labels, Lease, LeaseId, Liveness,
     Millis, Phase, Placement, Policy, Pool, Port, PortName, PortRequest, Ports, RangeName,
     RangeSpec, Revision, Selector, Source, Specs, State, Token, Uid, Worker, WorkerName,
-    WorkerPatch, WorkerPhase, WorkerSpec, limits,
+    WorkerPatch, WorkerPhase, WorkerSpec, check_text, limits,
 };
 use crate::node::sweeper::{Drift, InUse, Sample};
 use crate::proto::v1;
@@ -207,6 +207,7 @@ pub fn sample(request: &v1::ReportRequest) -> Result<Sample, Invalid> {
     most("gpus", request.gpus.len(), limits::GPUS_PER_WORKER_MAX)?;
     most("drift", request.drift.len(), REPORTED_DRIFT_MAX)?;
     let missing = || Invalid::new("identity", "", "given: it tells workers apart");
+    check_text("run", &request.run, limits::UID_MAX_BYTES)?;
     let in_use = each("ports", &request.ports, |port| {
         let v1::PortInUse { number, listening, pid } = *port;
         let number = Port::new("number", number.into())?.get();
@@ -219,6 +220,7 @@ pub fn sample(request: &v1::ReportRequest) -> Result<Sample, Invalid> {
         worker: WorkerName::parse(&request.worker)?,
         identity: identity(request.identity.as_ref().ok_or_else(missing)?),
         revision: Revision(request.revision),
+        run: request.run.clone(),
         number: request.sample,
         in_use: in_use.into_iter().collect(),
         handles: handles.into_iter().collect(),

@@ -153,7 +153,12 @@ impl Client {
             if let Some(id) = &request_id {
                 message.metadata_mut().insert("x-request-id", id.clone());
             }
-            let asked_pause = match self.attempt(method.path, tour.door(), message, left).await {
+            // Where it may be repeated, the time is for all endpoints of a round: one may be silent.
+            let given = match method.effect {
+                Effect::Once => left,
+                _ => left / tour.untried(),
+            };
+            let asked_pause = match self.attempt(method.path, tour.door(), message, given).await {
                 Ok(response) => {
                     tour.answered();
                     return Ok(response);
@@ -274,6 +279,11 @@ impl Tour {
     /// How many endpoints there are.
     pub fn len(&self) -> usize {
         self.doors.len()
+    }
+
+    /// Those whose turn is yet to come in this round, this one included.
+    pub fn untried(&self) -> u32 {
+        (self.doors.len() - self.attempts % self.doors.len()) as u32
     }
 
     /// The endpoint serves: stay there. Now and then it is asked for the others.

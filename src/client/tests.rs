@@ -106,6 +106,27 @@ async fn a_dead_endpoint_is_passed_over_and_then_left_alone() {
     client.get("a", None).await.unwrap();
 }
 
+/// It accepts and never answers, and one attempt may take as long as the call.
+#[tokio::test]
+async fn a_silent_endpoint_leaves_time_for_the_others() {
+    let (_, address) = node().await;
+    let options = Options { attempt_timeout: Duration::from_secs(3), ..options() };
+    let client = Client::connect(vec![silent().await, address.clone()], options).unwrap();
+    client.get("a", None).await.unwrap();
+    assert_eq!(client.last_endpoint(), address);
+}
+
+/// Its own bounds are reached, and the other one's are not.
+#[tokio::test]
+async fn an_overloaded_node_is_left_for_another() {
+    let ((full, first), (_, second)) = (node().await, node().await);
+    let overloaded = || CallError::Overloaded { retry_after: Duration::from_millis(1) };
+    full.failures.lock().unwrap().extend(std::iter::repeat_with(overloaded).take(1_000));
+    let client = client(&[&first, &second]);
+    client.get("a", None).await.unwrap();
+    assert_eq!(client.last_endpoint(), second);
+}
+
 /// A client that was given one node learns of another, and goes on there when the first is gone.
 #[tokio::test]
 async fn members_that_were_added_are_found() {

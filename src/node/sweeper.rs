@@ -4,7 +4,8 @@
 //! agent knew when it looked; one that does is counted, and what enough of them in a row prove is
 //! proposed as a guarded command, which the table refuses after any change (field failures
 //! kubernetes-54885, kubernetes-64349: a sweep with a partial view freed what was in use). Nothing
-//! is counted across a silence of the agent, a change of the leader or a restart of the agent.
+//! is counted across a silence of the agent, a change of the leader or a restart of the agent; of two
+//! agents on one worker only the one that was started last is.
 //!
 //! | what is seen | of what | proves it after |
 //! |---|---|---|
@@ -24,7 +25,7 @@
 //! after it. A handle that is alive while its port is closed is drift, and never a reclaim. The cost of a
 //! sample is that of its worker; what is proposed for one is bounded by [`COMMANDS_MAX`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -55,6 +56,8 @@ const STRANGER_SAMPLES: u32 = 2;
 const FREE_SAMPLES: u32 = 3;
 /// Samples that come faster count as one: what holds in all of them must have held for a while.
 const SAMPLE_MIN: Duration = Duration::from_millis(500);
+/// Runs of agents that are remembered, to tell one that goes on beside its successor.
+const FORMER_RUNS: usize = 4;
 /// Commands that one sample may lead to; the others follow with the next one.
 const COMMANDS_MAX: usize = 64;
 const PROPOSAL_MAX: Duration = Duration::from_secs(5);
@@ -66,6 +69,8 @@ pub struct Sample {
     pub identity: Identity,
     /// What the agent had applied before it looked.
     pub revision: Revision,
+    /// Drawn by the agent when it started; empty where it does not tell.
+    pub run: String,
     /// Rises from one sample to the next, for as long as the agent runs.
     pub number: u64,
     /// Ports that some socket has as its local port.
@@ -146,6 +151,9 @@ struct Sweeps {
 /// What the samples of one worker have in common.
 #[derive(Default)]
 struct Watched {
+    /// Of the agent that was started last, and of those before it.
+    run: String,
+    former: VecDeque<String>,
     number: u64,
     at: Option<Instant>,
     gone: BTreeMap<InstanceName, Run>,
@@ -226,6 +234,19 @@ fn failed_start(held: &Allocation) -> Proof {
 }
 
 impl Watched {
+    /// Another agent was started: what came before it counts for nothing.
+    fn follow(&mut self, run: &str) {
+        self.begin_anew();
+        self.number = 0;
+        let before = std::mem::replace(&mut self.run, run.into());
+        if !before.is_empty() {
+            self.former.push_back(before);
+        }
+        if self.former.len() > FORMER_RUNS {
+            self.former.pop_front();
+        }
+    }
+
     /// Forgets what does not follow on from the sample before.
     fn begin_anew(&mut self) {
         self.gone.clear();
@@ -405,10 +426,22 @@ impl Sweeps {
             return Err("it is of a revision that does not exist yet");
         }
         let watched = self.workers.entry(worker.name.clone()).or_default();
+        let restarted = sample.run != watched.run;
+        if restarted && watched.former.contains(&sample.run) {
+            return Err("another agent of this worker was started since: stop one of them");
+        }
+        if restarted {
+            watched.follow(&sample.run);
+        }
         let before = std::mem::replace(&mut watched.drift, sample.drift);
         let since = watched.at.map(|at| now.duration_since(at));
         let verdict = match since {
-            Some(_) if sample.number == watched.number => Err("it was counted already"),
+            Some(_) if !restarted && sample.number == watched.number => {
+                Err("it was counted already")
+            }
+            Some(_) if !restarted && !sample.run.is_empty() && sample.number < watched.number => {
+                Err("it is older than the last one")
+            }
             Some(since) if since < SAMPLE_MIN => Err("it came too soon after the one before"),
             since => {
                 let silent = since.is_none_or(|since| since > lifecycle.worker_lost_after);
@@ -567,6 +600,7 @@ mod tests {
             worker: "w".parse().unwrap(),
             identity: identity("b"),
             revision: Revision(0),
+            run: "first".into(),
             number: 0,
             in_use: BTreeMap::new(),
             handles: BTreeMap::new(),
@@ -977,11 +1011,35 @@ mod tests {
         s.looks_after(lifecycle().worker_lost_after.as_millis() as u64 + 1).await;
         s.looks(50).await;
         assert!(s.is_held("a"), "nobody knows what was in between");
-        s.sample.number = 1;
+        s.sample.run = "second".into();
         s.looks(55).await;
         assert!(s.is_held("a"), "a new agent knows nothing of the old one's samples");
         s.looks(6).await;
         assert!(!s.is_held("a"));
+    }
+
+    /// One was started by hand beside the service: the later one is heard, and the other one told.
+    #[tokio::test(start_paused = true)]
+    async fn of_two_agents_of_a_worker_the_one_that_was_started_last_counts() {
+        let mut s = Scene::new();
+        s.port_of("a", false);
+        s.misses_deadline("a");
+        s.looks(2).await;
+        let first = s.sample.clone();
+        s.sample = Sample { run: "second".into(), number: 0, ..first.clone() };
+        for looks in 1..=3 {
+            assert!(s.is_held("a"), "{looks}");
+            s.looks(1).await;
+            let second = s.sample.clone();
+            s.sample = Sample { number: first.number + looks, ..first.clone() };
+            let told = s.weigh().unwrap_err();
+            assert!(told.contains("another agent"), "{told}");
+            s.sample = second;
+        }
+        assert!(!s.is_held("a"), "its three samples were in a row");
+        s.sample.number -= 1;
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(s.weigh().unwrap_err().contains("older"));
     }
 
     #[tokio::test(start_paused = true)]
