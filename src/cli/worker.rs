@@ -348,7 +348,9 @@ async fn remove(client: &Client, args: Remove, format: Format) -> anyhow::Result
     let result = Removed { removed: response.removed, revision: response.revision, held };
     output::print(format, &result, || match (result.removed, result.held.as_slice()) {
         (true, []) => format!("removed worker {name}"),
-        (true, held) => format!("removed worker {name}, which held {}", some_of(held)),
+        (true, held) => {
+            format!("removed worker {name}, which held {}: {}", held.len(), first_of(held))
+        }
         (false, _) => format!("there was no worker {name}"),
     })?;
     Ok(ExitCode::SUCCESS)
@@ -403,7 +405,7 @@ async fn emptied(
         let left = held.allocations().len();
         if told.replace(left) != Some(left) {
             let names: Vec<_> = held.allocations().keys().cloned().collect();
-            output::note(&format!("left on {worker}: {}", some_of(&names)));
+            output::note(&format!("{left} left on {worker}: {}", first_of(&names)));
         }
         match timeout_at(deadline, held.next()).await {
             Ok(news) => drop(news?),
@@ -413,11 +415,11 @@ async fn emptied(
     Ok(held.allocations().values().cloned().collect())
 }
 
-/// How many there are, and the first names.
-fn some_of(names: &[String]) -> String {
+/// The first names, for a line.
+fn first_of(names: &[String]) -> String {
     const SHOWN: usize = 5;
     let more = if names.len() > SHOWN { ", …" } else { "" };
-    format!("{}: {}{more}", names.len(), names[..names.len().min(SHOWN)].join(", "))
+    names[..names.len().min(SHOWN)].join(", ") + more
 }
 
 #[derive(Debug, Deserialize)]

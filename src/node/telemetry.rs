@@ -152,14 +152,21 @@ pub fn describe() {
 #[derive(Default)]
 pub(super) struct ApplyMetrics(Mutex<Tally>);
 
-/// How often, by family and labels.
+/// How often.
 #[derive(Default)]
-struct Tally(BTreeMap<(&'static str, Labels), u64>);
+struct Tally(BTreeMap<Counted, u64>);
 
-/// An empty label is none.
-type Labels = [(&'static str, &'static str); 2];
-
-const NONE: (&str, &str) = ("", "");
+/// What is counted, by what its family is labelled with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Counted {
+    Applied { command: &'static str, outcome: &'static str },
+    Released { reason: &'static str },
+    Reclaimed { cause: &'static str },
+    Lingered { cause: &'static str },
+    Conflict { outcome: &'static str },
+    Quarantined,
+    WorkerLost,
+}
 
 impl ApplyMetrics {
     fn tally(&self) -> MutexGuard<'_, Tally> {
@@ -168,8 +175,8 @@ impl ApplyMetrics {
 }
 
 impl Tally {
-    fn count(&mut self, family: &'static str, labels: Labels) {
-        *self.0.entry((family, labels)).or_default() += 1;
+    fn count(&mut self, what: Counted) {
+        *self.0.entry(what).or_default() += 1;
     }
 
     fn command(&mut self, command: &Command, applied: &Applied, events: &[Event]) {
@@ -182,23 +189,20 @@ impl Tally {
             }
             Err(_) => "conflict",
         };
-        let labels = [("command", command.kind()), ("outcome", outcome)];
-        self.count("portwarden_commands_applied_total", labels);
-        if matches!(command, Command::Quarantine { .. }) && !events.is_empty() {
-            self.count("portwarden_quarantines_total", [NONE; 2]);
-        }
-        if matches!(command, Command::SetWorkerPhase { phase: WorkerPhase::Lost, .. })
-            && !events.is_empty()
-        {
-            self.count("portwarden_workers_lost_total", [NONE; 2]);
+        self.count(Counted::Applied { command: command.kind(), outcome });
+        match command {
+            Command::Quarantine { .. } if !events.is_empty() => self.count(Counted::Quarantined),
+            Command::SetWorkerPhase { phase: WorkerPhase::Lost, .. } if !events.is_empty() => {
+                self.count(Counted::WorkerLost);
+            }
+            _ => {}
         }
         events.iter().for_each(|event| self.event(event));
-        let conflict = match &applied.outcome {
-            Ok(Outcome::Swapped(_)) => "swapped",
-            Ok(Outcome::Reclaimed { .. }) => "reclaimed",
-            _ => return,
-        };
-        self.count("portwarden_conflicts_total", [("outcome", conflict), NONE]);
+        match &applied.outcome {
+            Ok(Outcome::Swapped(_)) => self.count(Counted::Conflict { outcome: "swapped" }),
+            Ok(Outcome::Reclaimed { .. }) => self.count(Counted::Conflict { outcome: "reclaimed" }),
+            _ => {}
+        }
     }
 
     fn event(&mut self, event: &Event) {
@@ -208,17 +212,17 @@ impl Tally {
                     ReleaseReason::ByHolder => "holder",
                     ReleaseReason::Forced { .. } => "forced",
                     ReleaseReason::Reclaimed { cause, .. } => {
-                        self.count("portwarden_reclaims_total", [("cause", cause.name()), NONE]);
+                        self.count(Counted::Reclaimed { cause: cause.name() });
                         "reclaimed"
                     }
                 };
-                self.count("portwarden_releases_total", [("reason", reason), NONE]);
+                self.count(Counted::Released { reason });
             }
             // It lingers since this change: the next one ends it.
             Event::Changed(allocation) => {
                 let change = allocation.last_change.as_ref().map(|change| &change.kind);
                 if let Some(ChangeKind::Lingered { cause }) = change {
-                    self.count("portwarden_lingering_total", [("cause", cause.name()), NONE]);
+                    self.count(Counted::Lingered { cause: cause.name() });
                 }
             }
             _ => {}
@@ -226,9 +230,27 @@ impl Tally {
     }
 
     fn publish(&mut self) {
-        for ((family, labels), count) in std::mem::take(&mut self.0) {
-            let given: Vec<_> = labels.into_iter().filter(|label| *label != NONE).collect();
-            counter!(family, &given).increment(count);
+        for (what, count) in std::mem::take(&mut self.0) {
+            let counter = match what {
+                Counted::Applied { command, outcome } => counter!(
+                    "portwarden_commands_applied_total", "command" => command, "outcome" => outcome
+                ),
+                Counted::Released { reason } => {
+                    counter!("portwarden_releases_total", "reason" => reason)
+                }
+                Counted::Reclaimed { cause } => {
+                    counter!("portwarden_reclaims_total", "cause" => cause)
+                }
+                Counted::Lingered { cause } => {
+                    counter!("portwarden_lingering_total", "cause" => cause)
+                }
+                Counted::Conflict { outcome } => {
+                    counter!("portwarden_conflicts_total", "outcome" => outcome)
+                }
+                Counted::Quarantined => counter!("portwarden_quarantines_total"),
+                Counted::WorkerLost => counter!("portwarden_workers_lost_total"),
+            };
+            counter.increment(count);
         }
     }
 }

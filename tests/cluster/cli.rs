@@ -77,6 +77,7 @@ fn member() -> Value {
     json!({
         "id": "number", "role": "string", "state": "string", "endpoint": "string",
         "applied": "number", "lag": "number",
+        "peer_endpoint": "string", "version": "string",
     })
 }
 
@@ -161,6 +162,8 @@ fn json_has_the_documented_shapes() {
             json!({
                 "cluster_id": "string", "leader": "number?", "revision": "number",
                 "members": [member()], "problems": ["string"],
+                "term": "number", "feature_level": "number", "workers": "number",
+                "allocations": "number", "node": "number",
             }),
         ),
     ] {
@@ -185,7 +188,7 @@ fn json_has_the_documented_shapes() {
     reclaimed.refused(5, "reclaimed");
     assert_shape(&reclaimed.json().expect("JSON"), &swapped, "a reclaimed allocation");
     ok(&["release", "c", "--force"]);
-    let removed = json!({"removed": "bool", "revision": "number"});
+    let removed = json!({"removed": "bool", "held": ["string"], "revision": "number"});
     assert_shape(&ok(&["worker", "remove", "w"]), &removed, "worker remove");
 
     let status = ok(&["status"]);
