@@ -60,7 +60,9 @@ pub fn check_host_port(field: &str, value: &str) -> Result<(), Invalid> {
     let bad = || Invalid::new(field, value, limit);
     let (host, port) = value.rsplit_once(':').ok_or_else(bad)?;
     let is_host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
-        Some(v6) => v6.parse::<std::net::Ipv6Addr>().is_ok(),
+        Some(v6) => {
+            v6.contains(':') && v6.chars().all(|c| c.is_ascii_hexdigit() || ":.".contains(c))
+        }
         None => {
             let is_part = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
             !host.is_empty() && host.chars().all(is_part)
