@@ -36,8 +36,9 @@ use std::thread::JoinHandle;
 use itertools::{EitherOrBoth, Itertools as _};
 use sled::IVec;
 
+use super::chunks::take;
 use super::disk::{Changes, Disk, Key, Pairs};
-use super::log::{EndsProcess, take};
+use super::log::EndsProcess;
 use super::{StoreError, dir};
 use crate::lock::guard;
 

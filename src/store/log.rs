@@ -1,9 +1,7 @@
 //! The Raft log and the vote, in sled, behind a journal.
 //!
-//! An entry is split into chunks, because sled puts large values into files of their own that it
-//! never syncs. Keys are `(index, chunk)`, big-endian, so that they sort as the log does. The first
-//! chunk begins with a header: version, number of chunks, length and CRC-32 of the whole, and the
-//! entry's term and node. In a tree of its own lie vote, committed and purged position.
+//! Entries lie there in chunks ([`super::chunks`]); in a tree of its own lie vote, committed and purged
+//! position.
 //!
 //! The steady state: [`LogStore::append`] puts entries in memory, where they can be read at once,
 //! and in the queue of the one writer thread. The writer takes all that is queued, writes it as one
@@ -36,24 +34,22 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use metrics::histogram;
 
+use super::chunks::{assemble, chunks, key, parse_key, read_disk};
 use super::codec::{self, Ballot, Batch, Position};
 use super::coverage::{Coverage, PurgeLimit};
 use super::dir::Lock;
 use super::disk::{Changes, Disk, Key, Sled};
 use super::journal::Journaled;
 use super::mark::{Mark, Marked};
+use super::opening::{catching, harden, make, open_sled};
 use super::simulated::SimulatedDisk;
-use super::{StoreError, dir, fatal, sync};
+use super::{StoreError, fatal, sync};
 use crate::lock::guard;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 
 /// Largest encoded entry, in bytes.
 pub const ENTRY_MAX_BYTES: usize = 16 << 20;
-/// Largest value given to sled, in bytes. sled writes a page that is larger than a quarter of its
-/// segments, 128 KiB, to a file of its own that it never syncs, and a page has up to 17 values, after a
-/// merge 20.
-const CHUNK_BYTES: usize = 6 << 10;
 /// Most that one round of the writer takes, in bytes of entries and in calls.
 const ROUND_BYTES: usize = 8 << 20;
 const ROUND_OPS: usize = 1024;
@@ -62,11 +58,6 @@ const PURGE_SLICE_KEYS: usize = 1024;
 /// Entries kept in memory after they are on the disk, in bytes of their payloads; decoded, they
 /// take a few times as much.
 const TAIL_BYTES: usize = 16 << 20;
-/// sled's page cache, in bytes: recent entries are in memory here already.
-const SLED_CACHE_BYTES: u64 = 32 << 20;
-
-const VERSION: u8 = 1;
-const HEADER_BYTES: usize = 1 + 2 + 4 + 4 + 8 + 8;
 
 /// An entry as the log keeps it: where it lies, and its bytes as [`codec`] wrote them.
 #[derive(Debug, Clone)]
@@ -763,284 +754,10 @@ impl Drop for EndsProcess {
     }
 }
 
-// What lies in sled.
-
+/// Keys of what lies beside the entries.
 pub(super) const VOTE: &str = "vote";
 const COMMITTED: &str = "committed";
 const PURGED: &str = "purged";
-
-/// A process that ended may hold sled's lock a little longer; our own lock says that nobody else
-/// does.
-const OPEN_TRIES: u32 = 200;
-const OPEN_PAUSE: Duration = Duration::from_millis(10);
-
-/// Makes a log where there is none. sled writes its first files in steps, and cannot read what a
-/// process leaves that ends between them: so they are made aside, and get their name when they are
-/// whole.
-fn make(path: &Path) -> Result<(), StoreError> {
-    if path.exists() {
-        return Ok(());
-    }
-    let aside = path.with_extension("new");
-    if aside.exists() {
-        fs::remove_dir_all(&aside).map_err(StoreError::io(&aside, "cannot be removed"))?;
-    }
-    let db = open_sled(&aside)?;
-    db.flush().map_err(StoreError::sled(&aside, "cannot be written"))?;
-    drop(db);
-    harden(&aside)?;
-    fs::rename(&aside, path).map_err(StoreError::io(path, "cannot be put in place"))?;
-    match path.parent() {
-        Some(parent) => dir::sync_dir(parent),
-        None => Ok(()),
-    }
-}
-
-fn open_sled(path: &Path) -> Result<sled::Db, StoreError> {
-    let config = sled::Config::new()
-        .path(path)
-        .cache_capacity(SLED_CACHE_BYTES)
-        .flush_every_ms(None)
-        .mode(sled::Mode::HighThroughput);
-    remove_unfinished(path)?;
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match config.open() {
-            Err(sled::Error::Io(error)) if is_locked(&error) && tries < OPEN_TRIES => {
-                std::thread::sleep(OPEN_PAUSE);
-            }
-            opened => return opened.map_err(StoreError::sled(path, "cannot be opened")),
-        }
-    }
-}
-
-/// Makes what sled wrote without a sync durable, and that it is there at all.
-fn harden(path: &Path) -> Result<(), StoreError> {
-    let list = fs::read_dir(path).map_err(StoreError::io(path, "cannot be read"))?;
-    for item in list {
-        let item = item.map_err(StoreError::io(path, "cannot be read"))?.path();
-        let sync = || File::open(&item)?.sync_all();
-        sync().map_err(StoreError::io(&item, "cannot be synced"))?;
-    }
-    dir::sync_dir(path)?;
-    path.parent().map_or(Ok(()), dir::sync_dir)
-}
-
-/// sled panics at some damage that it finds.
-fn catching<T>(path: &Path, read: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
-    caught.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no more is known");
-        Err(StoreError::damaged(path, format!("it cannot be read: {text}")))
-    })
-}
-
-/// At every start sled writes what it found to `snap.….generating` and renames it. One that was cut
-/// off is the newest by name, and sled 0.34 would take it for its own and refuse to open; the one
-/// before it is still there.
-fn remove_unfinished(path: &Path) -> Result<(), StoreError> {
-    if !path.exists() {
-        return Ok(());
-    }
-    let list = fs::read_dir(path).map_err(StoreError::io(path, "cannot be read"))?;
-    for item in list {
-        let file = item.map_err(StoreError::io(path, "cannot be read"))?.path();
-        if file.extension().is_some_and(|extension| extension == "generating") {
-            fs::remove_file(&file).map_err(StoreError::io(&file, "cannot be removed"))?;
-        }
-    }
-    Ok(())
-}
-
-fn is_locked(error: &std::io::Error) -> bool {
-    error.to_string().contains("could not acquire lock")
-}
-
-/// Index and chunk, big-endian.
-pub(super) fn key(index: u64, chunk: u16) -> Key {
-    let mut key = [0; 10];
-    key[..8].copy_from_slice(&index.to_be_bytes());
-    key[8..].copy_from_slice(&chunk.to_be_bytes());
-    key
-}
-
-fn parse_key(key: &[u8]) -> Option<(u64, u16)> {
-    let (index, chunk) = key.split_first_chunk::<8>()?;
-    Some((u64::from_be_bytes(*index), u16::from_be_bytes(chunk.try_into().ok()?)))
-}
-
-fn checksum(at: Position, payload: &[u8]) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    for number in [at.index, at.term, at.node] {
-        crc.update(&number.to_be_bytes());
-    }
-    crc.update(payload);
-    crc.finalize()
-}
-
-/// Keys and values of an entry. There are at most 65 535 chunks: [`ENTRY_MAX_BYTES`] sees to it.
-fn chunks(record: &LogRecord) -> Vec<(Key, Vec<u8>)> {
-    let LogRecord { at, payload, .. } = record;
-    let (first, rest) = payload.split_at(payload.len().min(CHUNK_BYTES - HEADER_BYTES));
-    let count = 1 + rest.len().div_ceil(CHUNK_BYTES);
-    let mut value = Vec::with_capacity(HEADER_BYTES + first.len());
-    value.push(VERSION);
-    value.extend_from_slice(&(count as u16).to_be_bytes());
-    value.extend_from_slice(&(payload.len() as u32).to_be_bytes());
-    value.extend_from_slice(&checksum(*at, payload).to_be_bytes());
-    value.extend_from_slice(&at.term.to_be_bytes());
-    value.extend_from_slice(&at.node.to_be_bytes());
-    value.extend_from_slice(first);
-    let mut all = vec![(key(at.index, 0), value)];
-    for (i, chunk) in rest.chunks(CHUNK_BYTES).enumerate() {
-        all.push((key(at.index, i as u16 + 1), chunk.to_vec()));
-    }
-    all
-}
-
-/// An entry that is being put together from its chunks.
-struct Assembly {
-    at: Position,
-    chunks: u16,
-    next: u16,
-    length: usize,
-    checksum: u32,
-    payload: Vec<u8>,
-}
-
-impl Assembly {
-    fn begin(path: &Path, index: u64, value: &[u8]) -> Result<Assembly, StoreError> {
-        let short =
-            || StoreError::damaged(path, format!("entry {index}: its first chunk is too short"));
-        let version = *value.first().ok_or_else(short)?;
-        if version != VERSION {
-            return Err(StoreError::Version {
-                path: path.to_path_buf(),
-                what: "the log",
-                found: version.into(),
-                supported: VERSION.into(),
-            });
-        }
-        let mut rest = &value[1..];
-        let chunks = u16::from_be_bytes(take(&mut rest).ok_or_else(short)?);
-        let length = u32::from_be_bytes(take(&mut rest).ok_or_else(short)?) as usize;
-        let checksum = u32::from_be_bytes(take(&mut rest).ok_or_else(short)?);
-        let term = u64::from_be_bytes(take(&mut rest).ok_or_else(short)?);
-        let node = u64::from_be_bytes(take(&mut rest).ok_or_else(short)?);
-        let at = Position { term, node, index };
-        Ok(Assembly { at, chunks, next: 1, length, checksum, payload: rest.to_vec() })
-    }
-
-    /// The entry, once its last chunk is there.
-    fn complete(&self, path: &Path) -> Result<Option<LogRecord>, StoreError> {
-        if self.next < self.chunks {
-            return Ok(None);
-        }
-        let index = self.at.index;
-        if self.payload.len() != self.length || checksum(self.at, &self.payload) != self.checksum {
-            return Err(StoreError::damaged(path, format!("entry {index}: wrong checksum")));
-        }
-        Ok(Some(LogRecord::new(self.at, self.payload.clone())))
-    }
-}
-
-/// The first bytes; they are gone from `bytes`.
-pub(super) fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
-    let (head, rest) = bytes.split_first_chunk::<N>()?;
-    *bytes = rest;
-    Some(*head)
-}
-
-/// Where an entry lies, by its first chunk.
-pub(super) fn position_of(index: u64, first_chunk: &[u8]) -> Option<Position> {
-    Assembly::begin(Path::new(""), index, first_chunk).ok().map(|assembly| assembly.at)
-}
-
-/// Entries from `first` on, whole and without a hole; ends where sled's iterator does.
-fn assemble(
-    path: &Path,
-    first: u64,
-    mut chunks: impl Iterator<Item = sled::Result<(sled::IVec, sled::IVec)>>,
-) -> impl Iterator<Item = Result<LogRecord, StoreError>> {
-    let mut expected = first;
-    let mut one = move || -> Result<Option<LogRecord>, StoreError> {
-        let mut open: Option<Assembly> = None;
-        for pair in chunks.by_ref() {
-            let (key, value) = pair.map_err(StoreError::sled(path, "cannot be read"))?;
-            let place = parse_key(&key);
-            let (index, chunk) =
-                place.ok_or_else(|| StoreError::damaged(path, format!("it has a key {key:?}")))?;
-            let awaited = (expected, open.as_ref().map_or(0, |a| a.next));
-            if (index, chunk) != awaited {
-                let what = format!(
-                    "chunk {} of entry {} is missing (found {chunk} of {index})",
-                    awaited.1, awaited.0
-                );
-                return Err(StoreError::damaged(path, what));
-            }
-            match &mut open {
-                None => open = Some(Assembly::begin(path, index, &value)?),
-                Some(assembly) => {
-                    assembly.payload.extend_from_slice(&value);
-                    assembly.next += 1;
-                }
-            }
-            if let Some(assembly) = &open
-                && let Some(record) = assembly.complete(path)?
-            {
-                expected += 1;
-                return Ok(Some(record));
-            }
-        }
-        match open {
-            None => Ok(None),
-            Some(Assembly { at, next, .. }) => {
-                let what = format!("chunk {next} of entry {} is missing", at.index);
-                Err(StoreError::damaged(path, what))
-            }
-        }
-    };
-    let mut failed = false;
-    std::iter::from_fn(move || {
-        if failed {
-            return None;
-        }
-        let result = one().transpose();
-        failed = matches!(result, Some(Err(_)));
-        result
-    })
-}
-
-/// Reads `range` as far as `max_bytes` allow, at least one entry. Also says how many bytes they
-/// have, and whether these are all.
-fn read_disk(
-    path: &Path,
-    disk: &dyn Disk,
-    range: Range<u64>,
-    max_bytes: usize,
-) -> Result<(Vec<LogRecord>, usize, bool), StoreError> {
-    let (mut records, mut bytes) = (Vec::new(), 0);
-    if range.is_empty() {
-        return Ok((records, 0, true));
-    }
-    let bounds = (key(range.start, 0), key(range.end, 0));
-    let found = disk.range((Bound::Included(bounds.0), Bound::Excluded(bounds.1)));
-    for record in assemble(path, range.start, found) {
-        let record = record?;
-        if !records.is_empty() && bytes + record.payload.len() > max_bytes {
-            return Ok((records, bytes, false));
-        }
-        bytes += record.payload.len();
-        records.push(record);
-    }
-    let missing = range.start + records.len() as u64;
-    if missing < range.end {
-        return Err(StoreError::damaged(path, format!("entry {missing} is missing")));
-    }
-    Ok((records, bytes, true))
-}
 
 /// Reads and checks everything.
 fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<Index, StoreError> {
@@ -1089,23 +806,6 @@ fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<In
 mod tests {
     use super::*;
 
-    #[test]
-    fn fixture_of_a_chunk() {
-        let at = Position { term: 3, node: 2, index: 258 };
-        let record = LogRecord::new(at, &b"payload"[..]);
-        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
-        let all = chunks(&record);
-        let [(key, value)] = all.as_slice() else { panic!("one chunk: {all:?}") };
-        assert_eq!(hex(key), "00000000000001020000");
-        assert_eq!(
-            hex(value),
-            "01000100000007a114f65500000000000000030000000000000002\
-             7061796c6f6164"
-        );
-        let assembly = Assembly::begin(Path::new("log"), 258, value).unwrap();
-        assert_eq!(assembly.complete(Path::new("log")).unwrap(), Some(record));
-    }
-
     /// A start would take it for none, though all before it was committed too.
     #[test]
     fn the_committed_position_does_not_overtake_the_log() {
@@ -1119,17 +819,6 @@ mod tests {
             writer.write_committed(at(last));
             let found = disk.get(COMMITTED).unwrap().unwrap();
             assert_eq!(Some(codec::decode_position(&found).unwrap()), at(written));
-        }
-    }
-
-    #[test]
-    fn no_chunk_is_larger_than_sled_should_get() {
-        for bytes in [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, ENTRY_MAX_BYTES] {
-            let at = Position { term: 1, node: 1, index: 0 };
-            let all = chunks(&LogRecord::new(at, vec![1; bytes]));
-            assert!(all.iter().all(|(_, value)| value.len() <= CHUNK_BYTES));
-            let sum: usize = all.iter().map(|(_, value)| value.len()).sum();
-            assert_eq!(sum, bytes + HEADER_BYTES);
         }
     }
 }

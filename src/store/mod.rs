@@ -24,6 +24,7 @@
 //! All calls block on the disk, except where they are `async`. Threads, file times and randomness
 //! that are not the runtime's are allowed here and nowhere above.
 
+mod chunks;
 pub mod codec;
 mod coverage;
 mod dir;
@@ -32,6 +33,7 @@ mod error;
 mod journal;
 mod log;
 mod mark;
+mod opening;
 mod simulated;
 mod snapshot;
 mod space;

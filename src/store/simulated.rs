@@ -11,7 +11,7 @@ use sled::IVec;
 
 use super::codec::{self, Ballot, Position};
 use super::disk::{Changes, Disk, Key, Pairs};
-use super::log;
+use super::{chunks, log};
 use crate::lock::guard;
 
 /// Clones are the same disk.
@@ -97,8 +97,8 @@ impl SimulatedDisk {
     /// Would this entry be there after a crash?
     pub fn has_durably(&self, at: Position) -> bool {
         let state = self.state();
-        let first = state.durable.entries.get(&log::key(at.index, 0));
-        first.and_then(|chunk| log::position_of(at.index, chunk)) == Some(at)
+        let first = state.durable.entries.get(&chunks::key(at.index, 0));
+        first.and_then(|chunk| chunks::position_of(at.index, chunk)) == Some(at)
     }
 
     /// The vote that would be there after a crash.
