@@ -13,6 +13,7 @@ mod agreement;
 pub mod backups;
 mod bootstrap;
 mod compaction;
+mod forward;
 mod lag;
 pub mod members;
 mod observers;
@@ -25,8 +26,6 @@ mod status;
 mod survey;
 pub mod sweeper;
 pub mod telemetry;
-#[cfg(test)]
-mod tests;
 mod timers;
 mod wall_clock;
 pub mod watch;
@@ -54,13 +53,13 @@ use crate::core::{Applied, Command, Millis, Revision, Specs, State, WorkerName};
 use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
-    self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, PeerHooks,
-    PeerNetwork, Raft, RaftCell, StateMachine, TableView, peer_service, peer_transport,
-    raft_config,
+    self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, PeerNetwork, Raft,
+    RaftCell, StateMachine, TableView, peer_service, peer_transport, raft_config,
 };
 use crate::store::{DataDir, LogStore, StoreError};
 pub use agreement::DISAGREES_EXIT;
 pub use bootstrap::BootstrapError;
+use forward::{Hooks, forwarded};
 pub use outcome::{CallError, ForwardError, RETRY_AFTER};
 pub use status::{MemberReport, StatusReport};
 
@@ -308,7 +307,7 @@ impl Node {
 
         let calls = Arc::new(OnceLock::new());
         let cell = RaftCell::default();
-        let hooks = Arc::new(Hooks { calls: calls.clone(), node: OnceLock::new() });
+        let hooks = Arc::new(Hooks::new(calls.clone()));
         let (stop_peers, mut stop) = tokio::sync::watch::channel(false);
         let service = peer_service(cell.clone(), network.clone(), hooks.clone(), snapshots);
         let peer_server = tokio::spawn(async move {
@@ -781,69 +780,5 @@ async fn watch_recovery(node: Node) {
     };
     if done {
         recovered.store(true, Ordering::Release);
-    }
-}
-
-/// A call for a peer. What travels is the time that is left: the clocks of two nodes differ.
-fn forwarded(method: &str, request: Vec<u8>, deadline: Deadline) -> peer::ForwardRequest {
-    let remaining = deadline.saturating_duration_since(Instant::now());
-    peer::ForwardRequest {
-        header: None,
-        method: method.into(),
-        request: request.into(),
-        remaining_ms: remaining.as_millis() as u64,
-        request_id: crate::request::id(),
-    }
-}
-
-/// What peers ask of this node beside Raft.
-struct Hooks {
-    calls: Arc<OnceLock<Arc<dyn LocalCalls>>>,
-    node: OnceLock<std::sync::Weak<Inner>>,
-}
-
-#[tonic::async_trait]
-impl PeerHooks for Hooks {
-    async fn forward(&self, request: peer::ForwardRequest) -> peer::ForwardResponse {
-        let remaining = Duration::from_millis(request.remaining_ms).min(FORWARDED_MAX);
-        let deadline = Instant::now() + remaining;
-        let peer::ForwardRequest { method, request, request_id, .. } = &request;
-        let result = match self.calls.get() {
-            Some(calls) => calls.call(method, request, request_id, deadline).await,
-            None => Err(tonic::Status::unavailable("this node is starting")),
-        };
-        use peer::forward_response::Result as Answer;
-        let result = match result {
-            Ok(response) => Answer::Response(response.into()),
-            Err(status) => Answer::Status(peer::Status {
-                code: status.code().into(),
-                message: status.message().into(),
-                details: status.details().to_vec().into(),
-            }),
-        };
-        peer::ForwardResponse { result: Some(result) }
-    }
-
-    async fn probe(&self, request: peer::ProbeRequest) -> peer::ProbeResponse {
-        let from = request.header.map_or(0, |header| header.from);
-        match self.node() {
-            Some(node) => {
-                let acknowledged = node.roll().acknowledged(from);
-                peer::ProbeResponse { acknowledged, ..node.own_state() }
-            }
-            // Without an incarnation: who asks shall ask again.
-            None => peer::ProbeResponse::default(),
-        }
-    }
-
-    async fn join(&self, request: peer::JoinRequest) -> Result<peer::JoinResponse, tonic::Status> {
-        let starting = || tonic::Status::unavailable("this node is starting");
-        self.node().ok_or_else(starting)?.take_in(request).await
-    }
-}
-
-impl Hooks {
-    fn node(&self) -> Option<Node> {
-        Some(Node { inner: self.node.get().and_then(std::sync::Weak::upgrade)? })
     }
 }

@@ -127,6 +127,8 @@ pub struct PeerNetwork {
     led: Arc<AtomicBool>,
     doubted: Arc<Notify>,
     closed: Arc<watch::Sender<bool>>,
+    /// Of the last call that was carried to a peer.
+    call: Arc<AtomicU64>,
     /// Peers that take no entries now, and what was said of why.
     failing: Arc<Mutex<BTreeMap<NodeId, BTreeSet<String>>>>,
 }
@@ -146,6 +148,7 @@ impl PeerNetwork {
             led: Arc::default(),
             doubted: Arc::default(),
             closed: Arc::new(watch::channel(false).0),
+            call: Arc::default(),
             failing: Arc::default(),
         }
     }
@@ -252,8 +255,21 @@ impl PeerNetwork {
             return Err(ForwardError::NotSent(format!("a request of {bytes} bytes is too large")));
         }
         request.header = Some(self.identities.header(to));
+        request.call = self.call.fetch_add(1, Ordering::Relaxed) + 1;
         let mut rpc = self.rpc(Lane::Calls, peer_addr).map_err(ForwardError::NotSent)?;
-        match self.answered(left, async move { rpc.forward(request).await }).await {
+        let mut waited_for = WaitedFor {
+            network: self.clone(),
+            rpc: rpc.clone(),
+            message: Some(proto::GiveUpRequest {
+                header: request.header.clone(),
+                call: request.call,
+            }),
+        };
+        let answer = self.answered(left, async move { rpc.forward(request).await }).await;
+        if answer.is_some() {
+            waited_for.message = None;
+        }
+        match answer {
             Some(Ok(response)) => Ok(response),
             Some(Err(status)) => {
                 let why = self.heard(to, peer_addr, &status);
@@ -391,6 +407,28 @@ impl PeerNetwork {
         Ok(Rpc::new(channel)
             .max_decoding_message_size(PEER_MESSAGE_MAX_BYTES)
             .max_encoding_message_size(PEER_MESSAGE_MAX_BYTES))
+    }
+}
+
+/// A call that was carried to a peer, while somebody waits for its answer. Where that ends before there is
+/// one, the peer is told.
+struct WaitedFor {
+    network: PeerNetwork,
+    rpc: Rpc<Channel>,
+    /// `None`: it was answered.
+    message: Option<proto::GiveUpRequest>,
+}
+
+impl Drop for WaitedFor {
+    fn drop(&mut self) {
+        let (Some(message), Ok(_)) = (self.message.take(), tokio::runtime::Handle::try_current())
+        else {
+            return;
+        };
+        let (network, mut rpc) = (self.network.clone(), self.rpc.clone());
+        tokio::spawn(async move {
+            network.answered(OUTLIVES, async move { rpc.give_up(message).await }).await
+        });
     }
 }
 

@@ -64,6 +64,9 @@ pub trait PeerHooks: Send + Sync + 'static {
     /// A client's call that another node carried here.
     async fn forward(&self, request: proto::ForwardRequest) -> proto::ForwardResponse;
 
+    /// Nobody waits any more for a call that was, or will be, carried here.
+    fn give_up(&self, request: &proto::GiveUpRequest);
+
     /// Another node asks before there is a cluster.
     async fn probe(&self, request: proto::ProbeRequest) -> proto::ProbeResponse;
 
@@ -354,6 +357,16 @@ impl Peer for PeerService {
         let answer = self.hooks.forward(message).await;
         fail_point!("forward-executed", |_| Err(Status::unavailable("a failpoint")));
         Ok(Response::new(answer))
+    }
+
+    async fn give_up(
+        &self,
+        request: Request<proto::GiveUpRequest>,
+    ) -> Answer<proto::GiveUpResponse> {
+        let message = request.into_inner();
+        self.admit_member(message.header.as_ref()).await?;
+        self.hooks.give_up(&message);
+        Ok(Response::new(proto::GiveUpResponse {}))
     }
 }
 

@@ -263,6 +263,7 @@ impl Peer {
             request: b"\n\x01w".to_vec().into(),
             remaining_ms: 10_000,
             request_id: String::new(),
+            call: 0,
         };
         answers.push(("forward", self.0.forward(request).await.err()));
         answers
