@@ -43,6 +43,8 @@ impl PeerHooks for Hooks {
         proto::ForwardResponse { result: Some(echo) }
     }
 
+    fn give_up(&self, _: &proto::GiveUpRequest) {}
+
     async fn probe(&self, _: proto::ProbeRequest) -> proto::ProbeResponse {
         proto::ProbeResponse { pristine: true, ..Default::default() }
     }
