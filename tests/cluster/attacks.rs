@@ -31,7 +31,7 @@ fn a_follower_that_was_away_for_two_snapshots_gets_one() {
     let leader = cluster.leader();
     let away = (leader + 1) % 3;
     cluster.kill(away);
-    let end = |cluster: &Cluster| cluster.nodes[leader].metric("portwarden_log_last_index");
+    let end = |cluster: &Cluster| cluster.metric(leader, "portwarden_log_last_index");
     let enough = end(&cluster).expect("metrics") + 6.0 * EVERY as f64;
     while end(&cluster).expect("metrics") < enough {
         cluster.cli(&["bench", "--clients", "2", "--seconds", "1"]).ok();
@@ -49,7 +49,7 @@ fn a_follower_that_was_away_for_two_snapshots_gets_one() {
 
     cluster.spawn(away);
     agrees(&cluster);
-    let installed = cluster.nodes[away].metric("portwarden_snapshots_installed_total");
+    let installed = cluster.metric(away, "portwarden_snapshots_installed_total");
     assert!(installed >= Some(1.0), "it caught up without a snapshot");
     cluster.kill(away);
     cluster.spawn(away);
@@ -122,9 +122,8 @@ fn a_follower_recovers_under_load() {
         .stdout(Stdio::null())
         .spawn()
         .expect("bench starts");
-    let revision = |cluster: &Cluster| {
-        wait_for("writes", || cluster.nodes[leader].metric("portwarden_revision"))
-    };
+    let revision =
+        |cluster: &Cluster| wait_for("writes", || cluster.metric(leader, "portwarden_revision"));
     let before = revision(&cluster);
     wait_for("load", || (revision(&cluster) > before + 100.0).then_some(()));
     cluster.kill(follower);

@@ -13,7 +13,7 @@ use portwarden::proto::v1;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
-use crate::support::{Cluster, number_from, wait_for};
+use crate::support::{Cluster, client_of, number_from, wait_for};
 
 const ROUNDS: u64 = 12;
 /// Within which a node answers, or ends with a reason.
@@ -38,18 +38,11 @@ impl Bench {
         (0..3).for_each(|at| cluster.spawn(at));
         cluster.leader();
         cluster.worker("w", 49_999);
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        let endpoints = cluster.nodes.iter().map(|n| n.client()).collect();
-        let options = Options { timeout: Duration::from_secs(20), ..Options::default() };
-        let client = runtime.block_on(async { Client::connect(endpoints, options) });
+        let (runtime, client) = client_of(&cluster);
         let mut bench = Bench {
             cluster,
             runtime,
-            client: client.expect("a client"),
+            client,
             history: History::new(),
             next: 0,
             rng: StdRng::seed_from_u64(seed),

@@ -10,15 +10,15 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use portwarden::client::{Client, ClientError, Options};
+use portwarden::client::{Client, ClientError};
 use portwarden::proto::v1;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::forgetting::{Cut, Disk};
-use crate::support::{Cluster, number_from, wait_for};
+use crate::support::{Cluster, client_of, number_from, wait_for};
 
 const ROUNDS: u64 = 8;
 const CLIENTS: u64 = 6;
@@ -193,15 +193,7 @@ impl Bench {
             cluster.spawn(at);
         }
         cluster.leader();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        let endpoints = cluster.nodes.iter().map(|n| n.client()).collect();
-        let options = Options { timeout: Duration::from_secs(20), ..Options::default() };
-        let client = runtime.block_on(async { Client::connect(endpoints, options) });
-        let client = client.expect("a client");
+        let (runtime, client) = client_of(&cluster);
         for worker in ["w0", "w1"] {
             let range = v1::PortRange { name: "all".into(), first: 10_000, last: 65_000 };
             let spec = v1::WorkerSpec {

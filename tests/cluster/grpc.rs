@@ -12,7 +12,7 @@ use tonic::{Code, Request};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_reflection::pb::v1 as reflection;
 
-use crate::support::{Cluster, wait_for};
+use crate::support::{BOUND, Cluster, wait_for};
 use crate::wire::{Door, block_on, claim, details, ports, reason, refused, spec, violation};
 
 #[test]
@@ -346,9 +346,12 @@ fn a_lease_lives_while_it_is_kept_alive_and_takes_what_is_on_it_along() {
         }
         // Nobody keeps it any more.
         let get = || v1::GetRequest { name: "a".into(), read: None };
-        while doors[0].allocator.get(get()).await.is_ok() {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
+        let gone = async {
+            while doors[0].allocator.get(get()).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        tokio::time::timeout(BOUND, gone).await.expect("it goes with its lease");
         for door in &mut doors {
             let status = refused(Code::NotFound, door.allocator.get(get()).await);
             assert!(status.message().contains(&format!("lease {lease} expired")), "{status:?}");

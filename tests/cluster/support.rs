@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use portwarden::client::{Client, Options};
 use serde_json::Value;
 
 /// Generous: what takes longer is stuck. No test asserts that anything is fast.
@@ -35,13 +36,6 @@ pub struct Node {
 }
 
 impl Node {
-    /// A sample of its `/metrics`; `None` while it does not answer.
-    pub fn metric(&self, family: &str) -> Option<f64> {
-        let text = http_get(&self.http(), "/metrics").ok()?;
-        let line = text.lines().find(|line| line.starts_with(family))?;
-        line.split_whitespace().last()?.parse().ok()
-    }
-
     pub fn client(&self) -> String {
         format!("{}:7601", self.address)
     }
@@ -245,12 +239,7 @@ impl Cluster {
 
     /// The sum of a metric over its labels, as the node shows it now; `None` while it does not run.
     pub fn metric(&self, at: usize, name: &str) -> Option<f64> {
-        let mut stream = std::net::TcpStream::connect(self.nodes[at].http()).ok()?;
-        let request = "GET /metrics HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n";
-        stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?; // it may be paused
-        stream.write_all(request.as_bytes()).ok()?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).ok()?;
+        let text = http_get(&self.nodes[at].http(), "/metrics").ok()?;
         let value = |line: &str| {
             let (series, value) = line.rsplit_once(' ')?;
             let full = series.split('{').next()?;
@@ -405,6 +394,16 @@ pub fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// A client of all nodes, and the runtime that it lives in.
+pub fn client_of(cluster: &Cluster) -> (tokio::runtime::Runtime, Client) {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(1).enable_all().build().expect("a runtime");
+    let endpoints = cluster.nodes.iter().map(Node::client).collect();
+    let options = Options { timeout: Duration::from_secs(20), ..Options::default() };
+    let client = runtime.block_on(async { Client::connect(endpoints, options) });
+    (runtime, client.expect("a client"))
+}
+
 /// A number from the environment.
 pub fn number_from(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
@@ -413,6 +412,7 @@ pub fn number_from(variable: &str) -> Option<u64> {
 
 pub fn http_get(addr: &str, path: &str) -> std::io::Result<String> {
     let mut stream = std::net::TcpStream::connect(addr)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?; // it may be paused
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
