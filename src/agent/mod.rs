@@ -216,7 +216,7 @@ impl Agent {
         self.warn_of_ranges(table, &kernel);
         match &seen.gpu_trouble {
             Some(why) => self.gpu_trouble.say(why),
-            None => self.gpu_trouble.is_over("the driver tells of all GPUs again"),
+            None => self.gpu_trouble.end("the driver tells of all GPUs again"),
         }
         self.number += 1;
         let stamp = Stamp {
@@ -232,10 +232,10 @@ impl Agent {
         match self.client.with_timeout(timeout).worker_report(report).await {
             Ok(v1::ReportResponse { ignored, lost_after_ms, .. }) => {
                 match ignored.as_str() {
-                    "" => self.ignored.is_over("reports are counted again"),
+                    "" => self.ignored.end("reports are counted again"),
                     why => self.ignored.say(&format!("the report was not counted: {why}")),
                 }
-                self.trouble.is_over("the cluster takes reports again");
+                self.trouble.end("the cluster takes reports again");
                 self.keep_within(Duration::from_millis(lost_after_ms));
                 Ok(())
             }
@@ -305,7 +305,7 @@ impl Trouble {
         }
     }
 
-    fn is_over(&mut self, what: &str) {
+    fn end(&mut self, what: &str) {
         if self.said.take().is_some() {
             info!("{what}");
         }

@@ -22,6 +22,14 @@ pub struct Process {
     pub cgroups: Vec<String>,
 }
 
+impl Process {
+    /// Is it the one that a handle names?
+    fn is(&self, handle: &v1::Process) -> bool {
+        self.start_ticks == handle.start_ticks
+            && (self.pid == handle.pid || self.inner_pids.contains(&handle.pid))
+    }
+}
+
 /// All processes that the agent sees.
 #[derive(Debug, Clone, Default)]
 pub struct Processes {
@@ -52,12 +60,9 @@ impl Processes {
     ///
     /// A handle from an inner PID namespace is found by its start and its pid there.
     pub fn is_alive(&self, handle: &v1::Process) -> bool {
-        let v1::Process { pid, start_ticks } = *handle;
+        let pid = handle.pid;
         let named = self.by_pid.get(&pid);
-        let is_it = |process: &Process| {
-            process.start_ticks == start_ticks
-                && (process.pid == pid || process.inner_pids.contains(&pid))
-        };
+        let is_it = |process: &Process| process.is(handle);
         let of_its_group = |process: &Process| {
             named.is_none_or(is_it) && (process.group == pid || process.session == pid)
         };
@@ -79,9 +84,7 @@ impl Processes {
 
     fn descends(&self, process: &Process, root: &v1::Process) -> bool {
         self.ancestry(process).any(|process| {
-            let is_root = process.start_ticks == root.start_ticks
-                && (process.pid == root.pid || process.inner_pids.contains(&root.pid));
-            is_root || process.group == root.pid || process.session == root.pid
+            process.is(root) || process.group == root.pid || process.session == root.pid
         })
     }
 

@@ -55,7 +55,7 @@ async fn follow_from_listing(
     loop {
         let news = copy.next().await;
         if news.is_ok() {
-            trouble.is_over("the cluster tells of the worker again");
+            trouble.end("the cluster tells of the worker again");
         }
         match news {
             // The worker after them, so that nothing of it that is older is missed.

@@ -8,6 +8,7 @@
 //! To run it: [`Api::new`] over a node, [`Api::local_calls`] for the node's peers, [`serve`] for
 //! clients. One `Api` (or its clones) must serve both.
 
+mod ahead;
 mod allocator;
 pub mod assembly;
 mod cluster;

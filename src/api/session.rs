@@ -11,6 +11,7 @@ use prost::Message as _;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::ahead::Ahead;
 use super::allocator::{Allocate, Attach, Confirm, Release, ReportConflict, allocate_command, get};
 use super::dispatch::{Api, Failure, Method, Responses, Write};
 use super::observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX};
@@ -213,14 +214,27 @@ impl Api {
     ) -> Result<Response<Responses<v1::SessionResponse>>, Status> {
         let (metadata, _, messages) = request.into_parts();
         let (api, stopping) = (self.clone(), self.stopping());
+        let ahead = Ahead::new();
+        let made = ahead.clone();
         // Messages under way are answered, whatever ends the stream.
-        let responses = messages
-            .take_until(stopping)
-            .map(move |message| api.clone().serve_message(metadata.clone(), message))
+        let responses = ahead
+            .begin(messages.take_until(Box::pin(stopping)))
+            .map(move |message| {
+                let (api, metadata, made) = (api.clone(), metadata.clone(), made.clone());
+                async move {
+                    let response = api.serve_message(metadata, message).await;
+                    let bytes = response.as_ref().map_or(0, v1::SessionResponse::encoded_len);
+                    made.made(bytes);
+                    (response, bytes)
+                }
+            })
             .buffered(SESSION_MESSAGES_AT_ONCE)
-            .map(|response| match response {
-                Ok(response) => stream::iter(in_parts(response).map(Ok)).left_stream(),
-                Err(status) => stream::iter([Err(status)]).right_stream(),
+            .map(move |(response, bytes)| {
+                ahead.taken(bytes);
+                match response {
+                    Ok(response) => stream::iter(in_parts(response).map(Ok)).left_stream(),
+                    Err(status) => stream::iter([Err(status)]).right_stream(),
+                }
             })
             .flatten();
         Ok(Response::new(Box::pin(responses)))

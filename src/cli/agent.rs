@@ -108,6 +108,11 @@ fn reported(error: AgentError) -> anyhow::Error {
     }
 }
 
+/// Is it a `--config FILE`? For the fuzzers.
+pub(super) fn parses(text: &str) -> bool {
+    toml::from_str::<File>(text).is_ok()
+}
+
 struct Settings {
     worker: Option<String>,
     interval: Option<Duration>,

@@ -2,7 +2,7 @@
 
 use clap::Parser as _;
 
-use super::{Cli, allocate, parse, serve};
+use super::{Cli, agent, allocate, parse, serve, worker};
 
 /// A command line, as words.
 pub fn command_line(text: &str) -> bool {
@@ -10,14 +10,14 @@ pub fn command_line(text: &str) -> bool {
     Cli::try_parse_from(std::iter::once("portwarden").chain(words)).is_ok()
 }
 
-/// A `--config FILE`.
+/// A `--config FILE`, of a node or of an agent.
 pub fn config(text: &str) -> bool {
-    serve::parses(text)
+    serve::parses(text) | agent::parses(text)
 }
 
-/// An `allocate -f FILE`.
+/// An `allocate -f FILE`, or a `worker apply -f FILE`.
 pub fn gang(text: &str) -> bool {
-    allocate::parse_claims(text).is_ok()
+    allocate::parse_claims(text).is_ok() | worker::parse_workers(text).is_ok()
 }
 
 /// The value of any flag.

@@ -486,7 +486,7 @@ async fn apply_file(client: &Client, file: &str, format: Format) -> anyhow::Resu
     Ok(ExitCode::SUCCESS)
 }
 
-fn parse_workers(text: &str) -> Result<Vec<(String, v1::WorkerSpec)>, String> {
+pub(super) fn parse_workers(text: &str) -> Result<Vec<(String, v1::WorkerSpec)>, String> {
     let workers: Vec<WorkerInFile> = list_or_key::<WorkersFile, _>(text, "workers", |f| f.workers)?;
     let parsed = workers
         .into_iter()

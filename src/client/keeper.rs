@@ -295,7 +295,7 @@ impl Book {
     }
 
     /// What was under way on a line that is gone waits for the next one.
-    fn line_is_down(&mut self, under_way: impl IntoIterator<Item = u64>) {
+    fn line_went_down(&mut self, under_way: impl IntoIterator<Item = u64>) {
         for id in under_way {
             let Some(kept) = self.take(id) else { continue };
             self.put(id, Kept { next: Next::Waiting, ..kept });
@@ -303,7 +303,7 @@ impl Book {
     }
 
     /// Everything is asked at once: how long the line was down is not told.
-    fn line_is_up(&mut self) {
+    fn line_came_up(&mut self) {
         let now = (self.clock)();
         let ids: Vec<u64> = self.leases.keys().copied().collect();
         for id in ids {
@@ -426,7 +426,7 @@ impl Work {
         match news {
             News::Opened(up) => {
                 self.line = Line::Up(up);
-                self.book.line_is_up();
+                self.book.line_came_up();
             }
             News::Answer { id, sent, ttl_ms } => {
                 self.tour.answered();
@@ -451,7 +451,7 @@ impl Work {
         let pause = self.tour.move_on(asked_pause);
         let next = Line::down(&self.client, self.tour.door(), pause);
         if let Line::Up(up) = std::mem::replace(&mut self.line, next) {
-            self.book.line_is_down(up.under_way.into_iter().map(|(id, ..)| id));
+            self.book.line_went_down(up.under_way.into_iter().map(|(id, ..)| id));
         }
     }
 
@@ -535,13 +535,13 @@ mod tests {
         }
         assert!(book.look(false).is_empty(), "there is no line yet");
         assert_eq!(book.next_look(), Some(Duration::MAX), "and nothing to do until there is");
-        book.line_is_up();
+        book.line_came_up();
         assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
         book.answered(7, Duration::ZERO, 9_000);
-        book.line_is_down([8]);
+        book.line_went_down([8]);
         clock.store(1, Ordering::Relaxed);
         assert!(book.look(true).is_empty());
-        book.line_is_up();
+        book.line_came_up();
         assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
     }
 

@@ -52,7 +52,7 @@ struct Job {
 
 impl Job {
     /// Is it to be sent?
-    fn is_wanted(&self) -> bool {
+    fn decide_to_send(&self) -> bool {
         !self.done.is_closed() && !self.decided.swap(true, Ordering::AcqRel)
     }
 }
@@ -376,7 +376,7 @@ impl Line {
         let overdue = Instant::now() + self.timeout;
         let mut message = Vec::new();
         let mut size = Size::default();
-        for job in jobs.into_iter().filter(Job::is_wanted) {
+        for job in jobs.into_iter().filter(Job::decide_to_send) {
             if size.and(job.size).beyond().is_some() {
                 self.dispatch(std::mem::take(&mut message));
                 size = Size::default();

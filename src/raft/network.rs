@@ -193,7 +193,7 @@ impl PeerNetwork {
         self.led.load(Ordering::Relaxed)
     }
 
-    pub(super) fn is_led(&self) {
+    pub(super) fn note_led(&self) {
         self.led.store(true, Ordering::Relaxed);
     }
 
@@ -207,7 +207,7 @@ impl PeerNetwork {
         self.doubted.notify_one();
     }
 
-    pub(super) fn was_removed(&self) {
+    pub(super) fn note_removed(&self) {
         if !self.removed.send_replace(true) {
             tracing::warn!("this node was removed from the cluster");
         }
@@ -216,11 +216,11 @@ impl PeerNetwork {
     /// Does what this node has applied say so?
     pub fn look_whether_removed(&self) {
         if self.identities.was_removed() {
-            self.was_removed();
+            self.note_removed();
         }
     }
 
-    pub(super) fn refused(&self, why: &str) {
+    pub(super) fn note_refusal(&self, why: &str) {
         self.refusal.send_replace(Some(why.into()));
     }
 
@@ -230,10 +230,10 @@ impl PeerNetwork {
         let kind = status.metadata().get(REFUSAL_KEY).and_then(|kind| kind.to_str().ok());
         let refused = status.code() == Code::FailedPrecondition;
         if refused && kind.is_some_and(Kind::ends_sender) {
-            self.refused(&why);
+            self.note_refusal(&why);
         }
         if refused && kind == Some(Kind::SenderRemoved.on_wire()) {
-            self.was_removed();
+            self.note_removed();
         }
         why
     }

@@ -134,7 +134,7 @@ fn refused(network: &PeerNetwork, refusal: identity::Refusal) -> Status {
         let (network, why) = (network.clone(), why.clone());
         tokio::spawn(async move {
             tokio::time::sleep(ANSWER_FIRST).await;
-            network.refused(&why);
+            network.note_refusal(&why);
         });
     }
     tracing::warn!(%why, "refused a call of a peer");
@@ -257,7 +257,7 @@ impl Peer for PeerService {
         let answers = stream::once(async move {
             let Some(first) = messages.message().await? else { return Ok(stream::empty().boxed()) };
             admit_member(&network, first.header.as_ref()).await?;
-            network.is_led();
+            network.note_led();
             let stream = HeldStream(network.clone());
             let requests = stream::once(ready(Ok(first)))
                 .chain(messages)
@@ -334,7 +334,7 @@ impl Peer for PeerService {
         let checked = self.network.identities.check(message.header.as_ref(), strict);
         checked.map_err(|refusal| refused(&self.network, refusal))?;
         if message.removed {
-            self.network.was_removed();
+            self.network.note_removed();
         }
         let session = self.network.identities.local.session.clone();
         Ok(Response::new(proto::ProbeResponse { session, ..self.hooks.probe(message).await }))

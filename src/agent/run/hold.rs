@@ -92,11 +92,11 @@ impl Hold {
     }
 
     /// Resolves when it must be asked to end.
-    pub async fn ending(&mut self) -> Lost {
+    pub async fn ending(&mut self) {
         loop {
             let spare = self.spare();
             if spare.is_zero() {
-                return Lost::LeaseEnds;
+                return;
             }
             tokio::select! {
                 _ = self.lease.changed() => {}
@@ -163,7 +163,8 @@ impl Hold {
     /// Keeps it, until the program must stop.
     pub async fn kept(&mut self, liveness: Option<v1::Liveness>) -> Lost {
         if self.on_lease_lost == OnLeaseLost::Stop {
-            return self.ending().await;
+            self.ending().await;
+            return Lost::LeaseEnds;
         }
         loop {
             match self.lease.changed().await {
@@ -203,27 +204,31 @@ impl Hold {
         }
     }
 
-    /// Gives back what is held: the program has ended. What cannot be given back now is reclaimed in
-    /// time, by the end of the lease and, where there is an agent, by what that sees.
+    /// Gives back what is held: the program has ended.
     pub async fn release(self) {
-        let Hold { client, lease, held, .. } = self;
-        let mut released = client.release(&held.name, held.token).await;
-        if let Err(refused) = &released
-            && refused.code() == Some(Code::FailedPrecondition)
-            && let Ok(Some(found)) = find(&client, &held.name, &held.uid).await
-        {
-            released = client.release(&held.name, found.token).await;
+        release(&self.client, &self.lease, &self.held).await;
+    }
+}
+
+/// Gives back what is held. What cannot be given back now is reclaimed in time, by the end of the lease
+/// and, where there is an agent, by what that sees.
+pub async fn release(client: &Client, lease: &Holding, held: &v1::Allocation) {
+    let mut released = client.release(&held.name, held.token).await;
+    if let Err(refused) = &released
+        && refused.code() == Some(Code::FailedPrecondition)
+        && let Ok(Some(found)) = find(client, &held.name, &held.uid).await
+    {
+        released = client.release(&held.name, found.token).await;
+    }
+    match released {
+        Ok(_) => debug!(name = held.name, "released"),
+        Err(error) => {
+            warn!(name = held.name, %error, "not released; it is reclaimed in time");
+            return;
         }
-        match released {
-            Ok(_) => debug!(name = held.name, "released"),
-            Err(error) => {
-                warn!(name = held.name, %error, "not released; it is reclaimed in time");
-                return;
-            }
-        }
-        if let Err(error) = client.lease_revoke(lease.id()).await {
-            debug!(%error, "the lease is left to expire");
-        }
+    }
+    if let Err(error) = client.lease_revoke(lease.id()).await {
+        debug!(%error, "the lease is left to expire");
     }
 }
 

@@ -127,7 +127,7 @@ pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, Ru
     let has_agent = match has_agent {
         Ok(has_agent) => has_agent,
         Err(error) => {
-            Hold::new(client, keeper, lease, OnLeaseLost::Keep, held).release().await;
+            hold::release(&client, &lease, &held).await;
             return Err(error);
         }
     };
@@ -291,7 +291,7 @@ impl Supervisor<'_> {
                     stopping |= asks_for_an_end(signal);
                     child.signal(signal);
                 }
-                Lost::LeaseEnds | Lost::Gone(_) = hold.ending() => return Err(RunError::LeaseEnds),
+                () = hold.ending() => return Err(RunError::LeaseEnds),
                 () = sleep(pause) => match look.at(&self.host, self.job.ready, child).await? {
                     Stage::Ready => return Ok(None),
                     Stage::Stranger { port, pid } if look.strangers >= STRANGER_LOOKS && !stopping => {
