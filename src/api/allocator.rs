@@ -8,11 +8,12 @@ use super::convert::Addresses;
 use super::dispatch::{
     Api, Failure, Freshness, Method, Read, Reading, Responses, Write, Writing, propose,
 };
+use super::filter::Filter;
 use super::pages::{PageToken, fill, page_size};
 use super::{convert, errors};
 use crate::core::{
     self, Authority, Claim, Command, InstanceName, Invalid, Millis, Origin, Outcome, Refusal,
-    Revision, Selector, State, Token, WorkerName, limits,
+    Revision, State, Token, WorkerName, limits,
 };
 use crate::node::Deadline;
 use crate::proto::v1;
@@ -288,10 +289,8 @@ pub(super) fn allocate_command(claims: &[Arc<Claim>]) -> Command {
 pub(super) struct List;
 
 pub(super) struct ListQuery {
-    worker: Option<WorkerName>,
-    selector: Selector,
+    filter: Filter,
     phase: v1::Phase,
-    prefix: String,
     size: usize,
     token: Option<PageToken>,
 }
@@ -299,18 +298,15 @@ pub(super) struct ListQuery {
 impl ListQuery {
     /// All pages at once, in order of name.
     pub(super) fn all(&self, view: &State) -> Vec<v1::Allocation> {
-        let on = |held: &core::Allocation| self.worker.as_ref().is_none_or(|w| *w == held.worker);
-        let held = view.allocations_named(&self.prefix, None);
-        let wanted = held.filter(|held| on(held) && self.matches(held));
+        let held = view.allocations_named(&self.filter.prefix, None);
+        let wanted = held.filter(|held| self.matches(held));
         wanted.map(|held| convert::allocation(held, view)).collect()
     }
 
     fn matches(&self, allocation: &core::Allocation) -> bool {
         let phase_fits =
             self.phase == v1::Phase::Unspecified || self.phase == convert::phase(allocation.phase);
-        phase_fits
-            && allocation.name().as_str().starts_with(&self.prefix)
-            && self.selector.matches(&allocation.claim.labels)
+        phase_fits && self.filter.matches(allocation)
     }
 }
 
@@ -321,14 +317,9 @@ impl Read for List {
     const PATH: &'static str = "/portwarden.v1.Allocator/List";
 
     fn query(request: &v1::ListRequest) -> Result<(Freshness, ListQuery), Status> {
-        core::check_text("name_prefix", &request.name_prefix, limits::NAME_MAX_BYTES)
-            .map_err(errors::invalid)?;
-        let worker = Some(request.worker.as_str()).filter(|name| !name.is_empty());
         let query = ListQuery {
-            worker: worker.map(|name| convert::worker_name("worker", name)).transpose()?,
-            selector: convert::selector(&request.selector)?,
+            filter: Filter::parse(&request.worker, &request.selector, &request.name_prefix)?,
             phase: convert::phase_filter(request.phase)?,
-            prefix: request.name_prefix.clone(),
             size: page_size(request.page_size)?,
             token: PageToken::parse(&request.page_token)?,
         };
@@ -345,14 +336,14 @@ impl Read for List {
         let shown = |allocation: &core::Allocation| {
             query.matches(allocation).then(|| convert::allocation(allocation, view))
         };
-        let page = match &query.worker {
+        let page = match &query.filter.worker {
             Some(name) => {
                 let worker = view.worker(name);
                 let on = worker.into_iter().flat_map(|w| view.allocations_on(w, after.as_ref()));
                 fill(on.map(|a| (a.name().as_str(), shown(a))), query.size)
             }
             None => {
-                let named = view.allocations_named(&query.prefix, after.as_ref());
+                let named = view.allocations_named(&query.filter.prefix, after.as_ref());
                 fill(named.map(|a| (a.name().as_str(), shown(a))), query.size)
             }
         };

@@ -6,9 +6,10 @@ use futures::stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::address::check_host_port;
 use super::dispatch::{Api, Failure, Method, Responses};
 use super::errors;
-use crate::core::{self, Invalid};
+use crate::core::Invalid;
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::{Deadline, MemberReport, StatusReport};
 use crate::proto::v1;
@@ -121,7 +122,7 @@ impl Method for SetFeatureLevel {
 }
 
 fn address(field: &str, text: &str) -> Result<String, Status> {
-    core::check_host_port(field, text).map_err(errors::invalid)?;
+    check_host_port(field, text).map_err(errors::invalid)?;
     Ok(text.into())
 }
 

@@ -4,11 +4,11 @@
 //! path in the message, the value and the limit. Outward nothing can fail.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use tonic::Status;
 
+use super::address::check_host;
 use super::errors;
 use crate::core::{
     Allocation, Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, Handle, HeldGpu, HeldPort,
@@ -255,27 +255,8 @@ fn parse_spec(spec: &v1::WorkerSpec) -> Result<WorkerSpec, Invalid> {
         identity: spec.identity.as_ref().map(identity),
     };
     parsed.validate()?;
-    check_address(&parsed.address)?;
+    check_host("address", &parsed.address)?;
     Ok(parsed)
-}
-
-/// Not in the table's own rules: those hold for what was taken before too.
-fn check_address(address: &str) -> Result<(), Invalid> {
-    let is_name = |label: &str| {
-        let inner = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        !label.is_empty() && label.chars().all(inner)
-    };
-    // What ends in a number would be an IPv4 address.
-    let numeric = |label: &str| label.chars().all(|c| c.is_ascii_digit());
-    let mut labels = address.trim_end_matches('.').split('.');
-    let is_host = labels.clone().all(is_name) && !labels.next_back().is_some_and(numeric);
-    match is_host || address.parse::<IpAddr>().is_ok() {
-        true => Ok(()),
-        false => {
-            let limit = "a host name or IP address, without a port";
-            Err(Invalid::new("address", address, limit))
-        }
-    }
 }
 
 fn parse_range(range: &v1::PortRange) -> Result<RangeSpec, Invalid> {
@@ -315,7 +296,7 @@ pub fn worker_patch(
     for (i, field) in fields.iter().enumerate() {
         match field.as_str() {
             "address" => {
-                check_address(&spec.address).map_err(within)?;
+                check_host("address", &spec.address).map_err(within)?;
                 patch.address = Some(spec.address.clone());
             }
             "labels" => patch.labels = Some(parse_labels(&spec.labels).map_err(within)?),
@@ -571,12 +552,12 @@ mod tests {
     #[test]
     fn an_address_is_a_host_without_a_port() {
         for good in ["10.0.0.1", "::1", "fd00::7", "h", "node-1.rack_2.example.com", "n1.local."] {
-            assert_eq!(check_address(good), Ok(()), "{good}");
+            assert_eq!(check_host("address", good), Ok(()), "{good}");
         }
         for bad in
             [" ", "a b", "http://a", "10.0.0.999", "a:1", "[::1]", "1.2.3", "a..b", ".", "a/b"]
         {
-            let error = check_address(bad).expect_err(bad).to_string();
+            let error = check_host("address", bad).expect_err(bad).to_string();
             assert!(error.contains("address") && error.contains("without a port"), "{error}");
         }
     }

@@ -8,6 +8,7 @@
 //! To run it: [`Api::new`] over a node, [`Api::local_calls`] for the node's peers, [`serve`] for
 //! clients. One `Api` (or its clones) must serve both.
 
+mod address;
 mod ahead;
 mod allocator;
 pub mod assembly;
@@ -18,6 +19,7 @@ mod dispatch;
 mod errors;
 #[cfg(test)]
 pub(crate) mod fake;
+mod filter;
 mod leases;
 #[doc(hidden)]
 pub mod meaning;
@@ -30,6 +32,7 @@ mod tests;
 mod watch;
 mod workers;
 
+pub use address::check_host_port;
 pub use connections::{CONNECTIONS_MAX, tcp_incoming};
 pub(crate) use convert::worker_spec;
 pub use dispatch::{Api, Backend, CALLS_IN_FLIGHT_MAX};

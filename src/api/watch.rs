@@ -16,10 +16,10 @@ use tonic::{Request, Response, Status};
 
 use super::convert::Addresses;
 use super::dispatch::{Api, Freshness, Read, Reading, Responses};
+use super::filter::Filter;
 use super::{convert, errors};
 use crate::core::{
-    self, Allocation, ChangeKind, Event, ReleaseReason, Revision, Selector, Specs, State,
-    WorkerName, limits,
+    Allocation, ChangeKind, Event, ReleaseReason, Revision, Specs, State, WorkerName,
 };
 use crate::node::Deadline;
 use crate::node::watch::{End, Group, NoWatch, Subscription, Told, Word};
@@ -59,44 +59,19 @@ impl Read for Current {
     }
 }
 
-/// What a watcher wants to hear of.
-struct Filter {
-    worker: Option<WorkerName>,
-    selector: Selector,
-    prefix: String,
-}
-
-impl Filter {
-    fn parse(request: &v1::WatchRequest) -> Result<Filter, Status> {
-        core::check_text("name_prefix", &request.name_prefix, limits::NAME_MAX_BYTES)
-            .map_err(errors::invalid)?;
-        let worker = Some(request.worker.as_str()).filter(|name| !name.is_empty());
-        Ok(Filter {
-            worker: worker.map(|name| convert::worker_name("worker", name)).transpose()?,
-            selector: convert::selector(&request.selector)?,
-            prefix: request.name_prefix.clone(),
-        })
-    }
-
-    fn matches(&self, event: &Event) -> bool {
-        let Filter { worker, selector, prefix } = self;
-        let of_allocation = |allocation: &Allocation| {
-            worker.as_ref().is_none_or(|worker| *worker == allocation.worker)
-                && selector.matches(&allocation.claim.labels)
-                && allocation.name().as_str().starts_with(prefix.as_str())
-        };
-        let of_worker = |name: &WorkerName| match worker {
-            Some(worker) => worker == name,
-            None => selector.terms().is_empty() && prefix.is_empty(),
-        };
-        match event {
-            Event::Worker(worker) => of_worker(&worker.name),
-            Event::WorkerRemoved(name) => of_worker(name),
-            other => match other.allocation() {
-                Some(allocation) => of_allocation(allocation),
-                None => worker.is_none() && selector.terms().is_empty() && prefix.is_empty(),
-            },
-        }
+/// Does a watcher want to hear of it?
+fn wants(filter: &Filter, event: &Event) -> bool {
+    let of_worker = |name: &WorkerName| match &filter.worker {
+        Some(worker) => worker == name,
+        None => !filter.is_of_allocations(),
+    };
+    match event {
+        Event::Worker(worker) => of_worker(&worker.name),
+        Event::WorkerRemoved(name) => of_worker(name),
+        other => match other.allocation() {
+            Some(allocation) => filter.matches(allocation),
+            None => filter.worker.is_none() && !filter.is_of_allocations(),
+        },
     }
 }
 
@@ -223,7 +198,7 @@ impl Watcher {
             done.push(v1::WatchResponse { revision: told.0, events, partial });
         };
         for group in groups.iter().filter(|group| group.revision >= self.from) {
-            for event in group.events.iter().filter(|event| self.filter.matches(event)) {
+            for event in group.events.iter().filter(|event| wants(&self.filter, event)) {
                 if bytes >= MESSAGE_SOFT_BYTES {
                     close(&mut events, self.told, true);
                     (bytes, split) = (0, true);
@@ -305,7 +280,7 @@ impl Api {
         request: v1::WatchRequest,
         deadline: Deadline,
     ) -> Result<mpsc::Receiver<Result<v1::WatchResponse, Status>>, Status> {
-        let filter = Filter::parse(&request)?;
+        let filter = Filter::parse(&request.worker, &request.selector, &request.name_prefix)?;
         let now = self.current(deadline).await?;
         let from = match request.from_revision {
             0 => Revision(now.0 + 1),

@@ -13,9 +13,10 @@ use serde::de::DeserializeOwned;
 
 use super::error::CliError;
 use super::usage;
+use crate::api::check_host_port;
 use crate::core::{
     InstanceName, Invalid, LabelKey, LabelValue, Millis, Port, PortName, RangeName, Selector,
-    check_host_port, limits,
+    limits,
 };
 use crate::proto::v1;
 

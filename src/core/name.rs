@@ -53,27 +53,6 @@ pub fn check_text(field: &str, value: &str, max_bytes: usize) -> Result<(), Inva
     Ok(())
 }
 
-/// Checks a `HOST:PORT`: a name, an IPv4 address or an IPv6 address in brackets.
-pub fn check_host_port(field: &str, value: &str) -> Result<(), Invalid> {
-    check_text(field, value, ADDRESS_MAX_BYTES)?;
-    let limit = "HOST:PORT, a host name or address ([…] around IPv6) and a port of 1 to 65535";
-    let bad = || Invalid::new(field, value, limit);
-    let (host, port) = value.rsplit_once(':').ok_or_else(bad)?;
-    let is_host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
-        Some(v6) => {
-            v6.contains(':') && v6.chars().all(|c| c.is_ascii_hexdigit() || ":.".contains(c))
-        }
-        None => {
-            let is_part = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-            !host.is_empty() && host.chars().all(is_part)
-        }
-    };
-    match port.parse::<u16>() {
-        Ok(1..) if is_host && !port.starts_with('+') => Ok(()),
-        _ => Err(bad()),
-    }
-}
-
 fn check_name(
     field: &str,
     value: &str,
@@ -303,33 +282,6 @@ mod tests {
         }
         assert!(LabelValue::parse("").is_ok());
         assert!(LabelKey::parse("").is_err());
-    }
-
-    #[test]
-    fn an_address_is_a_host_and_a_port_and_nothing_else() {
-        for good in ["a:1", "10.0.0.1:65535", "[::1]:7701", "node-1.example_x.:7701"] {
-            assert_eq!(check_host_port("peer", good), Ok(()), "{good}");
-        }
-        for bad in [
-            "a",
-            "a:",
-            ":1",
-            "a:0",
-            "a:65536",
-            "a:+1",
-            "::1:7701",
-            "[::g]:1",
-            "http://a:1",
-            "x y:1",
-            "a,b:1",
-            "ü:1",
-            "a:1,b:2",
-            "a/b:1",
-            "user@a:1",
-        ] {
-            let error = check_host_port("peer", bad).unwrap_err();
-            assert_eq!((error.field.as_str(), error.value.as_str()), ("peer", bad));
-        }
     }
 
     #[test]

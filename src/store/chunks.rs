@@ -42,7 +42,7 @@ fn checksum(at: Position, payload: &[u8]) -> u32 {
     crc.finalize()
 }
 
-/// Keys and values of an entry. There are at most 65 535 chunks: [`ENTRY_MAX_BYTES`] sees to it.
+/// Keys and values of an entry. There are at most 65 535 chunks: [`super::ENTRY_MAX_BYTES`] sees to it.
 pub(super) fn chunks(record: &LogRecord) -> Vec<(Key, Vec<u8>)> {
     let LogRecord { at, payload, .. } = record;
     let (first, rest) = payload.split_at(payload.len().min(CHUNK_BYTES - HEADER_BYTES));
