@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod api;
 pub mod blocking;
+mod causes;
 pub mod cli;
 pub mod client;
 pub mod core;

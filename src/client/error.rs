@@ -5,6 +5,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use crate::causes::{causes, never_connected};
 use crate::proto::{DOMAIN, reason};
 
 #[derive(Debug, thiserror::Error)]
@@ -74,10 +75,11 @@ pub(super) enum Verdict {
 /// our own make an attempt "surely not done": what a proxy says is a doubt.
 pub(super) fn judge(status: Status) -> Verdict {
     let why = status.message().to_string();
-    if let Some(source) = std::error::Error::source(&status) {
-        return match is_connect_error(source) {
-            true => Verdict::NotDone { why: innermost(source), pause: None },
-            false => Verdict::Doubtful { why: innermost(source) },
+    if let Some(cause) = causes(&status).last() {
+        let why = cause.to_string();
+        return match never_connected(&status) {
+            true => Verdict::NotDone { why, pause: None },
+            false => Verdict::Doubtful { why },
         };
     }
     let details = status.get_error_details();
@@ -107,20 +109,6 @@ pub(super) fn judge(status: Status) -> Verdict {
 
 const NOT_SERVED: &str = "it does not serve this call: the address of a node is that of `serve --listen`, \
                           and its build must not be older";
-
-fn is_connect_error(error: &(dyn std::error::Error + 'static)) -> bool {
-    chain(error).any(|e| e.is::<tonic::ConnectError>())
-}
-
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    chain(error).last().map_or_else(String::new, ToString::to_string)
-}
-
-fn chain<'a>(
-    error: &'a (dyn std::error::Error + 'static),
-) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
-    std::iter::successors(Some(error), |e| e.source())
-}
 
 #[cfg(test)]
 mod tests {

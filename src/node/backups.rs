@@ -12,10 +12,9 @@ use std::time::Duration;
 use metrics::{counter, gauge};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
-use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info};
 
-use super::Node;
+use super::{Node, ticks};
 use crate::core::Revision;
 use crate::raft::{self, Table};
 
@@ -114,8 +113,7 @@ fn retain(dir: &Path, cluster: &str, keep: usize) -> io::Result<()> {
 /// Writes backups for as long as Raft runs.
 pub(super) async fn run(node: Node, plan: BackupPlan) {
     let id = node.id().to_string();
-    let mut every = interval(plan.every);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(plan.every);
     let mut last: Option<Revision> = None;
     while node.runs() {
         every.tick().await;

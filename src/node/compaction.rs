@@ -6,16 +6,13 @@
 
 use std::time::Duration;
 
-use tokio::time::{MissedTickBehavior, interval};
-
-use super::Node;
+use super::{Node, ticks};
 use crate::store::LogStore;
 
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 pub(super) async fn bound_bytes(node: Node, log: LogStore, every_bytes: u64) {
-    let mut every = interval(LOOK_EVERY);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(LOOK_EVERY);
     let snapshot_index = || node.inner.metrics().snapshot.map(|at| at.index);
     let mut newest = snapshot_index();
     let mut since = 0;

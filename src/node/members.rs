@@ -21,13 +21,13 @@ use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::raft::Precondition;
 use openraft::{ChangeMembers, ServerState};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tonic::Status;
 use tracing::{info, warn};
 
 use super::outcome::{CallError, of_write};
 use super::status::ASK_TIMEOUT;
-use super::{Deadline, Node};
+use super::{Deadline, Node, ticks};
 use crate::core::{Command, Refusal};
 use crate::proto::peer;
 use crate::raft::{LogId, Member, Metrics, NodeId, TypeConfig};
@@ -600,8 +600,7 @@ async fn successor(look: impl Fn() -> Roll, deadline: Deadline) -> Result<NodeId
 
 /// On the leader: finishes joint configurations, and binds members that have spoken.
 pub(super) async fn tidy(node: Node) {
-    let mut every = interval(LOOK_EVERY);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(LOOK_EVERY);
     let mut said = None;
     while node.runs() {
         every.tick().await;

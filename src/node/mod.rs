@@ -240,6 +240,13 @@ impl Inner {
     }
 }
 
+/// Ticks at once, and then each period; one that comes late is not made up for.
+fn ticks(period: Duration) -> tokio::time::Interval {
+    let mut ticks = tokio::time::interval(period);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    ticks
+}
+
 /// How long the leader waits, when it stops, for another node to take over.
 const HAND_OVER_MAX: Duration = Duration::from_secs(3);
 /// Reads of this node's own copy that wait for it to come as far as they ask.

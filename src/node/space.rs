@@ -14,10 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use metrics::gauge;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 
 use super::status::ASK_TIMEOUT;
-use super::{CallError, Node};
+use super::{CallError, Node, ticks};
 use crate::blocking::blocking;
 use crate::core::{Command, State, WorkerPatch};
 use crate::lock::guard;
@@ -185,8 +185,7 @@ impl Node {
 /// Looks after the node's own disk for as long as Raft runs.
 pub(super) async fn look_after(node: Node) {
     let id = node.id().to_string();
-    let mut every = interval(LOOK_EVERY);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(LOOK_EVERY);
     while node.runs() {
         every.tick().await;
         let space = node.inner.space.clone();
@@ -200,8 +199,7 @@ pub(super) async fn look_after(node: Node) {
 
 /// On the leader: asks the other members how much room they have.
 pub(super) async fn ask_others(node: Node) {
-    let mut every = interval(LEADS_EVERY);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(LEADS_EVERY);
     let mut asked_at: Option<Instant> = None;
     while node.runs() {
         every.tick().await;

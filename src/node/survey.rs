@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use metrics::gauge;
 use tokio::sync::Mutex;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 
-use super::Node;
+use super::{Node, ticks};
 use crate::blocking::blocking;
 use crate::core::{Pool, Revision, State, WorkerName, WorkerPhase};
 
@@ -168,8 +168,7 @@ impl Node {
 /// Shows how full the table is for as long as Raft runs.
 pub(super) async fn report(node: Node) {
     let id = node.id().to_string();
-    let mut every = interval(EVERY);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(EVERY);
     while node.runs() {
         every.tick().await;
         node.survey().await.show(&id);

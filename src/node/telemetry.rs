@@ -9,10 +9,9 @@ use metrics::{
     Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use openraft::ServerState;
-use tokio::time::{MissedTickBehavior, interval};
 
-use super::Node;
 use super::lag::Lags;
+use super::{Node, ticks};
 use crate::core::{
     Applied, Cause, ChangeKind, Command, Event, Outcome, Phase, Refusal, ReleaseReason, State,
     WorkerPhase,
@@ -280,8 +279,7 @@ pub(super) async fn report(node: Node) {
     ] {
         gauge!(name, "node" => id.clone()).set(0.0);
     }
-    let mut every = interval(REPORT_EVERY);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(REPORT_EVERY);
     let mut lags = Lags::default();
     let mut shown = BTreeSet::from([node.id()]);
     loop {

@@ -21,11 +21,11 @@ use std::time::Duration;
 use futures::future::join_all;
 use metrics::counter;
 use openraft::ServerState;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::outcome::CallError;
-use super::{Lifecycle, Node};
+use super::{Lifecycle, Node, ticks};
 use crate::core::{
     Actor, Allocation, Applied, Command, Event, Ground, InstanceName, Leader, Lease, LeaseId,
     Millis, Phase, Port, Revision, Source, State, Worker, WorkerName, WorkerPhase,
@@ -393,12 +393,11 @@ impl Node {
 
 /// Runs the deadlines whenever this node leads.
 pub(super) async fn run(node: Node) {
-    let mut ticks = interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut every = ticks(TICK);
     let timers = node.inner.timers.clone();
     let mut last = Instant::now();
     while node.runs() {
-        ticks.tick().await;
+        every.tick().await;
         let since = std::mem::replace(&mut last, Instant::now()).elapsed();
         let reigning = timers.book().reign.as_ref().map(|reign| reign.leader);
         let leads = node.leads();

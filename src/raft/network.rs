@@ -14,7 +14,6 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::error::Error as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -47,6 +46,7 @@ use super::identity::{ClusterCell, Identities, Kind, LocalIdentity};
 use super::machine::TableView;
 use super::types::{Member, Metrics, NodeId, Snapshot, TypeConfig, Vote};
 use crate::blocking::blocking;
+use crate::causes::{causes, never_connected, nobody_listens};
 use crate::lock::guard;
 use crate::proto::peer as proto;
 use crate::proto::peer::append_response::Result as AppendResult;
@@ -471,24 +471,6 @@ fn connect(peer_addr: &str, dial: &Dial) -> Result<Channel, String> {
     Ok((dial.0)(endpoint))
 }
 
-/// What led to it, the innermost cause last.
-fn causes(status: &Status) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
-    std::iter::successors(status.source(), |&error| error.source())
-}
-
-/// There was no connection to send anything over.
-fn never_connected(status: &Status) -> bool {
-    causes(status).any(|error| error.is::<tonic::ConnectError>())
-}
-
-/// The host answered for the process: there is none.
-fn nobody_listens(status: &Status) -> bool {
-    use std::io::{Error, ErrorKind};
-    causes(status)
-        .filter_map(|error| error.downcast_ref::<Error>())
-        .any(|error| error.kind() == ErrorKind::ConnectionRefused)
-}
-
 /// The message and its innermost cause, which says what happened.
 fn describe(status: &Status) -> String {
     match causes(status).last() {
@@ -537,7 +519,7 @@ impl PeerClient {
 
     fn rejected(&self, status: &Status) -> Rejected {
         let why = self.network.heard(self.target, &self.address, status);
-        let answered = status.source().is_none();
+        let answered = causes(status).next().is_none();
         match answered || never_connected(status) {
             true => Unreachable::from_string(why).into(),
             false => NetworkError::from_string(why).into(),
