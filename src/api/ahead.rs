@@ -7,7 +7,7 @@
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use futures::Stream;
 
@@ -24,20 +24,22 @@ struct Book {
     waiting_bytes: usize,
     /// What an answer is expected to have; unknown at first, so that few are begun.
     expected_bytes: usize,
+    /// Of who waits for room.
+    waiter: Option<Waker>,
 }
 
 impl Ahead {
     pub fn new() -> Self {
         let expected_bytes = AHEAD_MAX_BYTES / 4;
-        Ahead(Arc::new(Mutex::new(Book { under_way: 0, waiting_bytes: 0, expected_bytes })))
+        let (under_way, waiting_bytes, waiter) = (0, 0, None);
+        Ahead(Arc::new(Mutex::new(Book { under_way, waiting_bytes, expected_bytes, waiter })))
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
         guard(&self.0)
     }
 
-    /// Messages, as many as may be begun. To be polled by the task that also takes the answers: what
-    /// makes room is done there.
+    /// Messages, as many as may be begun.
     pub fn begin<S: Stream + Unpin>(&self, messages: S) -> Begun<S> {
         Begun { messages, ahead: self.clone() }
     }
@@ -47,10 +49,13 @@ impl Ahead {
         book.under_way -= 1;
         book.waiting_bytes += bytes;
         book.expected_bytes = bytes.max(book.expected_bytes / 2);
+        book.wake();
     }
 
     pub fn taken(&self, bytes: usize) {
-        self.book().waiting_bytes -= bytes;
+        let mut book = self.book();
+        book.waiting_bytes -= bytes;
+        book.wake();
     }
 }
 
@@ -59,6 +64,12 @@ impl Book {
         let expected = self.under_way.saturating_add(1).saturating_mul(self.expected_bytes);
         let idle = self.under_way == 0 && self.waiting_bytes == 0;
         idle || self.waiting_bytes.saturating_add(expected) <= AHEAD_MAX_BYTES
+    }
+
+    fn wake(&mut self) {
+        if self.waiter.is_some() && self.has_room() {
+            self.waiter.take().into_iter().for_each(Waker::wake);
+        }
     }
 }
 
@@ -71,9 +82,12 @@ impl<S: Stream + Unpin> Stream for Begun<S> {
     type Item = S::Item;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<S::Item>> {
-        if !self.ahead.book().has_room() {
+        let mut book = self.ahead.book();
+        if !book.has_room() {
+            book.waiter = Some(context.waker().clone());
             return Poll::Pending;
         }
+        drop(book);
         let next = Pin::new(&mut self.messages).poll_next(context);
         if let Poll::Ready(Some(_)) = next {
             self.ahead.book().under_way += 1;

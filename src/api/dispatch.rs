@@ -63,7 +63,7 @@ pub trait Backend: Send + Sync + 'static {
     fn id(&self) -> NodeId;
     /// Fails where this node is no member any more: then it answers nothing.
     fn check(&self) -> Result<(), CallError>;
-    /// A confirmation, or what is as urgent, was turned away: no deadline may pass for that.
+    /// A confirmation, or what is as urgent, was turned away: where this node leads, deadlines are put off.
     fn turn_urgent_away(&self);
     /// As many answers as commands, in their order.
     async fn propose_all(

@@ -216,7 +216,13 @@ impl Client {
 
     /// Begins at the endpoint that last answered.
     pub(super) fn tour(&self) -> Tour {
-        Tour { client: self.clone(), doors: self.shared.endpoints.doors(), at: 0, attempts: 0 }
+        Tour {
+            client: self.clone(),
+            doors: self.shared.endpoints.doors(),
+            at: 0,
+            attempts: 0,
+            in_round: 0,
+        }
     }
 
     /// Opens a stream at an endpoint: `requests` go there, what comes back are its answers.
@@ -268,6 +274,8 @@ pub(super) struct Tour {
     at: usize,
     /// Since the last answer.
     attempts: usize,
+    /// Of them, in this round.
+    in_round: usize,
 }
 
 impl Tour {
@@ -283,13 +291,13 @@ impl Tour {
 
     /// Those whose turn is yet to come in this round, this one included.
     pub fn untried(&self) -> u32 {
-        (self.doors.len() - self.attempts % self.doors.len()) as u32
+        (self.doors.len() - self.in_round) as u32
     }
 
     /// The endpoint serves: stay there. Now and then it is asked for the others.
     pub fn answered(&mut self) {
         self.client.shared.endpoints.prefer(self.door());
-        self.attempts = 0;
+        (self.attempts, self.in_round) = (0, 0);
         if self.client.shared.endpoints.is_due() {
             tokio::spawn(learn(self.client.clone(), self.door().clone()));
         }
@@ -299,10 +307,12 @@ impl Tour {
     pub fn move_on(&mut self, asked_pause: Option<Duration>) -> Duration {
         let endpoints = self.doors.len();
         self.attempts += 1;
+        self.in_round += 1;
         // Also from one that is overloaded: many bounds are those of one node.
         self.at = (self.at + 1) % endpoints;
-        let round_over = self.attempts.is_multiple_of(endpoints);
+        let round_over = self.in_round == endpoints;
         if round_over {
+            self.in_round = 0;
             // Somebody may have learnt of others meanwhile.
             (self.doors, self.at) = (self.client.shared.endpoints.doors(), 0);
         }

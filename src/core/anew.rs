@@ -21,16 +21,22 @@ use crate::planted::{self, Bug};
 /// second, and little enough for programs that count in floats.
 pub const RESTORE_GAP: u64 = 1 << 40;
 
-/// The lowest revision of what is restored at a time: 1024 for each millisecond, more than any cluster
-/// changes its table. What was restored of an older backup earlier has not come to it.
+/// What is restored at a time begins at 1024 revisions for each millisecond of it, more than any cluster
+/// changes its table: whatever was restored earlier has not come to it.
 const REVISIONS_PER_MS: u64 = 1 << 10;
+/// Where that is not so far ahead of the backup, 70 minutes, the clocks may differ, and the gap is added.
+const CLOCK_MARGIN: u64 = 1 << 32;
 
 impl State {
     /// This table as that of a new cluster that begins at `now`, in Unix time.
     pub fn anew(&self, now: Millis) -> State {
         let mut state = self.clone();
         let after_others = now.0.saturating_mul(REVISIONS_PER_MS).min(COUNTER_MAX / 2);
-        let revision = Revision(after_others.max(self.revision.0 + RESTORE_GAP));
+        let revision = match after_others >= self.revision.0 + CLOCK_MARGIN {
+            true => Revision(after_others),
+            // By the time of the restore too: that of a second one is another.
+            false => Revision(self.revision.0 + RESTORE_GAP + after_others % RESTORE_GAP),
+        };
         #[cfg(planted)]
         let revision = match planted::is(Bug::RestoreReusesTokens) {
             true => self.revision,

@@ -2,10 +2,10 @@
 //!
 //! A call that the way here delays may come after its caller has turned elsewhere, was served there, and
 //! has given back what it got: done then, it would hold something for nobody. So a peer says at once when
-//! nobody waits any more. That lies behind the call in the same connection: however long both were
-//! delayed, it is known before the call begins, since that rests once.
+//! nobody waits any more. That lies behind the call in the same connection: when both were delayed, it is
+//! there with the call, which rests once before it begins. Nothing orders the two beyond that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::lock::guard;
 use crate::proto::peer;
 use crate::raft::PeerHooks;
 
-/// Calls that are remembered as given up, those of the highest numbers.
+/// Calls that are remembered as given up, the last ones.
 const GIVEN_UP_MAX: usize = 16_384;
 
 /// A call for a peer. What travels is the time that is left: the clocks of two nodes differ.
@@ -36,22 +36,54 @@ pub(super) fn forwarded(
     }
 }
 
-/// Number and sender's process of calls.
+/// A call, by its sender's process and its number there.
+type Call = (String, u64);
+
 #[derive(Default)]
-struct GivenUp(Mutex<BTreeSet<(u64, String)>>);
+struct GivenUp(Mutex<Book>);
+
+#[derive(Default)]
+struct Book {
+    running: BTreeSet<Call>,
+    given_up: BTreeSet<Call>,
+    /// In the order in which they came.
+    queue: VecDeque<Call>,
+}
 
 impl GivenUp {
-    fn add(&self, session: &str, call: u64) {
-        let mut calls = guard(&self.0);
-        calls.insert((call, session.into()));
-        if calls.len() > GIVEN_UP_MAX {
-            calls.pop_first();
+    /// Of one that runs it is too late to say so.
+    fn add(&self, call: Call) {
+        let mut book = guard(&self.0);
+        if book.running.contains(&call) || !book.given_up.insert(call.clone()) {
+            return;
+        }
+        book.queue.push_back(call);
+        if book.queue.len() > GIVEN_UP_MAX
+            && let Some(oldest) = book.queue.pop_front()
+        {
+            book.given_up.remove(&oldest);
         }
     }
 
-    fn take(&self, session: &str, call: u64) -> bool {
-        let mut calls = guard(&self.0);
-        !calls.is_empty() && calls.remove(&(call, session.to_string()))
+    /// `None`: it was given up. Else it runs until the guard goes.
+    fn begin(&self, call: Call) -> Option<Running<'_>> {
+        let mut book = guard(&self.0);
+        if book.given_up.contains(&call) {
+            return None;
+        }
+        book.running.insert(call.clone());
+        Some(Running { calls: self, call })
+    }
+}
+
+struct Running<'a> {
+    calls: &'a GivenUp,
+    call: Call,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        guard(&self.calls.0).running.remove(&self.call);
     }
 }
 
@@ -80,8 +112,9 @@ impl PeerHooks for Hooks {
         let peer::ForwardRequest { header, method, request, request_id, call, .. } = &request;
         tokio::task::yield_now().await;
         let session = header.as_ref().map_or("", |header| &header.from_session);
+        let running = self.given_up.begin((session.into(), *call));
         let result = match self.calls.get() {
-            _ if self.given_up.take(session, *call) => {
+            _ if running.is_none() => {
                 Err(tonic::Status::cancelled("its caller has given it up; nothing was changed"))
             }
             Some(calls) => calls.call(method, request, request_id, deadline).await,
@@ -101,7 +134,7 @@ impl PeerHooks for Hooks {
 
     fn give_up(&self, request: &peer::GiveUpRequest) {
         let session = request.header.as_ref().map_or("", |header| &header.from_session);
-        self.given_up.add(session, request.call);
+        self.given_up.add((session.into(), request.call));
     }
 
     async fn probe(&self, request: peer::ProbeRequest) -> peer::ProbeResponse {
@@ -176,17 +209,23 @@ mod tests {
             panic!("{answer:?}")
         };
         assert_eq!(status.code, i32::from(tonic::Code::Cancelled));
-        for (session, call) in [("a", 8), ("b", 7), ("a", 7)] {
+        for (session, call) in [("a", 8), ("b", 7)] {
             forward(session, call).await;
         }
-        assert_eq!(calls.0.load(Ordering::Relaxed), 3, "others are, and it is forgotten then");
+        assert_eq!(calls.0.load(Ordering::Relaxed), 2, "others are");
     }
 
     #[test]
-    fn no_more_are_remembered_than_may_be() {
+    fn the_last_ones_are_remembered_and_none_that_ran_already() {
         let given_up = GivenUp::default();
-        (0..=GIVEN_UP_MAX as u64).for_each(|call| given_up.add("a", call));
-        assert!(!given_up.take("a", 0));
-        assert!(given_up.take("a", 1));
+        let call = |number: u64| ("a".to_string(), number);
+        let running = given_up.begin(call(99_999));
+        given_up.add(call(99_999));
+        drop(running);
+        assert!(given_up.begin(call(99_999)).is_some());
+        // Whatever their numbers are.
+        (0..=GIVEN_UP_MAX as u64).rev().for_each(|number| given_up.add(call(number)));
+        assert!(given_up.begin(call(GIVEN_UP_MAX as u64)).is_some(), "the first one that came");
+        assert!(given_up.begin(call(0)).is_none());
     }
 }

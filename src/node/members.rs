@@ -430,7 +430,9 @@ impl Node {
         let roll = self.roll();
         let members = roll.members().into_iter().filter(|(id, _)| left.contains(id));
         let asked = members.map(|(id, member)| self.ask(id, member, ASK_TIMEOUT));
-        let live = join_all(asked).await.into_iter().flatten().count();
+        let answers = join_all(asked).await.into_iter().flatten();
+        // One that is starting does not say who it is yet.
+        let live = answers.filter(|answer| !answer.incarnation.is_empty()).count();
         match live * 2 > left.len() {
             true => Ok(()),
             false => Err(NotChanged::NoQuorum { id: without, live, voters: left.len() }),

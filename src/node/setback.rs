@@ -3,24 +3,25 @@
 //! An old copy that was put in the place of a directory (a restored disk image, a snapshot of a virtual
 //! machine) has the right incarnation, and answers at the right address. But its node has acknowledged
 //! entries that it no longer has: it would be counted for them, and could elect a leader that lacks what
-//! was acknowledged. So a node that starts asks, before it speaks to its peers, what the leader has of it.
+//! was acknowledged. So a node that starts asks, before it takes calls of its peers, what the leader has of
+//! it.
 //!
 //! It is found only where somebody leads that has heard from it: where all nodes start at once, nobody
 //! knows.
 
 use super::status::ASK_TIMEOUT;
-use super::{Node, StartError};
+use super::{Node, NodeId, StartError};
 use crate::proto::peer;
 
 /// Fails where a leader has been told more than is here.
 pub(super) async fn look(node: &Node) -> Result<(), StartError> {
     let log = node.inner.data.log()?;
-    let term = log.vote().map_or(0, |ballot| ballot.term);
+    let heard_of = log.vote().map_or((0, 0), |ballot| (ballot.term, ballot.node));
     let applied = node.inner.view.table().applied.map_or(0, |at| at.index);
     let last = node.inner.ended_at.unwrap_or(0).max(applied);
     for (leader, answer) in node.ask_others(ASK_TIMEOUT).await {
-        if let Some(acknowledged) = answer.and_then(|answer| more_than_is_here(&answer, term, last))
-        {
+        let more = answer.and_then(|answer| more_than_is_here((leader, &answer), heard_of, last));
+        if let Some(acknowledged) = more {
             let path = node.inner.config.data_dir.clone();
             return Err(StartError::SetBack { id: node.id(), path, leader, acknowledged, last });
         }
@@ -30,8 +31,12 @@ pub(super) async fn look(node: &Node) -> Result<(), StartError> {
 
 /// What this node has acknowledged to a leader, where it does not have it any more. One that was deposed
 /// may remember entries that its successor took away: this node has heard of that one's term then.
-fn more_than_is_here(answer: &peer::ProbeResponse, term: u64, last: u64) -> Option<u64> {
-    let leads = answer.state == "leader" && answer.term >= term;
+fn more_than_is_here(
+    (leader, answer): (NodeId, &peer::ProbeResponse),
+    heard_of: (u64, NodeId),
+    last: u64,
+) -> Option<u64> {
+    let leads = answer.state == "leader" && (answer.term, leader) >= heard_of;
     (leads && answer.acknowledged > last).then_some(answer.acknowledged)
 }
 
@@ -55,7 +60,9 @@ mod tests {
             (answer("leader", 2, 28), None),
             (answer("follower", 3, 28), None),
         ] {
-            assert_eq!(more_than_is_here(&answer, 3, 27), expected, "{answer:?}");
+            assert_eq!(more_than_is_here((2, &answer), (3, 2), 27), expected, "{answer:?}");
         }
+        // Two may follow each other in one term.
+        assert_eq!(more_than_is_here((1, &answer("leader", 3, 28)), (3, 2), 27), None);
     }
 }

@@ -45,6 +45,12 @@ fn a_second_restore_of_one_backup_is_ahead_of_what_the_first_came_to() {
     assert!(second.revision > first.state.revision);
     assert!(first.state.anew(Millis(0)).revision.0 >= first.state.revision.0 + RESTORE_GAP);
     assert!(second.revision.0 < 1 << 53, "a float counts as far");
+    // The backup is that of a cluster which was restored itself, some time ago or just now.
+    for after_ms in [1_000, 24 * 3_600_000, 30 * 24 * 3_600_000] {
+        let again = |ms| first.state.anew(Millis(now.0 + after_ms + ms)).revision.0;
+        let (one, other) = (again(0), again(1_000));
+        assert!(one > first.state.revision.0 && other >= one + 1_000 * 1_000, "{one} {other}");
+    }
 }
 
 #[test]

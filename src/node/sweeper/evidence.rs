@@ -5,7 +5,7 @@
 //! proposed as a guarded command, which the table refuses after any change (field failures
 //! kubernetes-54885, kubernetes-64349: a sweep with a partial view freed what was in use). Nothing
 //! is counted across a silence of the agent, a change of the leader or a restart of the agent; of two
-//! agents on one worker only the one that was started last is.
+//! agents on one worker only one is, the one that came last, until it falls silent.
 //!
 //! | what is seen | of what | proves it after |
 //! |---|---|---|
@@ -191,14 +191,17 @@ impl Watched {
         if sample.revision > state.revision {
             return Err("it is of a revision that does not exist yet");
         }
+        let since = self.at.map(|at| now.duration_since(at));
+        let silent = since.is_none_or(|since| since > lifecycle.worker_lost_after);
         let restarted = sample.run != self.run;
-        if restarted && self.former.contains(&sample.run) {
-            return Err("another agent of this worker was started since: stop one of them");
+        // One that does not tell its run, as of an older build, gives way too.
+        let is_former = sample.run.is_empty() || self.former.contains(&sample.run);
+        if restarted && is_former && !silent && !self.run.is_empty() {
+            return Err("another agent of this worker reports: stop one of them");
         }
         if restarted {
             self.follow(&sample.run);
         }
-        let since = self.at.map(|at| now.duration_since(at));
         let falls = sample.number < self.number;
         match since {
             Some(_) if !restarted && sample.number == self.number => {
@@ -213,7 +216,6 @@ impl Watched {
             }
             _ => {}
         }
-        let silent = since.is_none_or(|since| since > lifecycle.worker_lost_after);
         if silent || falls {
             self.begin_anew();
         }
@@ -225,6 +227,7 @@ impl Watched {
     fn follow(&mut self, run: &str) {
         self.begin_anew();
         self.number = 0;
+        self.former.retain(|former| former != run);
         let before = std::mem::replace(&mut self.run, run.into());
         if !before.is_empty() {
             self.former.push_back(before);

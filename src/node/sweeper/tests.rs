@@ -477,6 +477,12 @@ async fn of_two_agents_of_a_worker_the_one_that_was_started_last_counts() {
     s.sample.number -= 1;
     tokio::time::advance(Duration::from_secs(1)).await;
     assert!(s.weigh().unwrap_err().contains("older"));
+    // The second one is stopped: the first counts again.
+    s.sample = Sample { number: first.number + 10, ..first };
+    assert!(s.weigh().unwrap_err().contains("another agent"));
+    s.looks_after(lifecycle().worker_lost_after.as_millis() as u64 + 1).await;
+    s.sample.run = String::new();
+    assert!(s.weigh().unwrap_err().contains("another agent"), "an older build's");
 }
 
 #[tokio::test(start_paused = true)]
