@@ -164,8 +164,9 @@ pub enum StartError {
     OtherCluster(#[from] ClusterMismatch),
     #[error(
         "{} is older than what node {id} has told the others: node {leader}, which leads, knows that entry \
-         {acknowledged} of the log was on its disk, and {last} is the last one there; it must not take \
-         part. Put the newer directory back, or remove member {id} (portwarden member remove {id}), and \
+         {acknowledged} of the log was on its disk, and {last} is the last one there: it is an older copy, a \
+         copy of its data directory perhaps that runs elsewhere, and must not take part. Put the newer \
+         directory back, or remove member {id} (portwarden member remove {id}), and \
          start over an empty data directory with --join and a new id", .path.display()
     )]
     SetBack { id: NodeId, path: PathBuf, leader: NodeId, acknowledged: u64, last: u64 },

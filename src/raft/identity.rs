@@ -122,7 +122,7 @@ fn way_out(id: NodeId) -> String {
     format!(
         "a node that lost its data is a new node: remove member {id} from the cluster \
          (portwarden member remove {id}), and start this one over an empty data directory with \
-         --join and a new id"
+         --join and a new id; it must join under a new id"
     )
 }
 
