@@ -49,6 +49,8 @@ const REPORT_MAX: Duration = Duration::from_secs(10);
 const REPORTS_BEFORE_LOST: u32 = 3;
 /// What comes faster is not counted.
 const REPORT_PAUSE_MIN: Duration = Duration::from_millis(500);
+/// Looks in a row at which a process cannot be read, before that is said.
+const UNREAD_LOOKS: u32 = 3;
 /// What goes wrong again and again is said again after this.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 
@@ -93,6 +95,9 @@ pub struct Agent {
     trouble: Trouble,
     ignored: Trouble,
     gpu_trouble: Trouble,
+    process_trouble: Trouble,
+    /// Looks in a row at which a process could not be read.
+    unread: u32,
 }
 
 /// May the same call be taken later?
@@ -124,6 +129,8 @@ impl Agent {
             trouble: Trouble::default(),
             ignored: Trouble::default(),
             gpu_trouble: Trouble::default(),
+            process_trouble: Trouble::default(),
+            unread: 0,
         })
     }
 
@@ -186,7 +193,7 @@ impl Agent {
     /// Tries until the cluster has taken the worker, or refused it.
     async fn join(&mut self) -> Result<(), AgentError> {
         loop {
-            let host = &*self.host;
+            let host = &self.host;
             let joined =
                 register::join(&self.client, host, &self.worker, &self.told, &self.identity).await;
             match joined {
@@ -217,6 +224,19 @@ impl Agent {
         match &seen.gpu_trouble {
             Some(why) => self.gpu_trouble.say(why),
             None => self.gpu_trouble.end("the driver tells of all GPUs again"),
+        }
+        match &seen.processes.unread {
+            // One that is just ending may be unreadable for a moment.
+            Some(why) => {
+                self.unread += 1;
+                if self.unread >= UNREAD_LOOKS {
+                    self.process_trouble.say(&format!("not all processes can be read: {why}"));
+                }
+            }
+            None => {
+                self.unread = 0;
+                self.process_trouble.end("all processes can be read again");
+            }
         }
         self.number += 1;
         let stamp = Stamp {

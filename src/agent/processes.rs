@@ -34,14 +34,14 @@ impl Process {
 #[derive(Debug, Clone, Default)]
 pub struct Processes {
     by_pid: BTreeMap<u32, Process>,
-    /// One that is there could not be read: what is not among these may live.
-    pub incomplete: bool,
+    /// Why one that is there could not be read: what is not among these may live.
+    pub unread: Option<String>,
 }
 
 impl FromIterator<Process> for Processes {
     fn from_iter<I: IntoIterator<Item = Process>>(processes: I) -> Self {
         let by_pid = processes.into_iter().map(|process| (process.pid, process)).collect();
-        Processes { by_pid, incomplete: false }
+        Processes { by_pid, unread: None }
     }
 }
 

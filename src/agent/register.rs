@@ -8,11 +8,14 @@
 //! Two agents must not take turns with one record. A record that another machine has named its own
 //! is left alone, unless the agent is told to take it over.
 
+use std::sync::Arc;
+
 use tonic::Code;
 use tracing::{info, warn};
 
 use super::AgentError;
 use super::host::Host;
+use crate::blocking::spawn_blocking;
 use crate::client::{Client, ClientError, Refused};
 use crate::proto::{precondition, reason, v1};
 
@@ -46,7 +49,7 @@ pub enum Step {
 /// Registers or adopts the worker; waits for nobody.
 pub async fn join(
     client: &Client,
-    host: &dyn Host,
+    host: &Arc<dyn Host>,
     name: &str,
     told: &Told,
     identity: &v1::Identity,
@@ -56,7 +59,9 @@ pub async fn join(
         Err(error) if error.code() == Some(Code::NotFound) => None,
         Err(error) => return Err(error.into()),
     };
-    let driver = host.gpus().unwrap_or_else(|why| {
+    let asked = host.clone();
+    let driver = spawn_blocking(move || asked.gpus()).await;
+    let driver = driver.unwrap_or_else(|error| Err(error.to_string())).unwrap_or_else(|why| {
         warn!(why, "the GPUs of the driver cannot be listed");
         Vec::new()
     });
@@ -295,10 +300,12 @@ mod tests {
         let told = told("h", &["ranges"]);
         let elsewhere = identity("other", "b");
         let took = Told { take_over: true, ..told.clone() };
-        let refused = join(&client, &Booted(elsewhere.clone()), "w", &took, &elsewhere).await;
+        let booted =
+            |identity: &v1::Identity| -> Arc<dyn Host> { Arc::new(Booted(identity.clone())) };
+        let refused = join(&client, &booted(&elsewhere), "w", &took, &elsewhere).await;
         let refused = refused.unwrap_err().to_string();
         assert!(refused.contains("is held"), "{refused}");
-        join(&client, &Booted(new.clone()), "w", &told, &new).await.unwrap();
+        join(&client, &booted(&new), "w", &told, &new).await.unwrap();
         let spec = client.worker_get("w", None).await.unwrap().worker.unwrap().spec.unwrap();
         assert_eq!((spec.identity, spec.ranges), (Some(new), watched.ranges));
     }

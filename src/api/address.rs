@@ -36,7 +36,7 @@ fn is_name(text: &str) -> bool {
     };
     // What ends in a number would be an IPv4 address.
     let numeric = |label: &str| label.chars().all(|c| c.is_ascii_digit());
-    let mut labels = text.trim_end_matches('.').split('.');
+    let mut labels = text.strip_suffix('.').unwrap_or(text).split('.');
     labels.clone().all(is_label) && !labels.next_back().is_some_and(numeric)
 }
 

@@ -186,7 +186,8 @@ pub fn parse() -> Cli {
 
 /// Logs to stderr from this level or filter on. Commands that only call a cluster log nothing.
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
-    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    const LEVELS: [&str; 12] =
+        ["off", "error", "warn", "info", "debug", "trace", "0", "1", "2", "3", "4", "5"];
     let bad = |why: &str| {
         usage(format!(
             "--log-level: {filter:?} must be error, warn, info, debug or trace, or a filter such as \
@@ -195,12 +196,17 @@ fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
     };
     // A word that is no level would be taken for a target, and silence all others.
     let is_level = |word: &&str| LEVELS.contains(&word.to_ascii_lowercase().as_str());
-    let is_filter = |word: &&str| word.contains(['=', ':', '[']);
-    let mut words = filter.split(',').map(str::trim);
-    if let Some(word) = words.find(|word| !is_level(word) && !is_filter(word)) {
+    let is_filter = |word: &&str| word.contains('=') || word.contains("::");
+    let words: Vec<_> = filter.split(',').map(str::trim).filter(|word| !word.is_empty()).collect();
+    // Of spans' fields, which have commas of their own, nothing is known here.
+    let mut unknown = words.iter().filter(|word| !is_level(word) && !is_filter(word));
+    if let (Some(word), false) = (unknown.next(), filter.contains('[')) {
         return Err(bad(&format!("{word:?} is no level")));
     }
-    let filter: EnvFilter = filter.parse().map_err(|e| bad(&format!("{e}")))?;
+    if words.is_empty() {
+        return Err(bad("it is empty"));
+    }
+    let filter: EnvFilter = words.join(",").parse().map_err(|e| bad(&format!("{e}")))?;
     // Fails only where a subscriber is set already, and that one is as good.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -1,7 +1,6 @@
 //! `serve`: one node, until it is told to stop.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -331,8 +330,10 @@ impl Args {
         if keep == 0 {
             return Err(usage("--backup-keep: 0 must be 1 or more"));
         }
-        fs::create_dir_all(&dir)
-            .map_err(|e| usage(format!("--backup-dir: {}: {e}", dir.display())))?;
+        // One that is not there may be mounted later: a node must not wait for it.
+        if dir.exists() && !dir.is_dir() {
+            return Err(usage(format!("--backup-dir: {} is no directory", dir.display())));
+        }
         Ok(Some(BackupPlan { dir, every, keep }))
     }
 

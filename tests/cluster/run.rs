@@ -239,8 +239,44 @@ fn a_program_that_is_stopped_from_a_terminal_keeps_its_lease() {
     assert_eq!(get(&cluster, "a").expect("it is held")["lease"], allocation["lease"]);
     run.signal("CONT");
     wait_for("the program to go on", || (state() != Some('T')).then_some(()));
+    // Also while it is stopped it is asked to end, and heeds it.
+    run.signal("TSTP");
+    wait_for("the program to be stopped", || (state() == Some('T')).then_some(()));
     assert_eq!(run.terminate(), 128 + 15);
     assert_nothing_left(&cluster);
+}
+
+/// As systemd stops a service: each of its processes is asked, `run` beside its program.
+#[test]
+fn whoever_asks_for_an_end_twice_is_given_everything_back_all_the_same() {
+    let cluster = Cluster::start(3);
+    worker_here(&cluster, 4);
+    for _ in 0..4 {
+        let mut run = run_server(&cluster, "a", &["--ports", "1"]);
+        bound(&cluster, "a");
+        let program = child_of(run.pid()).to_string();
+        let run_too = run.pid().to_string();
+        let sent = Command::new("kill").args(["-s", "TERM", &program, &run_too]).status();
+        assert!(sent.expect("kill runs").success());
+        assert_eq!(run.ended(), 128 + 15, "{}", run.stderr());
+        assert_nothing_left(&cluster);
+    }
+}
+
+/// A second TERM means "at once" to many.
+#[test]
+fn what_is_ended_is_asked_once() {
+    let cluster = Cluster::start(3);
+    worker_here(&cluster, 4);
+    let asked = cluster.dir().join("asked");
+    let script = format!(
+        "trap 'echo x >> {}; asked=1' TERM; while [ -z \"$asked\" ]; do sleep 0.02; done; sleep 1; exit 3",
+        asked.display()
+    );
+    let flags = ["--ports", "1", "--start-timeout", "1s"];
+    let mut run = run_program(&cluster, "a", &flags, &["sh", "-c", &script]);
+    assert_eq!(run.ended(), 6, "{}", run.stderr());
+    assert_eq!(std::fs::read_to_string(&asked).expect("it was asked"), "x\n");
 }
 
 #[test]

@@ -46,8 +46,9 @@ impl Hierarchies {
     /// Has a container a process? `None` where it cannot be told: cgroups that are not to be read, or too
     /// many of them.
     pub fn is_container_populated(&self, id: &str) -> Option<bool> {
+        let mut left = CGROUPS_MAX;
         any(self.0.iter().map(|root| {
-            walk(root, |dir| {
+            walk(root, &mut left, |dir| {
                 let named = dir.file_name().and_then(|name| name.to_str());
                 match named.is_some_and(|name| names_container(name, id)) {
                     true => is_populated(dir),
@@ -62,7 +63,7 @@ impl Hierarchies {
 fn is_populated(dir: &Path) -> Option<bool> {
     match text(&dir.join("cgroup.events")) {
         Ok(Some(events)) => Some(events.lines().any(|line| line == "populated 1")),
-        Ok(None) => walk(dir, |dir| {
+        Ok(None) => walk(dir, &mut CGROUPS_MAX.clone(), |dir| {
             let processes = text(&dir.join("cgroup.procs")).ok()?;
             Some(processes.is_some_and(|processes| !processes.is_empty()))
         }),
@@ -70,12 +71,17 @@ fn is_populated(dir: &Path) -> Option<bool> {
     }
 }
 
-/// Does it hold for a directory or one below it? `None` where it cannot be told.
-fn walk(root: &Path, mut holds: impl FnMut(&Path) -> Option<bool>) -> Option<bool> {
+/// Does it hold for a directory or one below it? `None` where it cannot be told, and after `left` of them.
+fn walk(
+    root: &Path,
+    left: &mut usize,
+    mut holds: impl FnMut(&Path) -> Option<bool>,
+) -> Option<bool> {
     let mut queue = VecDeque::from([root.to_path_buf()]);
     let mut all_seen = true;
-    for _ in 0..CGROUPS_MAX {
+    loop {
         let Some(dir) = queue.pop_front() else { return all_seen.then_some(false) };
+        *left = left.checked_sub(1)?;
         match holds(&dir) {
             Some(true) => return Some(true),
             Some(false) => {}
@@ -86,7 +92,6 @@ fn walk(root: &Path, mut holds: impl FnMut(&Path) -> Option<bool>) -> Option<boo
             Err(_) => all_seen = false,
         }
     }
-    None
 }
 
 /// What holds for one holds; what cannot be told of one does not fail to hold.

@@ -24,29 +24,30 @@ use tokio::process::{Child as Process, Command};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::sleep;
-use tracing::{debug, warn};
 
 use super::processes;
 use crate::agent::{Process as Seen, Processes};
+use crate::blocking::spawn_blocking;
 use crate::proto::v1;
 
 /// Between two looks for orphans that have ended: each goes through all processes.
 const REAP_PAUSE: Duration = Duration::from_secs(1);
+/// Signals by which a program is asked to end.
+pub const ENDING: [Signal; 4] = [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM];
 
 /// Makes this process the parent of its descendants whose own have ended, so that none of them is lost
-/// from sight. Not where it has children already, as after a shell's `exec`: theirs could not be told
-/// from the program's.
-pub fn adopt_orphans() {
+/// from sight; or says why not. Not where it has children already, as after a shell's `exec`: theirs
+/// could not be told from the program's.
+pub fn adopt_orphans() -> Result<(), String> {
+    let all = processes::processes(&[]).map_err(|error| error.to_string())?;
     let me = std::process::id();
-    let adopted = match processes::processes(&[]) {
-        Ok(all) if all.iter().any(|process| process.parent == me) => {
-            return debug!("this process has children already: orphans are not adopted");
-        }
-        Ok(_) => set_child_subreaper(Some(getpid())).map_err(io::Error::from),
-        Err(error) => Err(io::Error::other(error)),
-    };
-    if let Err(error) = adopted {
-        warn!(%error, "what leaves the program's process group is not seen");
+    let before = all.iter().find(|process| process.parent == me && !process.dead);
+    // The attribute comes through an `exec`, too.
+    let reaper = before.is_none().then(getpid);
+    set_child_subreaper(reaper).map_err(|error| error.to_string())?;
+    match before {
+        Some(child) => Err(format!("this process had a child before, {}", child.pid)),
+        None => Ok(()),
     }
 }
 
@@ -129,28 +130,34 @@ impl Child {
         }
     }
 
-    /// Sends it a signal; one that has ended gets none.
+    /// Sends it a signal; one that has ended gets none. Of one that is stopped, and is asked to end, it is
+    /// heeded.
     pub fn signal(&self, signal: Signal) {
         if self.process.id().is_some() {
             let _ = kill_process(self.pid, signal); // it may be ending
+            if ENDING.contains(&signal) {
+                let _ = kill_process(self.pid, Signal::CONT);
+            }
         }
     }
 
-    /// Sends a signal to all that is left of it.
+    /// Asks all that is left of it to end, or kills it; each process once.
     ///
     /// Its group's number is not given anew while anything is in it; where nothing is, a new group
     /// could only have it if its pid were given anew too, in the moment since it was waited for.
-    pub fn signal_all(&self, signal: Signal) {
-        let _ = kill_process_group(self.pid, signal); // nothing may be left
-        for process in self.left().unwrap_or_default() {
-            let _ = send(&process, signal); // it may have ended meanwhile
+    pub async fn signal_all(&self, signal: Signal) {
+        let elsewhere = self.left().await.unwrap_or_default();
+        let elsewhere = elsewhere.into_iter().filter(|process| process.group != self.handle.pid);
+        for signal in [signal, Signal::CONT] {
+            let _ = kill_process_group(self.pid, signal); // nothing may be left
+            elsewhere.clone().for_each(|process| drop(send(&process, signal))); // it may have ended
         }
     }
 
     /// Is anything of it left that has not ended? Of what has ended and waits for its parent to take
     /// note, nobody can say when it does.
-    pub fn has_left(&self) -> bool {
-        self.left().map_or(true, |left| !left.is_empty())
+    pub async fn has_left(&self) -> bool {
+        self.left().await.map_or(true, |left| !left.is_empty())
     }
 
     /// Is this process the program, or one that it has started?
@@ -164,12 +171,11 @@ impl Child {
     }
 
     /// Itself, its process group, and all that descends from it where orphans are adopted.
-    fn left(&self) -> io::Result<Vec<v1::Process>> {
-        let all: Processes = processes::processes(&[]).map_err(io::Error::other)?;
+    async fn left(&self) -> io::Result<Vec<Seen>> {
+        let all = scan().await?;
         let is_left =
             |p: &&Seen| !p.dead && (p.group == self.handle.pid || self.is_below_here(p.pid, &all));
-        let handle = |p: &Seen| v1::Process { pid: p.pid, start_ticks: p.start_ticks };
-        Ok(all.iter().filter(is_left).map(handle).collect())
+        Ok(all.iter().filter(is_left).cloned().collect())
     }
 
     /// Has it ended, and was its status told?
@@ -178,12 +184,24 @@ impl Child {
     }
 }
 
-/// Sends a signal to a process that was seen, and to no later one of its pid.
-fn send(process: &v1::Process, signal: Signal) -> io::Result<()> {
+/// All processes: on a large host that takes a while.
+async fn scan() -> io::Result<Processes> {
+    let scan = || processes::processes(&[]).map_err(io::Error::other);
+    spawn_blocking(scan).await.map_err(io::Error::other)?
+}
+
+/// Sends a signal to a process that was seen, and to no later one of its pid, as far as the kernel can
+/// tell them apart.
+fn send(process: &Seen, signal: Signal) -> io::Result<()> {
     let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
-    let open = pidfd_open(pid.ok_or(io::ErrorKind::NotFound)?, PidfdFlags::empty())?;
+    let pid = pid.ok_or(io::ErrorKind::NotFound)?;
+    let open = pidfd_open(pid, PidfdFlags::empty());
     match processes::start_ticks(process.pid).map_err(io::Error::other)? == process.start_ticks {
-        true => Ok(pidfd_send_signal(&open, signal)?),
+        true => match open {
+            Ok(open) => Ok(pidfd_send_signal(&open, signal)?),
+            // Before Linux 5.3, or not allowed.
+            Err(_) => Ok(kill_process(pid, signal)?),
+        },
         false => Err(io::ErrorKind::NotFound.into()),
     }
 }
@@ -197,7 +215,7 @@ async fn reap_orphans(program: u32) -> io::Error {
     let me = std::process::id();
     loop {
         ends.recv().await;
-        let all = processes::processes(&[]).unwrap_or_default();
+        let all = scan().await.unwrap_or_default();
         for orphan in all.iter().filter(|p| p.dead && p.parent == me && p.pid != program) {
             let pid = i32::try_from(orphan.pid).ok().and_then(Pid::from_raw);
             let _ = waitpid(pid, WaitOptions::NOHANG); // nobody asks for its status
@@ -243,8 +261,8 @@ mod tests {
         child.signal(Signal::TERM);
         assert_eq!(exit_code(child.ended().await.unwrap()), 143);
         child.signal(Signal::TERM); // it is gone
-        assert!(child.has_left(), "its child is left");
-        child.signal_all(Signal::KILL);
+        assert!(child.has_left().await, "its child is left");
+        child.signal_all(Signal::KILL).await;
         while processes::processes(&[&handle]).unwrap().is_alive(&handle) {
             tokio::task::yield_now().await;
         }

@@ -3,7 +3,7 @@
 //!
 //! A driver may come up after the agent, be loaded anew, fail for one GPU of many, or not answer at all.
 //! So a look does without it after [`ANSWER_MAX`]; a GPU that it cannot tell of is left out, which proves
-//! nothing; and after an error the library is opened anew.
+//! nothing; and after an error the library is opened anew, after that of one GPU within a minute.
 //!
 //! Indexes are those of the library: in the order of the PCI bus, as with
 //! `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
@@ -22,6 +22,11 @@ use crate::proto::v1;
 
 /// How long a driver may take to answer: one that hangs does so for good, or until a reset.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
+/// The same where its GPUs are listed, once: many of them take seconds to wake.
+const INVENTORY_MAX: Duration = Duration::from_secs(60);
+
+/// A library by which a GPU failed is opened anew, but no more often: that may take seconds.
+const REOPEN_AFTER: Duration = Duration::from_secs(60);
 
 /// What an agent sees of GPUs.
 pub trait Gpus: Send + Sync {
@@ -54,44 +59,51 @@ impl Gpus for NoGpus {
 /// NVIDIA's, if there is one.
 #[derive(Default)]
 pub struct Driver {
-    /// Open since it last answered.
-    library: Arc<Mutex<Option<Nvml>>>,
+    /// With when it was opened.
+    library: Arc<Mutex<Option<(Nvml, Instant)>>>,
     asked: Asked,
 }
 
+/// What each GPU says, by its index.
+type Each<T> = Vec<(u32, Result<T, NvmlError>)>;
+
 impl Driver {
-    /// `None`: there is no driver.
+    /// Asks all; there are none where there is no driver.
     fn ask<T: Send + 'static>(
         &self,
-        what: impl FnOnce(&Nvml) -> Result<T, NvmlError> + Send + 'static,
-    ) -> Result<Option<T>, String> {
+        at_most: Duration,
+        what: fn(&Nvml, u32) -> Result<T, NvmlError>,
+    ) -> Result<Each<T>, String> {
         let library = self.library.clone();
-        self.asked.within(ANSWER_MAX, move || {
+        self.asked.within(at_most, move || {
             let mut open = guard(&library);
-            let nvml = match open.take().map_or_else(Nvml::init, Ok) {
-                Err(NvmlError::LibloadingError(_) | NvmlError::DriverNotLoaded) => return Ok(None),
-                nvml => nvml.map_err(|error| error.to_string())?,
+            let fresh = || Nvml::init().map(|nvml| (nvml, Instant::now()));
+            let (nvml, since) = match open.take().map_or_else(fresh, Ok) {
+                Err(NvmlError::LibloadingError(_) | NvmlError::DriverNotLoaded) => {
+                    return Ok(Vec::new());
+                }
+                opened => opened.map_err(|error| error.to_string())?,
             };
-            let answer = what(&nvml).map_err(|error| error.to_string())?;
-            *open = Some(nvml);
-            Ok(Some(answer))
+            let count = nvml.device_count().map_err(|error| error.to_string())?;
+            let answers: Vec<_> = (0..count).map(|index| (index, what(&nvml, index))).collect();
+            if answers.iter().all(|(_, answer)| answer.is_ok()) || since.elapsed() < REOPEN_AFTER {
+                *open = Some((nvml, since));
+            }
+            Ok(answers)
         })?
     }
 }
 
 impl Gpus for Driver {
     fn inventory(&self) -> Result<Vec<v1::GpuSpec>, String> {
-        let shown = self.ask(|nvml| (0..nvml.device_count()?).map(|i| spec(nvml, i)).collect());
-        Ok(shown?.unwrap_or_default())
+        let shown = self.ask(INVENTORY_MAX, spec)?.into_iter();
+        let each = shown.map(|(index, spec)| spec.map_err(|why| format!("GPU {index}: {why}")));
+        each.collect()
     }
 
     fn in_use(&self) -> (Vec<GpuSeen>, Option<String>) {
-        let look = |nvml: &Nvml| {
-            let all = 0..nvml.device_count()?;
-            Ok(all.map(|index| (index, seen(nvml, index))).collect::<Vec<_>>())
-        };
-        let all = match self.ask(look) {
-            Ok(all) => all.unwrap_or_default(),
+        let all = match self.ask(ANSWER_MAX, seen) {
+            Ok(all) => all,
             Err(why) => return (Vec::new(), Some(format!("the driver of the GPUs: {why}"))),
         };
         let mut trouble = None;
@@ -197,7 +209,7 @@ mod tests {
     #[test]
     fn a_host_without_a_driver_shows_none_and_that_is_no_trouble() {
         let driver = Driver::default();
-        if driver.ask(|_| Ok(())) == Ok(None) {
+        if !std::path::Path::new("/dev/nvidiactl").exists() {
             assert_eq!(driver.inventory(), Ok(vec![]));
             assert_eq!(driver.in_use(), (vec![], None));
         }

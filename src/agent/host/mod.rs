@@ -178,7 +178,7 @@ impl<'a> Judge<'a> {
             Handle::Process(process) => match self.processes.is_alive(process) {
                 true => Some(true),
                 false => {
-                    let all_seen = self.sees_all_processes && !self.processes.incomplete;
+                    let all_seen = self.sees_all_processes && self.processes.unread.is_none();
                     all_seen.then_some(false)
                 }
             },

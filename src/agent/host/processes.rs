@@ -18,17 +18,19 @@ const INIT_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 /// All processes; those that `handles` may mean from inner PID namespaces with their pids there.
 pub fn processes(handles: &[&v1::Process]) -> ProcResult<Processes> {
-    let mut incomplete = false;
+    let mut unread = None;
     let all =
         all_processes()?.map(|process| read(&process?, handles)).filter_map(|read| match read {
             Ok(process) => Some(process),
             Err(error) => {
-                incomplete |= !has_ended(&error);
+                if !has_ended(&error) {
+                    unread = Some(error.to_string());
+                }
                 None
             }
         });
     let mut all: Processes = all.collect();
-    all.incomplete = incomplete;
+    all.unread = unread;
     Ok(all)
 }
 

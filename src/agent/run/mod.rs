@@ -54,6 +54,8 @@ const STRANGER_LOOKS: u32 = 2;
 /// Between a request to end and the end, for what a program has left behind.
 const LEFTOVERS_GRACE: Duration = Duration::from_secs(5);
 
+/// Giving back is tried for so long, whatever signals come.
+const RELEASE_MIN: Duration = Duration::from_secs(5);
 /// For what is killed to be gone: it may wait for a disk.
 const KILLED_MAX: Duration = Duration::from_secs(10);
 
@@ -105,7 +107,9 @@ pub enum RunError {
 /// Runs a program to its end; its exit code, as a shell would tell it.
 pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, RunError> {
     let mut signals = Signals::listen()?;
-    child::adopt_orphans();
+    if let Err(why) = child::adopt_orphans() {
+        warn!("what leaves the program's process group is not seen: {why}");
+    }
     if let Some(v1::claim::Placement::Worker(worker)) = &job.claim.placement {
         tokio::select! {
             is_here = here(&client, &*host, worker) => drop(is_here?),
@@ -146,10 +150,17 @@ pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, Ru
     let ended = supervisor.supervise(&mut hold).await;
     match supervisor.left {
         true => warn!("something of the program is left: what it held is not given back"),
-        false => tokio::select! {
-            () = hold.release() => {}
-            _ = signals.stop() => warn!("stopped before it was released; it is reclaimed in time"),
-        },
+        false => {
+            let mut released = std::pin::pin!(hold.release());
+            // Whoever asks for an end may do so more than once.
+            if timeout(RELEASE_MIN, &mut released).await.is_err() {
+                signals.forget();
+                tokio::select! {
+                    () = released => {}
+                    _ = signals.stop() => warn!("stopped before it was released; it is reclaimed in time"),
+                }
+            }
+        }
     }
     ended
 }
@@ -360,15 +371,15 @@ impl Supervisor<'_> {
             true => LEFTOVERS_GRACE,
             false => self.job.stop_grace,
         };
-        if child.has_ended() && child.has_left() {
+        if child.has_ended() && child.has_left().await {
             warn!("the program has ended, and what it left behind is ended too");
         }
-        child.signal_all(Signal::TERM);
+        child.signal_all(Signal::TERM).await;
         if timeout(grace.min(at_most), all_ended(child)).await.is_ok() {
             return;
         }
         warn!("what is left of the program is killed");
-        child.signal_all(Signal::KILL);
+        child.signal_all(Signal::KILL).await;
         self.left |= timeout(KILLED_MAX, all_ended(child)).await.is_err();
     }
 }
@@ -377,8 +388,13 @@ impl Supervisor<'_> {
 async fn all_ended(child: &mut Child) {
     let _ = child.ended().await; // its status is told already, or of no interest
     let mut pause = Duration::from_millis(1);
-    while child.has_left() {
-        sleep(pause).await;
+    loop {
+        let looked = Instant::now();
+        if !child.has_left().await {
+            return;
+        }
+        // On a host with many processes a look takes a while.
+        sleep(pause.max(looked.elapsed())).await;
         pause = (pause * 2).min(LOOK_MIN);
     }
 }

@@ -4,8 +4,11 @@ use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
 
+use futures::FutureExt as _;
 use rustix::process::Signal;
 use tokio::signal::unix::{self, SignalKind, signal};
+
+use crate::agent::host::child::ENDING;
 
 /// Those that a supervisor is sent for its program. From here on none of them ends this process. What was
 /// ignored when it started, as by `nohup`, stays ignored, here and by the program.
@@ -46,6 +49,11 @@ impl Signals {
         .await
     }
 
+    /// Those that came already are over and done with.
+    pub fn forget(&mut self) {
+        while self.next().now_or_never().is_some() {}
+    }
+
     /// The next one that asks for an end.
     pub async fn stop(&mut self) -> Signal {
         loop {
@@ -59,5 +67,5 @@ impl Signals {
 
 /// What a program does about it is its own affair; one that is starting is not started anew after it.
 pub fn asks_for_an_end(signal: Signal) -> bool {
-    [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM].contains(&signal)
+    ENDING.contains(&signal)
 }
