@@ -19,15 +19,14 @@ use tracing::{info, warn};
 
 use super::outcome::CallError;
 use super::timers::millis;
-use super::{Deadline, Lifecycle, Node};
+use super::{Deadline, Node};
 use crate::core::{
-    Actor, Applied, Command, Event, Identity, Leader, Millis, Revision, State, Worker, WorkerName,
-    WorkerPhase,
+    Actor, Applied, Command, Event, Identity, Leader, Millis, Revision, WorkerName, WorkerPhase,
 };
 use crate::lock::guard;
 use crate::raft::ApplyObserver;
-use evidence::Watched;
 pub use evidence::{Drift, InUse, Sample};
+use evidence::{Look, Watched};
 
 const PROPOSAL_MAX: Duration = Duration::from_secs(5);
 
@@ -111,20 +110,15 @@ impl Sweeper {
 
 impl Sweeps {
     /// Takes a sample; says why it was not counted, or what is to be proposed.
-    fn weigh(
-        &mut self,
-        (state, worker): (&State, &Worker),
-        sample: &Sample,
-        lifecycle: &Lifecycle,
-        (under, now): (Leader, Instant),
-    ) -> Result<Vec<Command>, &'static str> {
-        if self.leader != under {
-            *self = Sweeps { leader: under, ..Sweeps::default() };
+    fn weigh(&mut self, look: Look<'_>) -> Result<Vec<Command>, &'static str> {
+        if self.leader != look.under {
+            *self = Sweeps { leader: look.under, ..Sweeps::default() };
         }
-        let Known { watched, drift, acting } = self.workers.entry(worker.name.clone()).or_default();
-        let taken = watched.take((state, worker), sample, lifecycle, (under, now));
-        let (before, acting) = (std::mem::replace(drift, sample.drift), *acting);
-        self.change_drift(before, sample.drift);
+        let name = look.worker.name.clone();
+        let Known { watched, drift, acting } = self.workers.entry(name).or_default();
+        let taken = watched.take(look);
+        let (before, acting) = (std::mem::replace(drift, look.sample.drift), *acting);
+        self.change_drift(before, look.sample.drift);
         taken.map(|commands| if acting { Vec::new() } else { commands })
     }
 
@@ -178,9 +172,10 @@ impl Node {
         }
         let under = self.inner.timers.leader().ok_or(CallError::NotLeader { leader: None })?;
         self.inner.timers.heard(worker);
-        let now = (under, Instant::now());
         let lifecycle = &self.inner.config.lifecycle;
-        let weighed = self.inner.sweeper.sweeps().weigh((&state, worker), &sample, lifecycle, now);
+        let now = Instant::now();
+        let look = Look { state: &state, worker, sample: &sample, lifecycle, under, now };
+        let weighed = self.inner.sweeper.sweeps().weigh(look);
         counted(if weighed.is_ok() { "counted" } else { "ignored" });
         let mut commands = Vec::new();
         if worker.phase == WorkerPhase::Lost {

@@ -63,10 +63,13 @@ impl Hierarchies {
 fn is_populated(dir: &Path) -> Option<bool> {
     match text(&dir.join("cgroup.events")) {
         Ok(Some(events)) => Some(events.lines().any(|line| line == "populated 1")),
-        Ok(None) => walk(dir, &mut CGROUPS_MAX.clone(), |dir| {
-            let processes = text(&dir.join("cgroup.procs")).ok()?;
-            Some(processes.is_some_and(|processes| !processes.is_empty()))
-        }),
+        Ok(None) => {
+            let mut left = CGROUPS_MAX;
+            walk(dir, &mut left, |dir| {
+                let processes = text(&dir.join("cgroup.procs")).ok()?;
+                Some(processes.is_some_and(|processes| !processes.is_empty()))
+            })
+        }
         Err(_) => None,
     }
 }
@@ -115,11 +118,8 @@ fn text(path: &Path) -> io::Result<Option<String>> {
 /// None of a directory that is gone.
 fn children(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let Some(entries) = present(fs::read_dir(dir))? else { return Ok(Vec::new()) };
-    let is_dir = |entry: fs::DirEntry| match entry.file_type() {
-        Ok(kind) => Ok(kind.is_dir().then(|| entry.path())),
-        Err(error) => Err(error),
-    };
-    entries.filter_map(|entry| entry.and_then(is_dir).transpose()).collect()
+    let dir = |entry: fs::DirEntry| Ok(entry.file_type()?.is_dir().then(|| entry.path()));
+    entries.filter_map(|entry| entry.and_then(dir).transpose()).collect()
 }
 
 /// A cgroup that is removed while it is read says that there is no such device.

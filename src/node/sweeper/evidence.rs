@@ -97,10 +97,22 @@ impl Drift {
     }
 }
 
+/// A sample, and what it is weighed against.
+#[derive(Clone, Copy)]
+pub(super) struct Look<'a> {
+    pub state: &'a State,
+    pub worker: &'a Worker,
+    pub sample: &'a Sample,
+    pub lifecycle: &'a Lifecycle,
+    /// Who leads.
+    pub under: Leader,
+    pub now: Instant,
+}
+
 /// What the samples of one worker have in common.
 #[derive(Default)]
 pub(super) struct Watched {
-    /// Of the agent that was started last, and of those before it.
+    /// Of the agent that came last, and of those before it.
     run: String,
     former: VecDeque<String>,
     number: u64,
@@ -181,13 +193,8 @@ fn failed_start(held: &Allocation) -> Proof {
 
 impl Watched {
     /// Takes a sample: what is proposed by it, or why it does not count.
-    pub fn take(
-        &mut self,
-        (state, worker): (&State, &Worker),
-        sample: &Sample,
-        lifecycle: &Lifecycle,
-        (under, now): (Leader, Instant),
-    ) -> Result<Vec<Command>, &'static str> {
+    pub fn take(&mut self, look: Look<'_>) -> Result<Vec<Command>, &'static str> {
+        let Look { state, sample, lifecycle, now, .. } = look;
         if sample.revision > state.revision {
             return Err("it is of a revision that does not exist yet");
         }
@@ -220,7 +227,7 @@ impl Watched {
             self.begin_anew();
         }
         (self.number, self.at) = (sample.number, Some(now));
-        Ok(self.count((state, worker), sample, lifecycle, (under, now)))
+        Ok(self.count(look))
     }
 
     /// Another agent was started: what came before it counts for nothing.
@@ -245,16 +252,11 @@ impl Watched {
     }
 
     /// Counts a sample; the commands that it completes the proof for.
-    fn count(
-        &mut self,
-        (state, worker): (&State, &Worker),
-        sample: &Sample,
-        lifecycle: &Lifecycle,
-        (under, now): (Leader, Instant),
-    ) -> Vec<Command> {
-        let mut commands = self.count_gone((state, worker), sample, lifecycle, (under, now));
-        commands.extend(self.count_strangers((state, worker), sample, under));
-        commands.extend(self.count_free(worker, sample, under));
+    fn count(&mut self, look: Look<'_>) -> Vec<Command> {
+        let Look { worker, sample, under, .. } = look;
+        let mut commands = self.count_gone(look);
+        commands.extend(self.count_strangers(look));
+        commands.extend(self.count_free(look));
         // Only a sample that knows the restored table, and finds nothing in use that nobody holds,
         // verifies a worker: what was granted since the backup must not be given again. Of a GPU whose
         // processes nobody counts that cannot be known.
@@ -273,13 +275,8 @@ impl Watched {
         commands
     }
 
-    fn count_gone(
-        &mut self,
-        (state, worker): (&State, &Worker),
-        sample: &Sample,
-        lifecycle: &Lifecycle,
-        (under, now): (Leader, Instant),
-    ) -> Vec<Command> {
+    fn count_gone(&mut self, look: Look<'_>) -> Vec<Command> {
+        let Look { state, worker, sample, lifecycle, under, now } = look;
         let before = std::mem::take(&mut self.gone);
         let mut commands = Vec::new();
         for held in state.allocations_on(worker, None) {
@@ -313,12 +310,8 @@ impl Watched {
     }
 
     /// Ports in use that nobody holds.
-    fn count_strangers(
-        &mut self,
-        (state, worker): (&State, &Worker),
-        sample: &Sample,
-        under: Leader,
-    ) -> Vec<Command> {
+    fn count_strangers(&mut self, look: Look<'_>) -> Vec<Command> {
+        let Look { state, worker, sample, under, .. } = look;
         let before = std::mem::take(&mut self.strangers);
         let mut commands = Vec::new();
         for (number, InUse { listening, pid }) in &sample.in_use {
@@ -348,7 +341,8 @@ impl Watched {
     }
 
     /// Quarantined ports that nobody uses.
-    fn count_free(&mut self, worker: &Worker, sample: &Sample, under: Leader) -> Option<Command> {
+    fn count_free(&mut self, look: Look<'_>) -> Option<Command> {
+        let Look { worker, sample, under, .. } = look;
         let before = std::mem::take(&mut self.free);
         let suspects = worker.pools.iter().flat_map(|pool| pool.quarantines());
         for (number, quarantine) in suspects {

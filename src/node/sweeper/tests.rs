@@ -5,8 +5,9 @@ use super::*;
 use crate::core::{
     Allocation, Claim, GpuChoice, GpuRequest, GpuShare, GpuSpec, Ground, Handle, Labels, LeaseId,
     Liveness, Origin, Outcome, Phase, Placement, Port, PortRequest, Ports, RangeSpec,
-    ReleaseReason, Token, Uid, WorkerSpec, apply,
+    ReleaseReason, State, Token, Uid, WorkerSpec, apply,
 };
+use crate::node::Lifecycle;
 
 const LEADER: Leader = Leader { term: 3, node: 1 };
 const ZOMBIE_AFTER: Duration = Duration::from_secs(60);
@@ -155,8 +156,14 @@ impl Scene {
 
     fn weigh(&mut self) -> Result<Vec<Command>, &'static str> {
         let worker = self.state.worker(&self.sample.worker).unwrap().clone();
-        let now = (LEADER, Instant::now());
-        self.sweeps.weigh((&self.state, &worker), &self.sample, &lifecycle(), now)
+        self.sweeps.weigh(Look {
+            state: &self.state,
+            worker: &worker,
+            sample: &self.sample,
+            lifecycle: &lifecycle(),
+            under: LEADER,
+            now: Instant::now(),
+        })
     }
 
     /// The agent looks after `ms`, knows the table as it is, and what follows is done.
