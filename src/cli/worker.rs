@@ -336,8 +336,7 @@ async fn remove(client: &Client, args: Remove, format: Format) -> anyhow::Result
     let mut held = Vec::new();
     let response = match force {
         true => {
-            let on_it = v1::ListRequest { worker: name.clone(), ..Default::default() };
-            held = client.list(on_it).await?.items.into_iter().map(|held| held.name).collect();
+            held = held_by(client, &name).await?.into_iter().map(|held| held.name).collect();
             client.worker_force_remove(&name, &reason).await?
         }
         false => {
@@ -370,10 +369,7 @@ async fn drain(client: &Client, args: Drain, globals: &Globals) -> anyhow::Resul
     client.worker_set_phase(&name, v1::WorkerPhase::Draining).await.map_err(again)?;
     let left = match wait {
         true => emptied(client, &name, deadline).await?,
-        false => {
-            let held = v1::ListRequest { worker: name.clone(), ..Default::default() };
-            client.list(held).await?.items
-        }
+        false => held_by(client, &name).await?,
     };
     let worker = client.worker_get(&name, None).await?.worker.unwrap_or_default();
     let left: Vec<_> = left.into_iter().map(output::Allocation::from).collect();
@@ -390,6 +386,11 @@ async fn drain(client: &Client, args: Drain, globals: &Globals) -> anyhow::Resul
         return Err(CliError::StillHeld { worker: name, left }.into());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn held_by(client: &Client, worker: &str) -> Result<Vec<v1::Allocation>, ClientError> {
+    let on_it = v1::ListRequest { worker: worker.into(), ..Default::default() };
+    Ok(client.list(on_it).await?.items)
 }
 
 /// Waits, with progress on stderr, until a worker holds nothing or time is over; what is left then.
