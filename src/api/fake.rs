@@ -73,6 +73,7 @@ pub(crate) struct Fake {
     /// Answers of `forward`; while there are any, node 2 leads.
     pub forwards: Mutex<VecDeque<Forwarded>>,
     pub proposed: Mutex<usize>,
+    pub reads: Mutex<usize>,
     pub turned_away: Mutex<usize>,
     pub members: Mutex<Vec<MemberReport>>,
     pub hub: Hub,
@@ -108,6 +109,7 @@ impl Backend for Fake {
         answers
     }
     async fn read(&self, _: Deadline) -> Result<State, CallError> {
+        *self.reads.lock().unwrap() += 1;
         match self.failures.lock().unwrap().pop_front() {
             Some(error) => Err(error),
             None => Ok(self.state.lock().unwrap().clone()),

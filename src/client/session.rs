@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use futures::{StreamExt as _, stream};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Status, Streaming};
@@ -79,6 +80,15 @@ impl Session {
         let request = v1::AllocateRequest { claims, dry_run: false };
         match self.one(Command::Allocate(request)).await? {
             Answer::Allocate(response) => Ok(response),
+            other => Err(another(other)),
+        }
+    }
+
+    /// As [`Client::get`], linearizable.
+    pub async fn get(&self, name: &str) -> Result<v1::GetResponse, ClientError> {
+        let request = v1::GetRequest { name: name.into(), read: None };
+        match self.one(Command::Get(request)).await? {
+            Answer::Get(response) => Ok(response),
             other => Err(another(other)),
         }
     }
@@ -295,6 +305,8 @@ struct Line {
     answers: Streaming<v1::SessionResponse>,
     under_way: VecDeque<Waiting>,
     commands: usize,
+    /// Callers whose answers came together last; they may ask again together.
+    answered: usize,
     timeout: Duration,
 }
 
@@ -326,7 +338,7 @@ async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
             }
         };
         let under_way = VecDeque::new();
-        let mut line = Line { messages, answers, under_way, commands: 0, timeout };
+        let mut line = Line { messages, answers, under_way, commands: 0, answered: 0, timeout };
         line.send(vec![first]);
         let Some(why) = line.serve(&mut queue, &mut tour).await else { return };
         let why = by(tour.door(), why);
@@ -353,6 +365,7 @@ impl Line {
                 answers = self.answers.message() => match answers {
                     Ok(Some(response)) => {
                         tour.answered();
+                        self.answered = 0;
                         if response.answers.into_iter().any(|answer| !self.take(answer)) {
                             return Some("an answer that nobody asked for".into());
                         }
@@ -362,6 +375,12 @@ impl Line {
                 },
                 taken = queue.recv_many(&mut jobs, SESSION_COMMANDS_MAX), if room => {
                     over = taken == 0;
+                    if self.is_shared() {
+                        // Whoever else is about to ask goes in the same message.
+                        yield_now().await;
+                        let more = std::iter::from_fn(|| queue.try_recv().ok());
+                        jobs.extend(more.take(SESSION_COMMANDS_MAX));
+                    }
                     self.send(std::mem::take(&mut jobs));
                 }
                 () = sleep_until(overdue.unwrap_or_else(Instant::now)), if overdue.is_some() => {
@@ -369,6 +388,11 @@ impl Line {
                 }
             }
         }
+    }
+
+    /// Do several ask at about the same time? One who is alone does not wait for others.
+    fn is_shared(&self) -> bool {
+        !self.under_way.is_empty() || self.answered > 1
     }
 
     /// Packs the jobs into as few messages as may be.
@@ -411,6 +435,7 @@ impl Line {
             && let Some(Waiting { answers, done, .. }) = self.under_way.pop_front()
         {
             let _ = done.send(Ok(answers));
+            self.answered += 1;
         }
         true
     }

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 use tonic::Code;
 use tonic::transport::Channel;
 
 use super::session::{Answer, Command};
 use super::{
-    Client, ClientError, Filter, Follow, Keeper, News, Options, Standing, StartError, Try,
+    Client, ClientError, Filter, Follow, Keeper, News, Options, Session, Standing, StartError, Try,
 };
 use crate::api::fake::{Fake, allocate, claim, fake, listen, spec, table};
 use crate::api::{Readiness, serve, tcp_incoming};
@@ -260,6 +261,23 @@ async fn what_an_overloaded_node_refuses_on_a_session_goes_again_as_one() {
     for answer in timeout(Duration::from_secs(20), all).await.unwrap() {
         assert!(matches!(answer, Err(ClientError::Unavailable { .. })), "{answer:?}");
     }
+}
+
+/// Each, in a task of its own, waits for its answer before it asks again; a message is read once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_shares_a_session_asks_in_the_same_messages() {
+    let (fake, address) = node().await;
+    let session = client(&[&address]).session();
+    let ask = |session: Session| async move {
+        for _ in 0..20 {
+            let got = session.get("a").await.unwrap();
+            assert_eq!(got.allocation.unwrap().name, "a");
+        }
+    };
+    let all: JoinSet<()> = (0..32).map(|_| ask(session.clone())).collect();
+    timeout(Duration::from_secs(20), all.join_all()).await.unwrap();
+    let messages = *fake.reads.lock().unwrap();
+    assert!((20..32 * 20 / 2).contains(&messages), "{messages}");
 }
 
 #[tokio::test]
