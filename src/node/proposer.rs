@@ -4,7 +4,8 @@
 //! that waits is packed into the next entry (bounded in count and weight). So one flush serves many
 //! commands under load, and a single command is proposed at once when nothing else is. A few entries
 //! are in flight at a time where as many commands wait as one takes, or the answer takes long
-//! ([`NEXT_AFTER`]): each costs all nodes a message and a flush. Commands that came together stay
+//! ([`NEXT_AFTER`]): each costs all nodes a message and a flush. For the same reason an entry waits a little
+//! for those who were just answered and ask again (`Returning`). Commands that came together stay
 //! together: they are queued, packed and answered as one group.
 //!
 //! - Admission never waits: a full lane is [`CallError::Overloaded`].
@@ -14,8 +15,8 @@
 //!   proposed is settled by one atomic step between caller and packer, so that "nothing was changed" is
 //!   true whenever it is said.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use fail::fail_point;
@@ -27,6 +28,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::outcome::{CallError, RETRY_AFTER, of_write};
 use super::wall_clock::wall_clock;
 use crate::core::{Applied, Command};
+use crate::lock::guard;
 use crate::raft::{Batch, Raft};
 
 /// Commands that may wait in each lane.
@@ -83,10 +85,14 @@ impl Lane {
     }
 }
 
+/// Commands that wait in the lanes.
+fn waiting(rooms: [&Semaphore; 2]) -> usize {
+    rooms.map(|room| LANE_COMMANDS_MAX - room.available_permits()).iter().sum()
+}
+
 /// Do as many commands wait in the lanes as one entry takes?
 fn fill_entry(rooms: [&Semaphore; 2]) -> bool {
-    let waiting = rooms.map(|room| LANE_COMMANDS_MAX - room.available_permits());
-    waiting.iter().sum::<usize>() >= ENTRY_COMMANDS_MAX
+    waiting(rooms) >= ENTRY_COMMANDS_MAX
 }
 
 impl Proposer {
@@ -96,7 +102,7 @@ impl Proposer {
         let (normal, normal_queue) = Lane::new();
         let proposer = Proposer::over(urgent, normal);
         let in_flight = InFlight::new(&proposer);
-        (proposer, pack(raft, in_flight, urgent_queue, normal_queue))
+        (proposer, pack(raft, in_flight, Lanes { urgent: urgent_queue, normal: normal_queue }))
     }
 
     fn over(urgent: Lane, normal: Lane) -> Proposer {
@@ -252,6 +258,17 @@ impl InFlight {
         }
     }
 
+    /// Entries that are under way.
+    fn count(&self) -> usize {
+        IN_FLIGHT_MAX - self.slots.available_permits()
+    }
+
+    /// Commands that wait to be packed.
+    fn waiting(&self) -> usize {
+        let [urgent, normal] = &self.rooms;
+        waiting([urgent, normal])
+    }
+
     /// Returns when the next entry may be proposed; it is under way until the slot is dropped. `None`:
     /// never.
     async fn slot(&mut self) -> Option<OwnedSemaphorePermit> {
@@ -266,32 +283,106 @@ impl InFlight {
     }
 }
 
-async fn pack(
-    raft: Raft,
-    mut in_flight: InFlight,
-    mut urgent: mpsc::UnboundedReceiver<Group>,
-    mut normal: mpsc::UnboundedReceiver<Group>,
-) {
-    let mut crowded = false;
-    loop {
-        let first = tokio::select! {
+/// Whoever was just answered may ask again at once. The next entry waits for them where that pays: they
+/// share it with those who waited meanwhile, and do not go every other entry with half of them in each.
+struct Returning {
+    last: Arc<Mutex<Answered>>,
+    /// Entries that are not to wait.
+    skipped: u32,
+    /// How many are not to wait after the next wait in vain.
+    skip: u32,
+}
+
+/// The last entry that was answered.
+#[derive(Debug, Clone, Copy)]
+struct Answered {
+    commands: usize,
+    at: Instant,
+    took: Duration,
+}
+
+/// Entries that do not wait after one that did in vain: so many at first and at most.
+const SKIP_MIN: u32 = 16;
+const SKIP_MAX: u32 = 1024;
+
+impl Returning {
+    fn new() -> Returning {
+        let none = Answered { commands: 0, at: Instant::now(), took: Duration::ZERO };
+        Returning { last: Arc::new(Mutex::new(none)), skipped: 0, skip: SKIP_MIN }
+    }
+
+    /// How many commands may come back, and until when they are waited for: for no longer than an entry
+    /// of those who are here would take. `None`: it is too late for that, or was in vain lately.
+    fn awaited(&mut self) -> Option<(usize, Instant)> {
+        if self.skipped > 0 {
+            self.skipped -= 1;
+            return None;
+        }
+        let last = *guard(&self.last);
+        let until = last.at + last.took.min(NEXT_AFTER);
+        (Instant::now() < until).then_some((last.commands, until))
+    }
+
+    /// So many of them came. Where few do, callers ask at their own pace, and that is tried seldom.
+    fn came(&mut self, commands: usize, awaited: usize) {
+        if 2 * commands < awaited {
+            self.skipped = self.skip;
+            self.skip = (4 * self.skip).min(SKIP_MAX);
+        } else {
+            self.skip = (self.skip / 2).max(SKIP_MIN);
+        }
+    }
+}
+
+struct Lanes {
+    urgent: mpsc::UnboundedReceiver<Group>,
+    normal: mpsc::UnboundedReceiver<Group>,
+}
+
+impl Lanes {
+    fn try_next(&mut self) -> Option<Group> {
+        self.urgent.try_recv().or_else(|_| self.normal.try_recv()).ok()
+    }
+
+    /// `None`: nobody can ask any more.
+    async fn next(&mut self) -> Option<Group> {
+        tokio::select! {
             biased;
-            Some(group) = urgent.recv() => group,
-            Some(group) = normal.recv() => group,
-            else => return,
-        };
+            Some(group) = self.urgent.recv() => Some(group),
+            Some(group) = self.normal.recv() => Some(group),
+            else => None,
+        }
+    }
+}
+
+async fn pack(raft: Raft, mut in_flight: InFlight, mut lanes: Lanes) {
+    let mut returning = Returning::new();
+    let mut crowded = false;
+    while let Some(first) = lanes.next().await {
+        let idle = in_flight.count() == 0;
         // What arrives meanwhile joins the same entry.
         let Some(slot) = in_flight.slot().await else { return };
+        // Where none was under way, whoever is here may have come back already.
+        let here = if idle { 0 } else { in_flight.waiting() };
         if crowded {
             // And so do those who came with the first, and have had no turn yet.
             tokio::task::yield_now().await;
         }
         let mut entry = Entry::default();
         entry.add(first);
-        while entry.has_room() {
-            match urgent.try_recv().or_else(|_| normal.try_recv()) {
-                Ok(group) => entry.add(group),
-                Err(_) => break,
+        while entry.has_room()
+            && let Some(group) = lanes.try_next()
+        {
+            entry.add(group);
+        }
+        let alone = in_flight.count() == 1;
+        if alone && let Some((commands, until)) = returning.awaited() {
+            let all = here + commands;
+            if entry.has_room() && entry.commands.len() < all {
+                let at_first = entry.commands.len();
+                let gathered = entry.gather(&mut lanes, all);
+                let _ = timeout_at(until, gathered).await;
+                returning.came(entry.commands.len() - at_first, all - at_first);
             }
         }
         if entry.commands.is_empty() {
@@ -299,9 +390,11 @@ async fn pack(
         }
         crowded = entry.groups.len() > 1;
         metrics::histogram!("portwarden_entry_commands").record(entry.commands.len() as f64);
-        let raft = raft.clone();
+        let (raft, last) = (raft.clone(), returning.last.clone());
         tokio::spawn(async move {
+            let (commands, began) = (entry.commands.len(), Instant::now());
             entry.propose(raft).await;
+            *guard(&last) = Answered { commands, at: Instant::now(), took: began.elapsed() };
             drop(slot);
         });
     }
@@ -334,6 +427,16 @@ impl Entry {
         self.weight_bytes += group.commands.iter().map(weight_bytes).sum::<usize>();
         self.groups.push((group.commands.len(), group.answer));
         self.commands.extend(group.commands);
+    }
+
+    /// Returns when it is full, or has so many commands.
+    async fn gather(&mut self, lanes: &mut Lanes, commands: usize) {
+        while self.has_room()
+            && self.commands.len() < commands
+            && let Some(group) = lanes.next().await
+        {
+            self.add(group);
+        }
     }
 
     async fn propose(self, raft: Raft) {
@@ -460,6 +563,57 @@ mod tests {
         drop(fourth);
         assert!(in_flight.slot().now_or_never().flatten().is_some());
         assert_eq!(began.elapsed(), NEXT_AFTER);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_answered_is_waited_for_within_an_entrys_time_unless_that_was_in_vain() {
+        let ms = Duration::from_millis;
+        let mut returning = Returning::new();
+        assert_eq!(returning.awaited(), None, "nobody was answered yet");
+        let answered = |returning: &Returning, took| {
+            let at = Instant::now();
+            *guard(&returning.last) = Answered { commands: 4, at, took };
+            at
+        };
+        let at = answered(&returning, ms(2));
+        assert_eq!(returning.awaited(), Some((4, at + ms(2))));
+        tokio::time::advance(ms(2)).await;
+        assert_eq!(returning.awaited(), None, "too late");
+        let at = answered(&returning, ms(2_000));
+        assert_eq!(returning.awaited(), Some((4, at + NEXT_AFTER)), "a disk was slow");
+
+        // Entries until one waits again.
+        let mut until_awaited = |came| {
+            returning.came(came, 4);
+            answered(&returning, ms(2));
+            (0..).take_while(|_| returning.awaited().is_none()).count() as u32
+        };
+        assert_eq!(until_awaited(2), 0);
+        assert_eq!([until_awaited(1), until_awaited(0)], [SKIP_MIN, 4 * SKIP_MIN]);
+        assert_eq!([0; 4].map(&mut until_awaited)[3], SKIP_MAX);
+        assert_eq!([4; 9].map(&mut until_awaited), [0; 9]);
+        assert_eq!(until_awaited(0), SKIP_MIN, "it is forgotten");
+    }
+
+    #[tokio::test]
+    async fn an_entry_gathers_as_many_commands_as_are_awaited_or_fit() {
+        let (urgent, urgent_queue) = Lane::new();
+        let (normal, normal_queue) = Lane::new();
+        let proposer = Proposer::over(urgent, normal);
+        let mut lanes = Lanes { urgent: urgent_queue, normal: normal_queue };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let grant = Command::GrantLease { ttl: Millis(1000) };
+        let ask = |count| Box::pin(proposer.propose_group(vec![grant.clone(); count], deadline));
+        let mut asked: Vec<_> = [1, 1, 2, ENTRY_COMMANDS_MAX, 1].into_iter().map(ask).collect();
+        assert!(asked.iter_mut().all(|asked| asked.now_or_never().is_none()));
+        let mut entry = Entry::default();
+        entry.gather(&mut lanes, 3).await;
+        assert_eq!(entry.commands.len(), 4, "groups are whole");
+        entry.gather(&mut lanes, 10_000).await;
+        assert_eq!(entry.commands.len(), 4 + ENTRY_COMMANDS_MAX);
+        let mut last = Entry::default();
+        assert!(last.gather(&mut lanes, 2).now_or_never().is_none(), "waits for another one");
+        assert_eq!(last.commands.len(), 1);
     }
 
     #[tokio::test]
