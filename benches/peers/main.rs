@@ -76,6 +76,7 @@ struct Workload {
 
 const WORKLOADS: &[Workload] = &[
     of("portwarden", "allocate", 1, "unary allocate, then release, 1000 workers"),
+    of("portwarden", "session", 1, "the same on a session, one command at a time"),
     of("etcd", "put", 1, "put of 64 bytes, a key for each client"),
     of(
         "bare",
@@ -94,9 +95,9 @@ const WORKLOADS: &[Workload] = &[
         "portwarden",
         "hot-session",
         64,
-        "the same worker, on sessions: 64 clients with 1 command each",
+        "the same worker, on two sessions that 64 clients share, 1 command each",
     ),
-    of("portwarden", "hot-session", 2048, "64 clients with 32 each, pipelined"),
+    of("portwarden", "hot-session", 2048, "the same with 32 each, pipelined"),
     of("etcd", "hot", 64, "next free port of one worker: read, then compare and swap"),
     of(
         "postgres",
@@ -120,6 +121,7 @@ const WORKLOADS: &[Workload] = &[
         "gangs of 64 claims of 8 ports each, on sessions: 8 clients with 8 each",
     ),
     of("portwarden", "get", 256, "linearizable read of an allocation"),
+    of("portwarden", "get-session", 256, "the same on four sessions that 256 clients share"),
     of("etcd", "get", 256, "linearizable range of one key"),
     of("portwarden", "get-stale", 256, "read of a node's own copy"),
     of("etcd", "get-stale", 256, "serializable range of one key"),

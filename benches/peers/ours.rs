@@ -185,12 +185,14 @@ impl Ours {
         let workload = match name {
             "session" | "hot-session" | "gang8" | "gang64" => Workload::Session,
             "get" => Workload::Get,
+            "get-session" => Workload::GetSession,
             "get-stale" => Workload::GetStale,
             _ => Workload::Allocate,
         };
         // Sessions: `clients` commands are under way in all.
         let (callers, batch) = match (name, clients) {
             ("hot-session", _) => (64, clients / 64),
+            ("session", 1) => (1, 1),
             ("session", 256) => (4, 64),
             ("session", ..=4096) => (8, clients / 8),
             ("session", _) => (clients / 256, 256),

@@ -116,6 +116,8 @@ impl Whole {
             .chain(rate("portwarden", "session", 2048))
             .reduce(f64::max);
         let p50 = |system, workload| self.row(system, workload, 1).map(|row| row.p50_ms);
+        let (p50_rpc, p50_stream) = (p50("portwarden", "allocate"), p50("portwarden", "session"));
+        let fdatasync = Some(self.fdatasync_ms);
         let over = |ours: Option<f64>, theirs: Option<f64>| Some(ours? / theirs?);
         let failover = |times: &[f64]| (!times.is_empty()).then(|| median(times.iter().copied()));
         let (ours_failed, etcd_failed) =
@@ -137,14 +139,17 @@ impl Whole {
                 over(hot_pipelined, rate("postgres", "hot", 64)),
             ),
             ("allocate_hot_pipelined_vs_etcd_txn_64", over(hot_pipelined, rate("etcd", "hot", 64))),
-            ("etcd_p50_vs_ours_1", over(p50("etcd", "put"), p50("portwarden", "allocate"))),
-            (
-                "ours_p50_1_vs_fdatasync",
-                over(p50("portwarden", "allocate"), Some(self.fdatasync_ms)),
-            ),
-            ("ours_p50_1_vs_bare", over(p50("portwarden", "allocate"), p50("bare", "call"))),
-            ("bare_p50_1_vs_fdatasync", over(p50("bare", "call"), Some(self.fdatasync_ms))),
+            ("etcd_p50_vs_ours_1", over(p50("etcd", "put"), p50_rpc)),
+            ("etcd_p50_vs_ours_stream_1", over(p50("etcd", "put"), p50_stream)),
+            ("ours_p50_1_vs_fdatasync", over(p50_rpc, fdatasync)),
+            ("ours_p50_stream_1_vs_fdatasync", over(p50_stream, fdatasync)),
+            ("ours_p50_1_vs_bare", over(p50_rpc, p50("bare", "call"))),
+            ("bare_p50_1_vs_fdatasync", over(p50("bare", "call"), fdatasync)),
             ("get_vs_etcd_256", over(rate("portwarden", "get", 256), rate("etcd", "get", 256))),
+            (
+                "get_stream_vs_etcd_256",
+                over(rate("portwarden", "get-session", 256), rate("etcd", "get", 256)),
+            ),
             (
                 "get_stale_vs_etcd_256",
                 over(rate("portwarden", "get-stale", 256), rate("etcd", "get-stale", 256)),

@@ -76,3 +76,17 @@ impl Caller for Reads {
         got.map(|_| Done::one("get")).map_err(|e| e.to_string())
     }
 }
+
+/// The same on a session.
+pub struct SessionReads {
+    pub session: Session,
+    pub name: String,
+}
+
+#[tonic::async_trait]
+impl Caller for SessionReads {
+    async fn call(&mut self) -> Result<Done, String> {
+        let got = self.session.get(&self.name).await;
+        got.map(|_| Done::one("get")).map_err(|e| e.to_string())
+    }
+}

@@ -18,7 +18,7 @@ use tokio::time::sleep;
 use super::{Globals, output};
 use crate::client::{Client, ClientError, Options};
 use crate::proto::v1;
-use callers::{Batches, Pairs, Reads};
+use callers::{Batches, Pairs, Reads, SessionReads};
 use load::{Caller, Report};
 
 #[derive(Debug, Clone, clap::Args)]
@@ -70,6 +70,8 @@ pub enum Workload {
     Session,
     /// Linearizable reads
     Get,
+    /// Linearizable reads, on sessions
+    GetSession,
     /// Reads of a node's own copy
     GetStale,
 }
@@ -80,6 +82,7 @@ impl Workload {
             Workload::Allocate => "allocate",
             Workload::Session => "session",
             Workload::Get => "get",
+            Workload::GetSession => "get-session",
             Workload::GetStale => "get-stale",
         }
     }
@@ -182,11 +185,10 @@ impl Bench {
             let claim = |j| claim(&format!("{name}-{j}"), worker(i + j), args.ports);
             (0..args.gang).map(claim).collect()
         };
-        let reads = matches!(args.workload, Workload::Get | Workload::GetStale);
-        if reads {
+        let read = |i: u32| format!("{}r{}", self.prefix, i % READ_INSTANCES);
+        if !matches!(args.workload, Workload::Allocate | Workload::Session) {
             for i in 0..READ_INSTANCES {
-                let claim = claim(&format!("{}r{i}", self.prefix), worker(i), args.ports);
-                clients[0].allocate(vec![claim]).await?;
+                clients[0].allocate(vec![claim(&read(i), worker(i), args.ports)]).await?;
             }
         }
         let caller = |i: u32| -> Box<dyn Caller> {
@@ -206,9 +208,12 @@ impl Bench {
                 }),
                 Workload::Get | Workload::GetStale => Box::new(Reads {
                     client: clients[at(i)].clone(),
-                    name: format!("{}r{}", self.prefix, i % READ_INSTANCES),
+                    name: read(i),
                     stale: args.workload == Workload::GetStale,
                 }),
+                Workload::GetSession => {
+                    Box::new(SessionReads { session: sessions[at(i)].clone(), name: read(i) })
+                }
             }
         };
         Ok((0..args.clients).map(caller).collect())
