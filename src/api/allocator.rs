@@ -349,7 +349,7 @@ impl Read for List {
         };
         Ok(v1::ListResponse {
             allocations: page.items,
-            next_page_token: api.more(view, page.after),
+            next_page_token: api.more(view, query.token.as_ref(), page.after),
             revision: view.revision.0,
         })
     }

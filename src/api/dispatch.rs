@@ -20,7 +20,7 @@ use std::collections::BTreeSet;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use futures::Stream;
@@ -32,7 +32,7 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 
 use super::convert::Addresses;
-use super::pages::{PageToken, Views};
+use super::pages::{PageToken, VIEWS_EXPIRE_EVERY, Views};
 use super::{allocator, cluster, errors, leases, session, watch as changes, workers};
 use crate::core::{
     Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State, WorkerName,
@@ -580,10 +580,20 @@ impl Api {
         Err(Status::unimplemented(format!("{path} is not forwarded between nodes")))
     }
 
-    /// Keeps a view while a listing goes on, and says where.
-    pub(super) fn more(&self, view: &State, after: Option<String>) -> String {
-        let Some(after) = after else { return String::new() };
-        self.views().keep(view);
+    /// Keeps a view while a listing goes on, and says where. `from`: where this page began.
+    pub(super) fn more(
+        &self,
+        view: &State,
+        from: Option<&PageToken>,
+        after: Option<String>,
+    ) -> String {
+        let Some(after) = after else {
+            from.into_iter().for_each(|token| self.views().end(token.revision));
+            return String::new();
+        };
+        if self.views().keep(view) {
+            tokio::spawn(expire_views(Arc::downgrade(&self.inner)));
+        }
         PageToken { revision: view.revision, after }.text()
     }
 
@@ -591,12 +601,19 @@ impl Api {
         self.views().find(token.revision).ok_or_else(errors::page_expired)
     }
 
-    fn views(&self) -> MutexGuard<'_, Views> {
+    pub(super) fn views(&self) -> MutexGuard<'_, Views> {
         guard(&self.inner.views)
     }
 
     pub(super) fn overloaded() -> Status {
         errors::overloaded(RETRY_AFTER)
+    }
+}
+
+/// Until no view is left.
+async fn expire_views(api: Weak<Inner>) {
+    while api.upgrade().is_some_and(|api| guard(&api.views).expire()) {
+        sleep(VIEWS_EXPIRE_EVERY).await;
     }
 }
 

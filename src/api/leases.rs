@@ -139,7 +139,7 @@ impl Read for List {
         let page = fill(shown, query.size);
         Ok(v1::ListLeasesResponse {
             leases: page.items,
-            next_page_token: api.more(view, page.after),
+            next_page_token: api.more(view, query.token.as_ref(), page.after),
             revision: view.revision.0,
         })
     }

@@ -2,8 +2,9 @@
 //!
 //! The first page is taken from a fresh view; while there is more, the view is kept here under its
 //! revision and later pages come from it. At most [`VIEWS_MAX`] views are kept, each until
-//! [`VIEW_IDLE_MAX`] after its last use; one that is gone answers ABORTED, and the caller starts
-//! over. A page ends at its size, at [`PAGE_SOFT_BYTES`] or after [`SCAN_MAX`] items looked at,
+//! [`VIEW_IDLE_MAX`] after its last use, or [`VIEW_ENDED_MAX`] after a last page; one that is gone answers
+//! ABORTED, and the caller starts over. A view keeps what changed since from being freed, so it goes then,
+//! whether anybody lists or not. A page ends at its size, at [`PAGE_SOFT_BYTES`] or after [`SCAN_MAX`] items looked at,
 //! whichever is first, so that a call costs O(page) whatever its filters let through.
 
 use std::collections::VecDeque;
@@ -23,44 +24,72 @@ pub const PAGE_SOFT_BYTES: usize = 2 << 20;
 pub const SCAN_MAX: usize = 20_000;
 pub const VIEWS_MAX: usize = 64;
 pub const VIEW_IDLE_MAX: Duration = Duration::from_secs(120);
+/// For whoever asks for the last page again.
+pub const VIEW_ENDED_MAX: Duration = Duration::from_secs(10);
+/// How often views go whose time is over.
+pub const VIEWS_EXPIRE_EVERY: Duration = Duration::from_secs(5);
 
-/// Views of listings that go on, most recently used last.
+/// Views of listings that go on: those that ended first, then most recently used last.
 #[derive(Default)]
-pub struct Views(VecDeque<Kept>);
+pub struct Views {
+    kept: VecDeque<Kept>,
+    /// Somebody calls [`Views::expire`] now and then.
+    watched: bool,
+}
 
 struct Kept {
     view: State,
-    used: Instant,
+    until: Instant,
+}
+
+impl Kept {
+    fn new(view: State, time: Duration) -> Kept {
+        Kept { view, until: Instant::now() + time }
+    }
 }
 
 impl Views {
-    pub fn keep(&mut self, view: &State) {
-        self.expire();
+    /// True where [`Views::expire`] is to be called from now on.
+    #[must_use]
+    pub fn keep(&mut self, view: &State) -> bool {
         if self.position(view.revision).is_none() {
-            if self.0.len() == VIEWS_MAX {
-                self.0.pop_front();
+            if self.kept.len() == VIEWS_MAX {
+                self.kept.pop_front();
             }
-            self.0.push_back(Kept { view: view.clone(), used: Instant::now() });
+            self.kept.push_back(Kept::new(view.clone(), VIEW_IDLE_MAX));
         }
+        !std::mem::replace(&mut self.watched, true)
     }
 
     pub fn find(&mut self, revision: Revision) -> Option<State> {
-        self.expire();
-        let mut kept = self.0.remove(self.position(revision)?)?;
-        kept.used = Instant::now();
-        let view = kept.view.clone();
-        self.0.push_back(kept);
+        let Kept { view, .. } = self.kept.remove(self.position(revision)?)?;
+        self.kept.push_back(Kept::new(view.clone(), VIEW_IDLE_MAX));
         Some(view)
     }
 
-    fn position(&self, revision: Revision) -> Option<usize> {
-        self.0.iter().position(|kept| kept.view.revision == revision)
+    /// A listing had its last page. Another one at the same revision may go on.
+    pub fn end(&mut self, revision: Revision) {
+        let ended = self.position(revision).and_then(|at| self.kept.remove(at));
+        if let Some(Kept { view, .. }) = ended {
+            self.kept.push_front(Kept::new(view, VIEW_ENDED_MAX));
+        }
     }
 
-    fn expire(&mut self) {
-        while self.0.front().is_some_and(|kept| kept.used.elapsed() > VIEW_IDLE_MAX) {
-            self.0.pop_front();
-        }
+    fn position(&self, revision: Revision) -> Option<usize> {
+        self.kept.iter().position(|kept| kept.view.revision == revision)
+    }
+
+    /// Lets those go whose time is over. True where there are others, and it is to be called again.
+    pub fn expire(&mut self) -> bool {
+        let now = Instant::now();
+        self.kept.retain(|kept| kept.until > now);
+        self.watched = !self.kept.is_empty();
+        self.watched
+    }
+
+    #[cfg(test)]
+    pub fn count(&self) -> usize {
+        self.kept.len()
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use prost::Message as _;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
@@ -470,6 +470,41 @@ async fn a_listing_goes_on_at_its_revision_until_its_view_is_gone() {
     let status = api.list(Request::new(list(&page.next_page_token))).await.unwrap_err();
     assert_eq!(status.code(), Code::Aborted);
     assert_eq!(reason_of(&status).as_deref(), Some(reason::PAGE_EXPIRED));
+}
+
+/// What changed since a view would else stay in memory, for as long as nobody lists.
+#[tokio::test(start_paused = true)]
+async fn a_view_goes_when_its_listing_is_over_or_given_up() {
+    use super::pages::{VIEW_ENDED_MAX, VIEW_IDLE_MAX, VIEWS_EXPIRE_EVERY};
+    let (_, api) = fake();
+    for name in ["b", "c", "d"] {
+        api.allocate(allocate(name)).await.unwrap();
+    }
+    let ask = async |token: &str| api.list(Request::new(list(token))).await;
+    let begin = async || ask("").await.unwrap().into_inner().next_page_token;
+    let little = Duration::from_millis(10);
+    let kept = || api.views().count();
+
+    let token = begin().await;
+    sleep(VIEW_IDLE_MAX - little).await;
+    assert_eq!(kept(), 1);
+    sleep(VIEWS_EXPIRE_EVERY + little).await;
+    assert_eq!(kept(), 0, "given up");
+    assert_eq!(ask(&token).await.unwrap_err().code(), Code::Aborted);
+
+    let token = begin().await;
+    ask(&token).await.unwrap();
+    sleep(VIEW_ENDED_MAX - little).await;
+    ask(&token).await.expect("the last page again");
+    sleep(VIEW_ENDED_MAX + VIEWS_EXPIRE_EVERY).await;
+    assert_eq!(kept(), 0, "over");
+
+    let (one, other) = (begin().await, begin().await);
+    ask(&one).await.unwrap();
+    sleep(VIEW_ENDED_MAX / 2).await;
+    ask(&other).await.expect("another listing at the same revision");
+    sleep(VIEW_ENDED_MAX + VIEWS_EXPIRE_EVERY).await;
+    assert_eq!(kept(), 0);
 }
 
 #[tokio::test]

@@ -214,7 +214,7 @@ impl Read for List {
         let page = fill(workers, query.size);
         Ok(v1::ListWorkersResponse {
             workers: page.items,
-            next_page_token: api.more(view, page.after),
+            next_page_token: api.more(view, query.token.as_ref(), page.after),
             revision: view.revision.0,
         })
     }
