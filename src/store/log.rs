@@ -21,7 +21,7 @@
 //!   them, as if the call had not come.
 //! - Purged entries are gone for readers at once, and go from the disk in slices, between writes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::io;
 use std::ops::{Bound, Range};
@@ -55,9 +55,10 @@ const ROUND_BYTES: usize = 8 << 20;
 const ROUND_OPS: usize = 1024;
 /// Keys that a purge removes between two rounds.
 const PURGE_SLICE_KEYS: usize = 1024;
-/// Entries kept in memory after they are on the disk, in bytes of their payloads; decoded, they
-/// take a few times as much.
+/// Entries kept in memory after they are on the disk, in bytes of their payloads.
 const TAIL_BYTES: usize = 16 << 20;
+/// Of them, those that are kept decoded as well, which takes ten times as much: they are applied soon.
+const DECODED_BYTES: usize = 2 << 20;
 
 /// An entry as the log keeps it: where it lies, and its bytes as [`codec`] wrote them.
 #[derive(Debug, Clone)]
@@ -153,6 +154,9 @@ struct Index {
 struct Tail {
     entries: BTreeMap<u64, TailEntry>,
     bytes: usize,
+    /// Index and bytes of those that are decoded, the oldest first; some may be gone.
+    decoded: VecDeque<(u64, usize)>,
+    decoded_bytes: usize,
     /// Number of the last append; appends up to `flushed` are on the disk.
     appends: u64,
     flushed: u64,
@@ -466,6 +470,10 @@ impl Tail {
         self.appends += 1;
         for record in records {
             self.bytes += record.payload.len();
+            if record.batch.is_some() {
+                self.decoded_bytes += record.payload.len();
+                self.decoded.push_back((record.at.index, record.payload.len()));
+            }
             let entry = TailEntry { append: self.appends, record: record.clone() };
             self.entries.insert(record.at.index, entry);
         }
@@ -490,6 +498,15 @@ impl Tail {
             && oldest.get().append <= self.flushed
         {
             self.bytes -= oldest.remove().record.payload.len();
+        }
+        while self.decoded_bytes > DECODED_BYTES
+            && let Some((index, bytes)) = self.decoded.pop_front()
+        {
+            self.decoded_bytes -= bytes;
+            // Another one may have taken its place: it is decoded again, where that is needed.
+            if let Some(entry) = self.entries.get_mut(&index) {
+                entry.record.batch = None;
+            }
         }
     }
 }
@@ -805,6 +822,7 @@ fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<In
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::{Command, Millis};
 
     /// A start would take it for none, though all before it was committed too.
     #[test]
@@ -820,5 +838,26 @@ mod tests {
             let found = disk.get(COMMITTED).unwrap().unwrap();
             assert_eq!(Some(codec::decode_position(&found).unwrap()), at(written));
         }
+    }
+
+    #[test]
+    fn entries_are_kept_decoded_only_while_they_are_new() {
+        let grant = Command::GrantLease { ttl: Millis(60_000) };
+        let batch = Batch::new(Millis(0), vec![grant; 20_000]);
+        let bytes = batch.payload().len();
+        let record = |index| {
+            let at = Position { term: 1, node: 1, index };
+            LogRecord::new(at, batch.payload().clone()).with_batch(batch.clone())
+        };
+        let new = DECODED_BYTES / bytes;
+        let all: Vec<LogRecord> = (1..=2 * new as u64).map(record).collect();
+        let mut tail = Tail::default();
+        tail.flushed = tail.push(&all);
+        tail.truncate(2 * new as u64); // the last one, which comes again
+        tail.push(&all[2 * new - 1..]);
+        tail.shrink();
+        let is_decoded = |at: usize| tail.entries[&(at as u64)].record.batch().is_some();
+        assert!((new + 2..=2 * new).all(is_decoded) && !(1..new).any(is_decoded));
+        assert!(tail.entries.values().map(|kept| &kept.record).eq(&all), "the bytes are there");
     }
 }
