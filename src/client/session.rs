@@ -151,12 +151,9 @@ impl Session {
                     Err(verdict) => rest.push((at, command, verdict)),
                 }
             }
-            let alone = rest.into_iter().map(|(at, command, verdict)| async move {
-                (at, self.go_on(command, verdict, deadline).await)
-            });
-            answers.extend(
-                stream::iter(alone).buffer_unordered(ALONE_AT_ONCE).collect::<Vec<_>>().await,
-            );
+            if !rest.is_empty() {
+                answers.extend(Box::pin(self.each_alone(rest, deadline)).await);
+            }
             if left.is_empty() {
                 return answers.into_values().collect();
             }
@@ -224,6 +221,18 @@ impl Session {
             }
         };
         (commands, settled)
+    }
+
+    /// Each command, with its place, as a call of its own. Seldom needed, and large: boxed where it is.
+    async fn each_alone(
+        &self,
+        commands: Vec<(usize, Command, Verdict)>,
+        deadline: Instant,
+    ) -> Vec<(usize, Result<Answer, ClientError>)> {
+        let alone = commands.into_iter().map(|(at, command, verdict)| async move {
+            (at, self.go_on(command, verdict, deadline).await)
+        });
+        stream::iter(alone).buffer_unordered(ALONE_AT_ONCE).collect().await
     }
 
     /// The command as a call of its own, where that may change what became of it.
