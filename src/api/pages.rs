@@ -2,10 +2,12 @@
 //!
 //! The first page is taken from a fresh view; while there is more, the view is kept here under its
 //! revision and later pages come from it. At most [`VIEWS_MAX`] views are kept, each until
-//! [`VIEW_IDLE_MAX`] after its last use, or [`VIEW_ENDED_MAX`] after a last page; one that is gone answers
-//! ABORTED, and the caller starts over. A view keeps what changed since from being freed, so it goes then,
-//! whether anybody lists or not. A page ends at its size, at [`PAGE_SOFT_BYTES`] or after [`SCAN_MAX`] items looked at,
-//! whichever is first, so that a call costs O(page) whatever its filters let through.
+//! [`VIEW_IDLE_MAX`] after its last use, or [`VIEW_ENDED_MAX`] after a last page; one that is gone
+//! answers ABORTED, and the caller starts over. A view keeps what changed since from being freed, so
+//! it goes then, whether anybody lists or not.
+//!
+//! A page ends at its size, at [`PAGE_SOFT_BYTES`] or after [`SCAN_MAX`] items looked at, whichever
+//! is first, so that a call costs O(page) whatever its filters let through.
 
 use std::collections::VecDeque;
 use std::time::Duration;

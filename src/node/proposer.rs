@@ -4,9 +4,9 @@
 //! that waits is packed into the next entry (bounded in count and weight). So one flush serves many
 //! commands under load, and a single command is proposed at once when nothing else is. A few entries
 //! are in flight at a time where as many commands wait as one takes, or the answer takes long
-//! ([`NEXT_AFTER`]): each costs all nodes a message and a flush. For the same reason an entry waits a little
-//! for those who were just answered and ask again (`Returning`). Commands that came together stay
-//! together: they are queued, packed and answered as one group.
+//! ([`NEXT_AFTER`]): each costs all nodes a message and a flush. For the same reason an entry waits a
+//! little for those who were just answered and ask again (`Returning`). Commands that came together
+//! stay together: they are queued, packed and answered as one group.
 //!
 //! - Admission never waits: a full lane is [`CallError::Overloaded`].
 //! - The urgent lane (what confirms, frees or moves on) has its own room and goes first, so that a
