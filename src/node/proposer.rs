@@ -90,11 +90,6 @@ fn waiting(rooms: [&Semaphore; 2]) -> usize {
     rooms.map(|room| LANE_COMMANDS_MAX - room.available_permits()).iter().sum()
 }
 
-/// Do as many commands wait in the lanes as one entry takes?
-fn fill_entry(rooms: [&Semaphore; 2]) -> bool {
-    waiting(rooms) >= ENTRY_COMMANDS_MAX
-}
-
 impl Proposer {
     /// The returned future packs and proposes until every sender is gone.
     pub fn new(raft: Raft) -> (Proposer, impl Future<Output = ()> + Send) {
@@ -172,7 +167,7 @@ impl Proposer {
         let group = Group { commands, queued, deadline, fate: fate.clone(), answer, _room: room };
         let stopping = || CallError::NotReady("the node is stopping".into());
         lane.queue.send(group).map_err(|_| stopping())?;
-        if fill_entry([&self.urgent.room, &self.normal.room]) {
+        if waiting([&self.urgent.room, &self.normal.room]) >= ENTRY_COMMANDS_MAX {
             self.entry_full.notify_one();
         }
         match timeout_at(deadline, answered).await {
@@ -252,8 +247,7 @@ impl InFlight {
 
     /// Returns when the next entry would be full.
     async fn full(&self) {
-        let [urgent, normal] = &self.rooms;
-        while !fill_entry([urgent, normal]) {
+        while self.waiting() < ENTRY_COMMANDS_MAX {
             self.entry_full.notified().await;
         }
     }
