@@ -244,7 +244,7 @@ impl Read for Explain {
         let mut copy = view.clone();
         let mut explained = Vec::with_capacity(claims.len());
         for claim in claims {
-            explained.push(explanation(claim, core::explain(&copy, claim)));
+            explained.push(explanation(claim, core::explain(&mut copy, claim)));
             let _ = tried(&mut copy, std::slice::from_ref(claim));
         }
         let tried = tried(&mut view.clone(), claims);

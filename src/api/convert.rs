@@ -383,9 +383,9 @@ impl Addresses for Specs {
 pub fn allocation(allocation: &Allocation, addresses: &impl Addresses) -> v1::Allocation {
     let address = addresses.address(&allocation.worker);
     v1::Allocation {
-        name: allocation.name().to_string(),
-        uid: allocation.claim.uid.to_string(),
-        worker: allocation.worker.to_string(),
+        name: allocation.name().as_str().into(),
+        uid: allocation.claim.uid.as_str().into(),
+        worker: allocation.worker.as_str().into(),
         address: address.unwrap_or_default().into(),
         ports: allocation.ports.iter().map(|port| held_port(allocation, port)).collect(),
         gpus: allocation.gpus.iter().map(held_gpu).collect(),
@@ -428,8 +428,8 @@ pub fn phase(phase: Phase) -> v1::Phase {
 
 fn held_port(of: &Allocation, port: &HeldPort) -> v1::Port {
     v1::Port {
-        name: of.port_name(port).map(ToString::to_string).unwrap_or_default(),
-        range: port.range.to_string(),
+        name: of.port_name(port).map(|name| name.as_str().into()).unwrap_or_default(),
+        range: port.range.as_str().into(),
         number: port.number.into(),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use imbl::OrdSet;
+use imbl::{OrdMap, OrdSet};
 
 use super::allocation::{
     Allocation, ChangeKind, Departure, LastChange, Lease, Phase, ReleaseReason,
@@ -260,8 +260,10 @@ fn answers(held: &Allocation) -> bool {
     ports.is_empty() && gpus_as_asked && held.swaps <= SWAPS_MAX
 }
 
-/// Every index is the inverse of its map: built anew, it is the same.
+/// Every index is the inverse of its map: built anew, it is the same, once it is settled.
 fn check_indexes(state: &State) -> Result<(), String> {
+    let mut state = state.clone();
+    state.settle();
     let mut by_free: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     let mut gpu_owner = BTreeMap::new();
     let mut identity_owner = BTreeMap::new();
@@ -298,6 +300,7 @@ fn check_indexes(state: &State) -> Result<(), String> {
         gpu_owner: gpu_owner.into_iter().collect(),
         identity_owner: identity_owner.into_iter().collect(),
         not_ready,
+        stale: OrdMap::new(),
     };
     if anew != state.indexes {
         return Err("the indexes are not the inverse of the maps".into());

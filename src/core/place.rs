@@ -27,7 +27,7 @@ pub(super) struct Grant {
 }
 
 /// The worker on which the claim fits: there, [`take`] gives it what it asks for.
-pub(super) fn place(state: &State, claim: &Claim) -> Result<WorkerName, Refusal> {
+pub(super) fn place(state: &mut State, claim: &Claim) -> Result<WorkerName, Refusal> {
     let nothing_fits = |shortage| Refusal::NothingFits { name: claim.name.clone(), shortage };
     match &claim.placement {
         Placement::Worker(name) => {
@@ -40,6 +40,8 @@ pub(super) fn place(state: &State, claim: &Claim) -> Result<WorkerName, Refusal>
                 .map_err(|lack| nothing_fits(Shortage::OnWorker { worker: name.clone(), lack }))
         }
         Placement::Select { selector, policy } => {
+            state.settle();
+            let state = &*state;
             let (resource, least) = need(claim);
             let search = || {
                 sources(state, selector, resource)
@@ -71,7 +73,10 @@ pub struct Explanation {
     pub workers: Vec<(WorkerName, Result<(), String>)>,
 }
 
-pub fn explain(state: &State, claim: &Claim) -> Explanation {
+/// Of a copy: it may have to bring its indexes up to date.
+pub fn explain(state: &mut State, claim: &Claim) -> Explanation {
+    state.settle();
+    let state = &*state;
     let not_ready = state.indexes.not_ready;
     let weigh = |worker: &Worker| {
         let lack = fits(worker, claim).err().map(|lack| lack.to_string());
@@ -122,7 +127,8 @@ fn need(claim: &Claim) -> (Resource, u64) {
     }
 }
 
-/// The smallest set of indexes that holds every ready worker which the selector may match.
+/// The smallest set of indexes that holds every ready worker which the selector may match, of a state
+/// that is settled.
 fn sources<'a>(state: &'a State, selector: &Selector, resource: Resource) -> Sources<'a> {
     let of_scopes = |scopes: Vec<Scope>| {
         let by_free = &state.indexes.by_free;

@@ -16,7 +16,7 @@ use super::worker::{Identity, Specs, Worker, WorkerPhase, WorkerSpec};
 pub const FEATURE_LEVEL: u32 = 1;
 
 /// Everything the cluster agrees on. A clone is O(1) and independent of the original.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct State {
     /// Selects the rules of `apply`; raised by command, so that all replicas change them together.
     pub feature_level: u32,
@@ -37,8 +37,11 @@ pub struct State {
 /// All derived from the maps: a snapshot does not keep them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Indexes {
-    /// Workers that are `Ready`, by scope and by what they have free.
+    /// Workers that are `Ready`, by scope and by what they have free; once it is [settled](State::settle).
     pub by_free: OrdMap<(Scope, Resource), OrdSet<(u64, WorkerName)>>,
+    /// Workers that have more or less free by now than `by_free` says, and what it says. Who names its
+    /// worker does not ask it, and a worker may change often before somebody does.
+    pub stale: OrdMap<WorkerName, Free>,
     /// GPU UUIDs, where known.
     pub gpu_owner: OrdMap<String, WorkerName>,
     /// Network namespaces of workers with an agent. The boot is part of the key: after a reboot the
@@ -52,6 +55,12 @@ pub(super) struct Indexes {
     /// Departures, oldest first.
     pub departed: OrdSet<(Revision, InstanceName)>,
 }
+
+/// Most workers that `by_free` may be behind on: who asks it next waits for that.
+pub(super) const STALE_MAX: usize = 1024;
+
+/// What a worker has free of each [`Resource`].
+pub(super) type Free = [Option<u64>; 3];
 
 /// Which workers an index speaks of.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -86,6 +95,31 @@ impl Default for State {
         }
     }
 }
+
+/// Of what is agreed on: the indexes follow from it.
+impl PartialEq for State {
+    fn eq(&self, other: &State) -> bool {
+        let State {
+            feature_level,
+            revision,
+            workers,
+            allocations,
+            leases,
+            departures,
+            members,
+            indexes: _,
+        } = self;
+        *feature_level == other.feature_level
+            && *revision == other.revision
+            && *workers == other.workers
+            && *allocations == other.allocations
+            && *leases == other.leases
+            && *departures == other.departures
+            && *members == other.members
+    }
+}
+
+impl Eq for State {}
 
 impl State {
     pub fn worker(&self, name: &WorkerName) -> Option<&Arc<Worker>> {
@@ -231,15 +265,31 @@ impl State {
         change: impl FnOnce(&mut Worker) -> T,
     ) -> Option<T> {
         let worker = Arc::make_mut(self.workers.get_mut(name)?);
-        let before = Resource::ALL.map(|resource| resource.free_on(worker));
+        let before = free_on(worker);
         let result = change(worker);
-        let after = Resource::ALL.map(|resource| resource.free_on(worker));
-        for (resource, (before, after)) in
-            Resource::ALL.into_iter().zip(before.into_iter().zip(after))
-        {
-            self.indexes.move_free(worker, resource, before, after);
+        if free_on(worker) != before && !self.indexes.stale.contains_key(name) {
+            self.indexes.stale.insert(worker.name.clone(), before);
+            if self.indexes.stale.len() > STALE_MAX {
+                self.settle_first();
+            }
         }
         Some(result)
+    }
+
+    /// Brings `by_free` up to date.
+    pub(super) fn settle(&mut self) {
+        while self.settle_first() {}
+    }
+
+    /// The same for one worker that it is behind on, if there is one.
+    fn settle_first(&mut self) -> bool {
+        let Some((name, before)) = self.indexes.stale.get_min().cloned() else { return false };
+        self.indexes.stale.remove(&name);
+        if let Some(worker) = self.workers.get(&name) {
+            let now = free_on(worker);
+            self.indexes.move_free(Some((worker, before)), Some((worker, now)));
+        }
+        true
     }
 
     pub(super) fn drop_worker(&mut self, name: &WorkerName) {
@@ -444,32 +494,14 @@ impl Indexes {
             |w: Option<&Worker>| u64::from(w.is_some_and(|w| w.phase != WorkerPhase::Ready));
         self.not_ready = self.not_ready + unready(new) - unready(old);
 
+        let said = old.and_then(|worker| self.stale.remove(&worker.name));
+        let old_free = old.map(|worker| (worker, said.unwrap_or_else(|| free_on(worker))));
+        self.move_free(old_free, new.map(|worker| (worker, free_on(worker))));
+
         let same_spec = match (old, new) {
             (Some(old), Some(new)) => Arc::ptr_eq(&old.spec, &new.spec),
             _ => false,
         };
-        let same_scopes = same_spec && old.map(|w| w.phase) == new.map(|w| w.phase);
-        for resource in Resource::ALL {
-            let before = old.and_then(|w| resource.free_on(w));
-            let after = new.and_then(|w| resource.free_on(w));
-            if same_scopes && before == after {
-                continue;
-            }
-            if let (Some(worker), Some(free)) = (old, before) {
-                for scope in scopes(worker) {
-                    self.remove_free((scope, resource), &(free, worker.name.clone()));
-                }
-            }
-            if let (Some(worker), Some(free)) = (new, after) {
-                for scope in scopes(worker) {
-                    self.by_free
-                        .entry((scope, resource))
-                        .or_default()
-                        .insert((free, worker.name.clone()));
-                }
-            }
-        }
-
         if same_spec {
             return;
         }
@@ -491,22 +523,28 @@ impl Indexes {
         }
     }
 
-    /// The same of a worker whose scopes stay.
-    fn move_free(
-        &mut self,
-        worker: &Worker,
-        resource: Resource,
-        before: Option<u64>,
-        after: Option<u64>,
-    ) {
-        if before == after {
-            return;
-        }
-        for scope in scopes(worker) {
-            let set = self.by_free.entry((scope, resource)).or_default();
-            let name = &worker.name;
-            before.map(|free| set.remove(&(free, name.clone())));
-            after.map(|free| set.insert((free, name.clone())));
+    /// The same for what they have free, as far as `by_free` is concerned.
+    fn move_free(&mut self, old: Option<(&Worker, Free)>, new: Option<(&Worker, Free)>) {
+        let same_scopes = match (old, new) {
+            (Some((old, _)), Some((new, _))) => Arc::ptr_eq(&old.spec, &new.spec),
+            _ => false,
+        };
+        for (i, resource) in Resource::ALL.into_iter().enumerate() {
+            let in_place = |side: Option<(&Worker, Free)>| side.and_then(|(_, free)| free[i]);
+            if same_scopes && in_place(old) == in_place(new) {
+                continue;
+            }
+            if let (Some((worker, _)), Some(free)) = (old, in_place(old)) {
+                for scope in scopes(worker) {
+                    self.remove_free((scope, resource), &(free, worker.name.clone()));
+                }
+            }
+            if let (Some((worker, _)), Some(free)) = (new, in_place(new)) {
+                for scope in scopes(worker) {
+                    let set = self.by_free.entry((scope, resource)).or_default();
+                    set.insert((free, worker.name.clone()));
+                }
+            }
         }
     }
 
@@ -537,6 +575,10 @@ impl Resource {
             Resource::IdleGpus => Some(worker.idle_gpus()),
         }
     }
+}
+
+fn free_on(worker: &Worker) -> Free {
+    Resource::ALL.map(|resource| resource.free_on(worker))
 }
 
 pub(super) fn scopes(worker: &Worker) -> impl Iterator<Item = Scope> + '_ {

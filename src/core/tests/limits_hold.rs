@@ -359,7 +359,7 @@ fn an_explanation_shows_so_many_workers_and_no_more() {
             quick(&mut state, &register(&format!("w{i}"), spec(&[("s", 1, 2)], &[]))).unwrap();
         }
         let asked = claim("a", "any").count(1).select("", Policy::Spread);
-        let explanation = explain(&state, &asked);
+        let explanation = explain(&mut state, &asked);
         (explanation.candidates, explanation.workers.len())
     };
     let limit = EXPLAINED_WORKERS_MAX;

@@ -1,6 +1,7 @@
 //! Where a claim with a selector goes.
 
 use super::*;
+use crate::core::state::STALE_MAX;
 
 /// Workers `w0`, `w1`, … with so many ports each, labelled `n=<i>`, `parity=even|odd`.
 fn fleet(ports: &[u16]) -> Table {
@@ -178,4 +179,41 @@ fn a_refusal_speaks_of_the_workers_that_were_searched() {
     assert_eq!(reasons, [(LackKind::PortTaken, limit as u64)]);
     let (applied, _) = apply(&mut state, &ORIGIN, &allocate(&[asked(Policy::Spread)]));
     applied.outcome.unwrap();
+}
+
+/// What named claims take is looked up in no index; a selection after many of them finds it all the same.
+#[test]
+fn a_selection_sees_what_named_claims_took_on_more_workers_than_may_be_stale() {
+    let workers = STALE_MAX as u64 + 200;
+    let name = |i: u64| format!("w{i:04}");
+    let mut state = State::default();
+    let mut ok = |command: &Command| {
+        let (applied, _) = apply(&mut state, &ORIGIN, command);
+        let outcome = applied.outcome.unwrap();
+        assert!(state.indexes.stale.len() <= STALE_MAX);
+        (outcome, state.clone())
+    };
+    for i in 0..workers {
+        ok(&register(&name(i), spec(&[("service", 1, 3)], &[])));
+    }
+    // Two of three ports on all, the others first; then one is given back on the last.
+    let mut last = None;
+    for (round, i) in (0..2).flat_map(|round| (0..workers).rev().map(move |i| (round, i))) {
+        let (outcome, _) = ok(&allocate(&[claim(&format!("a{round}-{i}"), &name(i)).count(1)]));
+        let Outcome::Allocated { allocations, .. } = outcome else { panic!("granted") };
+        last = (i == workers - 1).then(|| allocations[0].clone()).or(last);
+    }
+    let last = last.unwrap();
+    let release = Authority::Holder(last.token);
+    let (_, state) = ok(&Command::Release { name: last.name().clone(), authority: release });
+    assert!(!state.indexes.stale.is_empty(), "nobody asked");
+    check_invariants(&state).unwrap();
+    let at = |policy| {
+        let asked = claim("selected", "any").count(1).select("", policy);
+        let (applied, _) = apply(&mut state.clone(), &ORIGIN, &allocate(&[asked]));
+        let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!("granted") };
+        allocations[0].worker.to_string()
+    };
+    assert_eq!(at(Policy::Binpack), name(0));
+    assert_eq!(at(Policy::Spread), name(workers - 1));
 }

@@ -8,15 +8,21 @@
 //! A version is never changed once released: a new shape is a new module and a new version byte,
 //! and the old one stays readable. Fixture bytes of every version: `tests/storage/fixtures`.
 
+mod few;
 mod v1;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::fmt;
-use std::sync::Arc;
+use std::num::NonZero;
+use std::sync::{Arc, mpsc};
+use std::thread;
 
+use bincode::error::DecodeError;
 use bytes::Bytes;
+use itertools::Itertools as _;
 
-use crate::core::{Command, FEATURE_LEVEL, Millis, Restore, State};
+use crate::core::{Allocation, Command, FEATURE_LEVEL, Millis, Restore, State};
 
 /// The version that this build writes, and the highest that it reads.
 pub const VERSION: u8 = 1;
@@ -96,10 +102,7 @@ struct BatchParts {
 impl Batch {
     /// `at`: when the leader proposed it, by its wall clock. For people: nothing is decided by it.
     pub fn new(at: Millis, commands: Vec<Command>) -> Batch {
-        let mirror = v1::Payload::Batch {
-            at: at.0,
-            commands: commands.iter().map(v1::Command::from).collect(),
-        };
+        let mirror = v1::Payload::Batch { at: at.0, commands: v1::Commands((&commands).into()) };
         let payload = encode(Kind::Entry, mirror).into();
         Batch(Arc::new(BatchParts { at, commands, payload }))
     }
@@ -198,9 +201,24 @@ fn config() -> impl bincode::config::Config {
 
 fn encode<T: bincode::Encode>(kind: Kind, value: T) -> Vec<u8> {
     let mut bytes = kind.begin();
-    // Writing to a Vec cannot fail, and the mirror structs have no lengths or locks that could.
-    bincode::encode_into_std_write(value, &mut bytes, config()).expect("encoding to memory");
+    append(value, &mut bytes);
     bytes
+}
+
+fn append<T: bincode::Encode>(value: T, bytes: &mut Vec<u8>) {
+    // Writing to a Vec cannot fail, and the mirror structs have no lengths or locks that could.
+    bincode::encode_into_writer(value, Appender(bytes), config()).expect("encoding to memory");
+}
+
+/// What `std`'s way does, without the cost of an error of its kind for each field.
+struct Appender<'a>(&'a mut Vec<u8>);
+
+impl bincode::enc::write::Writer for Appender<'_> {
+    #[inline(always)]
+    fn write(&mut self, bytes: &[u8]) -> Result<(), bincode::error::EncodeError> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
 }
 
 /// Reads one value and returns what is left behind it.
@@ -208,8 +226,11 @@ fn decode_part<'a, T: bincode::BorrowDecode<'a, ()>>(
     kind: Kind,
     bytes: &'a [u8],
 ) -> Result<(T, &'a [u8]), CodecError> {
-    let (value, read) = bincode::borrow_decode_from_slice(bytes, config())
-        .map_err(|error| kind.malformed(error.to_string()))?;
+    let (value, read) =
+        bincode::borrow_decode_from_slice(bytes, config()).map_err(|error| match error {
+            DecodeError::OtherString(why) => kind.malformed(why),
+            error => kind.malformed(error.to_string()),
+        })?;
     Ok((value, &bytes[read..]))
 }
 
@@ -235,17 +256,11 @@ pub fn encode_payload(payload: &Payload) -> Bytes {
 }
 
 pub fn decode_payload(bytes: &Bytes) -> Result<Payload, CodecError> {
-    let mirror: v1::Payload<'_> = decode(Kind::Entry, bytes)?;
-    let malformed = |why| Kind::Entry.malformed(why);
-    Ok(match mirror {
+    Ok(match decode(Kind::Entry, bytes)? {
         v1::Payload::Blank => Payload::Blank,
-        v1::Payload::Batch { at, commands } => {
-            let commands = v1::restore_commands(commands).map_err(malformed)?;
-            Payload::Batch(Batch(Arc::new(BatchParts {
-                at: Millis(at),
-                commands,
-                payload: bytes.clone(),
-            })))
+        v1::Payload::Batch { at, commands: v1::Commands(commands) } => {
+            let (at, commands) = (Millis(at), commands.into_owned());
+            Payload::Batch(Batch(Arc::new(BatchParts { at, commands, payload: bytes.clone() })))
         }
         v1::Payload::Membership(membership) => Payload::Membership(membership.restore()),
     })
@@ -275,26 +290,89 @@ pub fn decode_head(bytes: &[u8]) -> Result<SnapshotHead, CodecError> {
     Ok(decode::<v1::SnapshotHead<'_>>(Kind::SnapshotHead, bytes)?.restore())
 }
 
+/// Allocations that are encoded at one go, and how many such groups may wait to be written for each
+/// thread that encodes.
+const GROUP: usize = 256;
+const GROUPS_AHEAD: usize = 2;
+/// Most threads that encode one state.
+const ENCODERS_MAX: usize = 4;
+
 /// Writes a state as blocks of records, each a value of its own of about `block_bytes`: a header,
 /// the leases, the workers, the allocations, the departures, and then the members of the cluster.
+/// The blocks are the same whatever the number of cores.
 pub fn encode_state<E>(
     state: &State,
     block_bytes: usize,
     mut sink: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut block = Kind::SnapshotRecord.begin();
+    encode_blocks(v1::records_before(state), block_bytes, &mut sink)?;
+    encode_allocations(state, block_bytes, &mut sink)?;
+    encode_blocks(v1::records_after(state), block_bytes, &mut sink)
+}
+
+fn encode_blocks<'a, E>(
+    mut records: impl Iterator<Item = v1::Record<'a>>,
+    block_bytes: usize,
+    mut sink: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut block = Vec::with_capacity(2 * block_bytes);
+    block.extend(Kind::SnapshotRecord.begin());
     let empty = block.len();
-    for record in v1::records(state) {
-        bincode::encode_into_std_write(record, &mut block, config()).expect("encoding to memory");
+    records.try_for_each(|record| {
+        append(record, &mut block);
         if block.len() >= block_bytes {
             sink(&block)?;
             block.truncate(empty);
         }
-    }
+        Ok(())
+    })?;
     if block.len() > empty {
         sink(&block)?;
     }
     Ok(())
+}
+
+/// Threads take turns in encoding a group each; their blocks are written in the same turns.
+fn encode_allocations<E>(
+    state: &State,
+    block_bytes: usize,
+    mut sink: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let encode = |group: Vec<&Arc<Allocation>>| {
+        let mut blocks = Vec::new();
+        let keep = |block: &[u8]| {
+            blocks.push(block.to_vec());
+            Ok::<_, Infallible>(())
+        };
+        let Ok(()) = encode_blocks(v1::records_of(&group), block_bytes, keep);
+        blocks
+    };
+    let groups = || {
+        state.allocations_after(None).batching(|rest| {
+            let group: Vec<_> = rest.take(GROUP).collect();
+            (!group.is_empty()).then_some(group)
+        })
+    };
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = state.allocation_count().div_ceil(GROUP).min(cores).min(ENCODERS_MAX);
+    thread::scope(|scope| {
+        let turns: Vec<_> = (0..threads)
+            .map(|first| {
+                let (done, blocks) = mpsc::sync_channel(GROUPS_AHEAD);
+                scope.spawn(move || {
+                    let mut mine = groups().skip(first).step_by(threads).map(encode);
+                    // Once nobody writes them any more, that was an error.
+                    mine.try_for_each(|blocks| done.send(blocks))
+                });
+                blocks
+            })
+            .collect();
+        let mut in_turn = turns.iter().cycle();
+        while let Some(blocks) = in_turn.next().and_then(|turn| turn.recv().ok()) {
+            blocks.iter().try_for_each(|block| sink(block))?;
+        }
+        Ok(())
+    })
 }
 
 /// Reads the blocks of [`encode_state`] back, in their order.

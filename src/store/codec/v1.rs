@@ -3,11 +3,17 @@
 //! reordered or removed here. A variant is added, at the end, only where nothing writes it before all
 //! members can read it. Texts borrow from what is written or read.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::hint::black_box;
 use std::sync::Arc;
 
+use bincode::de::BorrowDecoder;
+use bincode::enc::Encoder;
+use bincode::error::{DecodeError, EncodeError};
 use bincode::{BorrowDecode, Decode, Encode};
 
+use super::few::{Few, read_length, write_length};
 use super::{MemberRecord, MembershipRecord};
 use crate::core::{self as table, Invalid, LeaseId, Millis, Port, Quarantine, Revision, Token};
 #[cfg(planted)]
@@ -160,13 +166,36 @@ pub enum Payload<'a> {
     Batch {
         /// Milliseconds since the epoch.
         at: u64,
-        commands: Vec<Command<'a>>,
+        commands: Commands<'a>,
     },
     Membership(Membership<'a>),
 }
 
-pub fn restore_commands(commands: Vec<Command<'_>>) -> Checked<Vec<table::Command>> {
-    each(commands, Command::restore)
+/// The bytes of a list of [`Command`], each of which is made when it is written or read: together
+/// they are larger than what they are made from.
+#[derive(Debug)]
+pub struct Commands<'a>(pub Cow<'a, [table::Command]>);
+
+impl Encode for Commands<'_> {
+    fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
+        write_length(self.0.len(), encoder)?;
+        self.0.iter().try_for_each(|command| Command::from(command).encode(encoder))
+    }
+}
+
+impl<'de, Context> BorrowDecode<'de, Context> for Commands<'_> {
+    fn borrow_decode<D: BorrowDecoder<'de, Context = Context>>(
+        decoder: &mut D,
+    ) -> Result<Self, DecodeError> {
+        let length = read_length::<table::Command>(decoder)?;
+        let mut commands = Vec::with_capacity(length);
+        for _ in 0..length {
+            decoder.unclaim_bytes_read(size_of::<table::Command>());
+            let command = Command::borrow_decode(decoder)?;
+            commands.push(command.restore().map_err(|Why(why)| DecodeError::OtherString(why))?);
+        }
+        Ok(Commands(commands.into()))
+    }
 }
 
 // Commands.
@@ -524,7 +553,7 @@ impl Command<'_> {
 
 // Workers.
 
-type Pairs<'a> = Vec<(&'a str, &'a str)>;
+type Pairs<'a> = Few<(&'a str, &'a str)>;
 
 fn pairs(labels: &table::Labels) -> Pairs<'_> {
     labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect()
@@ -726,7 +755,7 @@ pub struct Claim<'a> {
     name: &'a str,
     uid: &'a str,
     placement: Placement<'a>,
-    ports: Vec<PortRequest<'a>>,
+    ports: Few<PortRequest<'a>>,
     gpus: Option<GpuRequest>,
     lease: Option<u64>,
     confirm_within: Option<u64>,
@@ -980,6 +1009,7 @@ impl SnapshotHead<'_> {
 /// order of name, and the departures from the oldest on. At the end the members there ever were, in
 /// order of id; left out where there were none.
 #[derive(Debug, Encode, BorrowDecode)]
+#[allow(clippy::large_enum_variant)] // there is one at a time, and nearly all are the large one
 pub enum Record<'a> {
     Header {
         feature_level: u32,
@@ -1046,8 +1076,8 @@ enum Source {
 pub struct Allocation<'a> {
     claim: Claim<'a>,
     worker: &'a str,
-    ports: Vec<HeldPort<'a>>,
-    gpus: Vec<HeldGpu<'a>>,
+    ports: Few<HeldPort<'a>>,
+    gpus: Few<HeldGpu<'a>>,
     token: u64,
     version: u64,
     phase: Phase,
@@ -1146,8 +1176,8 @@ impl From<Cause> for table::Cause {
     }
 }
 
-/// All records of a state, in their order.
-pub fn records(state: &table::State) -> impl Iterator<Item = Record<'_>> {
+/// The records of a state are `before`, then its allocations, then `after`.
+pub fn records_before(state: &table::State) -> impl Iterator<Item = Record<'_>> {
     let header = Record::Header {
         feature_level: state.feature_level,
         revision: state.revision.0,
@@ -1160,17 +1190,43 @@ pub fn records(state: &table::State) -> impl Iterator<Item = Record<'_>> {
     };
     let leases = state.leases_after(None).map(|l| Record::Lease { id: l.id.0, ttl: l.ttl.0 });
     let workers = state.workers_after(None).map(|w| Record::Worker(Worker::from(&**w)));
-    let allocations =
-        state.allocations_after(None).map(|a| Record::Allocation(Allocation::from(&**a)));
+    std::iter::once(header).chain(leases).chain(workers)
+}
+
+pub fn records_of<'a>(
+    allocations: &'a [&'a Arc<table::Allocation>],
+) -> impl Iterator<Item = Record<'a>> {
+    const AHEAD: usize = 64;
+    allocations
+        .chunks(AHEAD)
+        .inspect(|allocations| fetch(allocations))
+        .flatten()
+        .map(|allocation| Record::Allocation(Allocation::from(&***allocation)))
+}
+
+/// Reads a little of every place that allocations lie in. Read one by one, each place is waited for
+/// by itself; the reads here do not depend on each other, and memory brings many at a time.
+fn fetch(allocations: &[&Arc<table::Allocation>]) {
+    for a in allocations {
+        black_box((a.token, a.version, a.swaps, a.changed_at, a.worker.as_str().len()));
+        black_box((a.liveness.is_some(), a.reason.is_some(), a.lease, a.last_change.is_some()));
+    }
+    for a in allocations {
+        let claim = &a.claim;
+        black_box((claim.name.as_str().len(), claim.uid.as_str().len(), claim.bound));
+        black_box((claim.lease, claim.labels.len(), claim.ports.len(), claim.gpus.is_some()));
+        black_box(a.ports.first().map(|port| port.number));
+    }
+    for a in allocations {
+        black_box(a.claim.ports.first().map(|port| port.ports));
+    }
+}
+
+pub fn records_after(state: &table::State) -> impl Iterator<Item = Record<'_>> {
     let departures = state.departures().map(|d| Record::Departure(Departure::from(d)));
     let members: Vec<_> = state.members().collect();
     let members = (!members.is_empty()).then_some(Record::Members(members));
-    std::iter::once(header)
-        .chain(leases)
-        .chain(workers)
-        .chain(allocations)
-        .chain(departures)
-        .chain(members)
+    departures.chain(members)
 }
 
 impl<'a> From<&'a table::Worker> for Worker<'a> {
