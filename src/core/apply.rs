@@ -1,5 +1,6 @@
 //! The one place where the table changes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -8,11 +9,11 @@ use super::allocation::{
     Allocation, Cause, ChangeKind, Departure, HeldPort, LastChange, Lease, Liveness, Phase,
     ReleaseReason,
 };
-use super::claim::{Claim, PortRequest, Ports};
+use super::claim::{Claim, Placement, PortRequest, Ports};
 use super::command::{Actor, Applied, Authority, Command, Event, Ground, Origin, Outcome, Refusal};
 use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MAX, WORKERS_MAX};
 use super::name::{InstanceName, Invalid, LeaseId, Millis, Port, Revision, Token, WorkerName};
-use super::place::{Grant, place, take, take_ports};
+use super::place::{Grant, counted, place, take, take_ports};
 use super::ports::{Quarantine, Source, Taken};
 use super::state::{FEATURE_LEVEL, State, uuids};
 use super::worker::{Worker, WorkerPatch, WorkerPhase, WorkerSpec};
@@ -229,11 +230,9 @@ impl Change<'_> {
             return Ok(Outcome::Allocated { allocations: repeated, repeated: true });
         }
         check_room("allocations", self.state.allocation_count(), claims.len(), ALLOCATIONS_MAX)?;
-        if let [claim] = claims {
-            let allocations = vec![self.grant(claim, within)?];
-            return Ok(Outcome::Allocated { allocations, repeated: false });
-        }
-        let before = self.state.clone();
+        // What is shared with a copy must be copied before it changes: there is one only where it may be needed.
+        let all_will_be_granted = claims.len() == 1 || self.all_fit_by_count(claims);
+        let before = (!all_will_be_granted).then(|| self.state.clone());
         let mut allocations = Vec::with_capacity(claims.len());
         for claim in claims {
             match self.grant(claim, within) {
@@ -241,13 +240,32 @@ impl Change<'_> {
                 #[cfg(planted)]
                 Err(_) if planted::is(Bug::GangInPart) && !allocations.is_empty() => break,
                 Err(refusal) => {
-                    *self.state = before;
+                    match before {
+                        Some(before) => *self.state = before,
+                        None => assert!(allocations.is_empty(), "all were counted: {refusal}"),
+                    }
                     self.events.clear();
                     return Err(refusal);
                 }
             }
         }
         Ok(Outcome::Allocated { allocations, repeated: false })
+    }
+
+    /// Whether counting alone tells that none of the claims can be refused: each names its worker, and
+    /// together they ask for no more than is free there.
+    fn all_fit_by_count(&self, claims: &[Arc<Claim>]) -> bool {
+        let mut wanted = BTreeMap::<_, u32>::new();
+        claims.iter().all(|claim| {
+            let Placement::Worker(name) = &claim.placement else { return false };
+            let Some(worker) = self.state.worker(name) else { return false };
+            let Some((pool, count)) = counted(worker, claim) else { return false };
+            let wanted = wanted.entry((name, &pool.name)).or_default();
+            *wanted = wanted.saturating_add(count);
+            claim.lease.is_none()
+                && worker.phase == WorkerPhase::Ready
+                && *wanted <= pool.free_count()
+        })
     }
 
     /// The allocations of an earlier, equal request. A name that is held by another uid, for

@@ -234,14 +234,19 @@ fn fits(worker: &Worker, claim: &Claim) -> Result<(), Lack> {
 
 /// Is there enough for a claim of counted ports in one range, without GPUs? Says no of any other.
 fn enough_by_count(worker: &Worker, claim: &Claim) -> bool {
+    counted(worker, claim).is_some_and(|(pool, count)| pool.free_count() >= count)
+}
+
+/// Of a claim of counted ports in one range, without GPUs: whence it takes them, and how many.
+pub(super) fn counted<'a>(worker: &'a Worker, claim: &Claim) -> Option<(&'a Pool, u32)> {
     let [PortRequest { range, ports: Ports::Count(count), .. }] = claim.ports.as_slice() else {
-        return false;
+        return None;
     };
     let pool = match range {
         Some(range) => worker.pool(range),
         None => worker.pools.first(),
     };
-    claim.gpus.is_none() && pool.is_some_and(|pool| pool.free_count() >= *count)
+    pool.filter(|_| claim.gpus.is_none()).map(|pool| (pool, *count))
 }
 
 /// Takes what the claim asks for, so that its requests see each other (field failures nomad-9506,

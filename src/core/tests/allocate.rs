@@ -66,6 +66,10 @@ fn a_gang_is_granted_whole_or_not_at_all() {
     assert_eq!(digest(&t.state), before);
     t.refused(allocate(&[claim("m0", "w").count(1), claim("m1", "x").count(1)]));
     assert_eq!(digest(&t.state), before);
+    // The default range by its name is the same one.
+    let named = with(claim("m1", "w").count(3), |c| c.ports[0].range = Some(range("service")));
+    t.refused(allocate(&[claim("m0", "w").count(3), named]));
+    assert_eq!(digest(&t.state), before);
 
     let revision = t.state.revision.0;
     let gang = t.gang(&too_many[..2]);
