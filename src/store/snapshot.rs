@@ -17,10 +17,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::num::NonZero;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use rustix::fs::{Advice, fadvise};
 use tempfile::{NamedTempFile, TempPath};
 
 use super::StoreError;
@@ -217,6 +219,34 @@ fn write_block(out: &mut impl Write, kind: u8, data: &[u8]) -> io::Result<()> {
     out.write_all(data)
 }
 
+/// A file of which the disk gets what is written while the rest is made: the sync at its end has
+/// little left to do.
+struct Ahead<'a> {
+    file: &'a File,
+    length_bytes: u64,
+    begun_bytes: u64,
+}
+
+impl Write for Ahead<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        const AHEAD_BYTES: u64 = 8 << 20;
+        let written = self.file.write(data)?;
+        self.length_bytes += written as u64;
+        let due = NonZero::new(self.length_bytes - self.begun_bytes);
+        if let Some(due) = due.filter(|due| due.get() >= AHEAD_BYTES) {
+            // Of what is not on the disk yet, this begins the writing and waits for nothing. Only advice:
+            // where it is not taken, the sync does it all.
+            let _ = fadvise(self.file, self.begun_bytes, Some(due), Advice::DontNeed);
+            self.begun_bytes = self.length_bytes;
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Writes a whole snapshot.
 pub fn write_snapshot(out: &mut impl Write, head: &SnapshotHead, state: &State) -> io::Result<()> {
     out.write_all(MAGIC)?;
@@ -313,9 +343,10 @@ impl SnapshotStore {
         let dir = &self.shared.dir;
         let temp = self.temp()?;
         let fill = || {
-            let mut out = BufWriter::with_capacity(4 * BLOCK_BYTES, temp.as_file());
+            let out = Ahead { file: temp.as_file(), length_bytes: 0, begun_bytes: 0 };
+            let mut out = BufWriter::with_capacity(4 * BLOCK_BYTES, out);
             write_snapshot(&mut out, head, state)?;
-            out.into_inner().map_err(|e| e.into_error())?.sync_all()
+            out.into_inner().map_err(|e| e.into_error())?.file.sync_all()
         };
         fill().map_err(StoreError::io(temp.path(), "cannot be written"))?;
         let path = dir.join(name(head));
