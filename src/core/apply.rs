@@ -10,7 +10,9 @@ use super::allocation::{
     ReleaseReason,
 };
 use super::claim::{Claim, Placement, PortRequest, Ports};
-use super::command::{Actor, Applied, Authority, Command, Event, Ground, Origin, Outcome, Refusal};
+use super::command::{
+    Actor, Applied, Authority, Command, Event, Events, Ground, Origin, Outcome, Refusal,
+};
 use super::limits::{ALLOCATIONS_MAX, LEASE_ALLOCATIONS_MAX, LEASES_MAX, SWAPS_MAX, WORKERS_MAX};
 use super::name::{InstanceName, Invalid, LeaseId, Millis, Port, Revision, Token, WorkerName};
 use super::place::{Grant, counted, place, take, take_ports};
@@ -25,9 +27,9 @@ use crate::planted::{self, Bug};
 ///
 /// What a leader's timers and sweeper proposed counts only in an entry that the same leader wrote:
 /// another one restarted them all.
-pub fn apply(state: &mut State, origin: &Origin, command: &Command) -> (Applied, Vec<Event>) {
+pub fn apply(state: &mut State, origin: &Origin, command: &Command) -> (Applied, Events) {
     let revision = Revision(state.revision.0 + 1);
-    let mut change = Change { revision, at: origin.at, state, events: Vec::new() };
+    let mut change = Change { revision, at: origin.at, state, events: Events::new() };
     let under = command.under();
     #[cfg(planted)]
     let under = under.filter(|_| !planted::is(Bug::DeposedExpiry));
@@ -51,7 +53,7 @@ struct Change<'a> {
     /// The revision of the change, if there is one.
     revision: Revision,
     at: Millis,
-    events: Vec<Event>,
+    events: Events,
 }
 
 impl Change<'_> {

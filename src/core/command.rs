@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::allocation::{Allocation, Departure, Lease, Liveness, ReleaseReason};
 use super::claim::Claim;
 use super::digest::Digest;
@@ -604,6 +606,9 @@ fn list(names: &[InstanceName]) -> String {
 fn by(names: &[InstanceName]) -> String {
     if names.is_empty() { String::new() } else { format!(" by {}", list(names)) }
 }
+
+/// What one command changed, in order: mostly one thing, which lies here then.
+pub type Events = SmallVec<[Event; 1]>;
 
 /// One change of the table, for watchers. Events of one revision form a group.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -23,7 +23,7 @@ fn a_rise_takes_a_revision_and_is_told() {
     let raise = |level| Command::SetFeatureLevel { level };
     let (applied, events) = apply(&mut state, &ORIGIN, &raise(1));
     assert_eq!(applied.outcome, Ok(Outcome::FeatureLevel(1)));
-    assert_eq!(events, [Event::FeatureLevel(1)]);
+    assert_eq!(events.as_slice(), [Event::FeatureLevel(1)]);
     assert_eq!(
         (state.feature_level, state.revision, applied.revision),
         (1, Revision(1), Revision(1))
@@ -37,6 +37,6 @@ fn a_rise_takes_a_revision_and_is_told() {
     ] {
         let before = state.clone();
         let (applied, events) = apply(&mut state, &ORIGIN, &raise(level));
-        assert_eq!((applied.outcome, events, &state), (outcome, vec![], &before));
+        assert_eq!((applied.outcome, events, &state), (outcome, Events::new(), &before));
     }
 }

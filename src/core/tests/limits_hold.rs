@@ -12,7 +12,7 @@ fn holds(field: &str, limit: usize, build: impl Fn(usize) -> Command) {
     let mut state = State::default();
     let (applied, events) = apply(&mut state, &ORIGIN, &build(limit + 1));
     assert_eq!(applied.outcome, Err(Refusal::Invalid(error)), "apply checks it too");
-    assert_eq!((events, state), (vec![], State::default()));
+    assert_eq!((events, state), (Events::new(), State::default()));
 }
 
 fn many_labels(n: usize) -> Labels {

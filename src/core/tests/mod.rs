@@ -60,7 +60,7 @@ impl Table {
         assert_eq!(self.state.revision.0, before.revision.0 + u64::from(changed), "{command:?}");
         assert_eq!(applied.revision, self.state.revision);
         assert!(applied.outcome.is_ok() || !changed, "{command:?}: a refusal changes nothing");
-        self.events = events;
+        self.events = events.into_vec();
         applied.outcome
     }
 
