@@ -301,6 +301,7 @@ fn check_indexes(state: &State) -> Result<(), String> {
         identity_owner: identity_owner.into_iter().collect(),
         not_ready,
         stale: OrdMap::new(),
+        stale_scopes: 0,
     };
     if anew != state.indexes {
         return Err("the indexes are not the inverse of the maps".into());

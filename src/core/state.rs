@@ -42,6 +42,8 @@ pub(super) struct Indexes {
     /// Workers that have more or less free by now than `by_free` says, and what it says. Who names its
     /// worker does not ask it, and a worker may change often before somebody does.
     pub stale: OrdMap<WorkerName, Free>,
+    /// Scopes of those workers, each of which `by_free` is behind on.
+    pub stale_scopes: usize,
     /// GPU UUIDs, where known.
     pub gpu_owner: OrdMap<String, WorkerName>,
     /// Network namespaces of workers with an agent. The boot is part of the key: after a reboot the
@@ -56,8 +58,9 @@ pub(super) struct Indexes {
     pub departed: OrdSet<(Revision, InstanceName)>,
 }
 
-/// Most workers that `by_free` may be behind on: who asks it next waits for that.
-pub(super) const STALE_MAX: usize = 1024;
+/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, a few
+/// milliseconds.
+pub(super) const STALE_SCOPES_MAX: usize = 2048;
 
 /// What a worker has free of each [`Resource`].
 pub(super) type Free = [Option<u64>; 3];
@@ -269,9 +272,8 @@ impl State {
         let result = change(worker);
         if free_on(worker) != before && !self.indexes.stale.contains_key(name) {
             self.indexes.stale.insert(worker.name.clone(), before);
-            if self.indexes.stale.len() > STALE_MAX {
-                self.settle_first();
-            }
+            self.indexes.stale_scopes += scope_count(worker);
+            while self.indexes.stale_scopes > STALE_SCOPES_MAX && self.settle_first() {}
         }
         Some(result)
     }
@@ -283,12 +285,9 @@ impl State {
 
     /// The same for one worker that it is behind on, if there is one.
     fn settle_first(&mut self) -> bool {
-        let Some((name, before)) = self.indexes.stale.get_min().cloned() else { return false };
-        self.indexes.stale.remove(&name);
-        if let Some(worker) = self.workers.get(&name) {
-            let now = free_on(worker);
-            self.indexes.move_free(Some((worker, before)), Some((worker, now)));
-        }
+        let Some((name, _)) = self.indexes.stale.get_min() else { return false };
+        let Some(worker) = self.workers.get(name) else { unreachable!("who leaves is forgotten") };
+        self.indexes.replace_free(Some(worker), Some(worker));
         true
     }
 
@@ -494,10 +493,7 @@ impl Indexes {
             |w: Option<&Worker>| u64::from(w.is_some_and(|w| w.phase != WorkerPhase::Ready));
         self.not_ready = self.not_ready + unready(new) - unready(old);
 
-        let said = old.and_then(|worker| self.stale.remove(&worker.name));
-        let old_free = old.map(|worker| (worker, said.unwrap_or_else(|| free_on(worker))));
-        self.move_free(old_free, new.map(|worker| (worker, free_on(worker))));
-
+        self.replace_free(old, new);
         let same_spec = match (old, new) {
             (Some(old), Some(new)) => Arc::ptr_eq(&old.spec, &new.spec),
             _ => false,
@@ -523,8 +519,17 @@ impl Indexes {
         }
     }
 
-    /// The same for what they have free, as far as `by_free` is concerned.
-    fn move_free(&mut self, old: Option<(&Worker, Free)>, new: Option<(&Worker, Free)>) {
+    /// The same for what they have free. What `old` put in may be less than it has, or more.
+    fn replace_free(&mut self, old: Option<&Worker>, new: Option<&Worker>) {
+        let mut put_in = |worker: &Worker| match self.stale.remove(&worker.name) {
+            Some(free) => {
+                self.stale_scopes -= scope_count(worker);
+                free
+            }
+            None => free_on(worker),
+        };
+        let old = old.map(|worker| (worker, put_in(worker)));
+        let new = new.map(|worker| (worker, free_on(worker)));
         let same_scopes = match (old, new) {
             (Some((old, _)), Some((new, _))) => Arc::ptr_eq(&old.spec, &new.spec),
             _ => false,
@@ -584,6 +589,10 @@ fn free_on(worker: &Worker) -> Free {
 pub(super) fn scopes(worker: &Worker) -> impl Iterator<Item = Scope> + '_ {
     let labels = worker.spec.labels.iter();
     std::iter::once(Scope::All).chain(labels.map(|(k, v)| Scope::Label(k.clone(), v.clone())))
+}
+
+fn scope_count(worker: &Worker) -> usize {
+    1 + worker.spec.labels.len()
 }
 
 pub(super) fn uuids(spec: &WorkerSpec) -> impl Iterator<Item = &String> {

@@ -1,7 +1,7 @@
 //! Where a claim with a selector goes.
 
 use super::*;
-use crate::core::state::STALE_MAX;
+use crate::core::state::STALE_SCOPES_MAX;
 
 /// Workers `w0`, `w1`, … with so many ports each, labelled `n=<i>`, `parity=even|odd`.
 fn fleet(ports: &[u16]) -> Table {
@@ -184,17 +184,19 @@ fn a_refusal_speaks_of_the_workers_that_were_searched() {
 /// What named claims take is looked up in no index; a selection after many of them finds it all the same.
 #[test]
 fn a_selection_sees_what_named_claims_took_on_more_workers_than_may_be_stale() {
-    let workers = STALE_MAX as u64 + 200;
+    let workers = STALE_SCOPES_MAX as u64 / 2 + 200;
     let name = |i: u64| format!("w{i:04}");
     let mut state = State::default();
     let mut ok = |command: &Command| {
         let (applied, _) = apply(&mut state, &ORIGIN, command);
         let outcome = applied.outcome.unwrap();
-        assert!(state.indexes.stale.len() <= STALE_MAX);
+        assert!(state.indexes.stale_scopes <= STALE_SCOPES_MAX);
         (outcome, state.clone())
     };
     for i in 0..workers {
-        ok(&register(&name(i), spec(&[("service", 1, 3)], &[])));
+        let labelled =
+            with(spec(&[("service", 1, 3)], &[]), |s| s.labels = labels(&[("zone", "a")]));
+        ok(&register(&name(i), labelled));
     }
     // Two of three ports on all, the others first; then one is given back on the last.
     let mut last = None;
@@ -209,7 +211,7 @@ fn a_selection_sees_what_named_claims_took_on_more_workers_than_may_be_stale() {
     assert!(!state.indexes.stale.is_empty(), "nobody asked");
     check_invariants(&state).unwrap();
     let at = |policy| {
-        let asked = claim("selected", "any").count(1).select("", policy);
+        let asked = claim("selected", "any").count(1).select("zone=a", policy);
         let (applied, _) = apply(&mut state.clone(), &ORIGIN, &allocate(&[asked]));
         let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!("granted") };
         allocations[0].worker.to_string()
