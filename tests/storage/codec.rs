@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use portwarden::core::{Claim, Command, State, digest};
+use portwarden::core::{Claim, Command, Millis, Placement, Ports, State, digest};
 use portwarden::store::SnapshotStore;
 use portwarden::store::codec::*;
 use proptest::prelude::*;
@@ -220,6 +220,46 @@ fn a_state_is_read_only_whole_and_in_order() {
     let mut swapped = whole.clone();
     swapped.swap(n - 1, n - 2);
     assert!(decode(&swapped).is_err());
+}
+
+/// More than threads encode at one go, so that they take turns.
+fn large_state() -> State {
+    let mut commands = samples::commands();
+    for worker in 0..30 {
+        commands.push(samples::register(&format!("many-{worker}"), 0));
+        for i in 0..50 {
+            let on = Placement::Worker(samples::worker(&format!("many-{worker}")));
+            let claim = samples::claim(&format!("many-{i}-{worker}"), on, Ports::Count(1), None);
+            commands.push(Command::allocate([claim], Millis(600_000)));
+        }
+    }
+    let state = samples::state_of(&commands);
+    assert!(state.allocation_count() > 1500);
+    state
+}
+
+#[test]
+fn a_large_state_is_the_same_whoever_encodes_it() {
+    let state = large_state();
+    let first = blocks(&state);
+    assert_eq!(decode(&first).unwrap(), state);
+    for _ in 0..20 {
+        assert!(blocks(&state) == first, "other blocks, or in another order");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_ends_the_encoding() {
+    let state = large_state();
+    let all = blocks(&state).len();
+    for last in [0, 1, 5, 20, all / 2, all - 1] {
+        let mut written = 0;
+        let result = encode_state(&state, 600, |_| {
+            written += 1;
+            if written > last { Err("the disk is full") } else { Ok(()) }
+        });
+        assert_eq!((result, written), (Err("the disk is full"), last + 1));
+    }
 }
 
 /// The table has the name of a port once, and the bytes twice.

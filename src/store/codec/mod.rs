@@ -173,8 +173,8 @@ impl Kind {
         }
     }
 
-    fn begin(self) -> Vec<u8> {
-        vec![self as u8, VERSION]
+    fn begin(self) -> [u8; 2] {
+        [self as u8, VERSION]
     }
 
     fn malformed(self, why: impl Into<String>) -> CodecError {
@@ -200,7 +200,7 @@ fn config() -> impl bincode::config::Config {
 }
 
 fn encode<T: bincode::Encode>(kind: Kind, value: T) -> Vec<u8> {
-    let mut bytes = kind.begin();
+    let mut bytes = kind.begin().to_vec();
     append(value, &mut bytes);
     bytes
 }
@@ -305,31 +305,48 @@ pub fn encode_state<E>(
     block_bytes: usize,
     mut sink: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
-    encode_blocks(v1::records_before(state), block_bytes, &mut sink)?;
-    encode_allocations(state, block_bytes, &mut sink)?;
-    encode_blocks(v1::records_after(state), block_bytes, &mut sink)
+    let mut blocks = Blocks::new(block_bytes, &mut sink);
+    blocks.add(v1::records_before(state))?;
+    if state.allocation_count() <= GROUP {
+        blocks.add(v1::records_of(&state.allocations_after(None).collect::<Vec<_>>()))?;
+    } else {
+        blocks.cut()?;
+        encode_allocations(state, block_bytes, &mut blocks.sink)?;
+    }
+    blocks.add(v1::records_after(state))?;
+    blocks.cut()
 }
 
-fn encode_blocks<'a, E>(
-    mut records: impl Iterator<Item = v1::Record<'a>>,
+/// Gathers records into blocks.
+struct Blocks<S> {
+    block: Vec<u8>,
     block_bytes: usize,
-    mut sink: impl FnMut(&[u8]) -> Result<(), E>,
-) -> Result<(), E> {
-    let mut block = Vec::with_capacity(2 * block_bytes);
-    block.extend(Kind::SnapshotRecord.begin());
-    let empty = block.len();
-    records.try_for_each(|record| {
-        append(record, &mut block);
-        if block.len() >= block_bytes {
-            sink(&block)?;
-            block.truncate(empty);
+    sink: S,
+}
+
+impl<E, S: FnMut(&[u8]) -> Result<(), E>> Blocks<S> {
+    fn new(block_bytes: usize, sink: S) -> Self {
+        Blocks { block: Vec::with_capacity(2 * block_bytes), block_bytes, sink }
+    }
+
+    fn add<'a>(&mut self, mut records: impl Iterator<Item = v1::Record<'a>>) -> Result<(), E> {
+        records.try_for_each(|record| {
+            if self.block.is_empty() {
+                self.block.extend(Kind::SnapshotRecord.begin());
+            }
+            append(record, &mut self.block);
+            if self.block.len() >= self.block_bytes { self.cut() } else { Ok(()) }
+        })
+    }
+
+    /// What was gathered is a block, if there is any.
+    fn cut(&mut self) -> Result<(), E> {
+        if !self.block.is_empty() {
+            (self.sink)(&self.block)?;
+            self.block.clear();
         }
         Ok(())
-    })?;
-    if block.len() > empty {
-        sink(&block)?;
     }
-    Ok(())
 }
 
 /// Threads take turns in encoding a group each; their blocks are written in the same turns.
@@ -339,13 +356,14 @@ fn encode_allocations<E>(
     mut sink: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let encode = |group: Vec<&Arc<Allocation>>| {
-        let mut blocks = Vec::new();
-        let keep = |block: &[u8]| {
-            blocks.push(block.to_vec());
+        let mut all = Vec::new();
+        let mut blocks = Blocks::new(block_bytes, |block: &[u8]| {
+            all.push(block.to_vec());
             Ok::<_, Infallible>(())
-        };
-        let Ok(()) = encode_blocks(v1::records_of(&group), block_bytes, keep);
-        blocks
+        });
+        let Ok(()) = blocks.add(v1::records_of(&group));
+        let Ok(()) = blocks.cut();
+        all
     };
     let groups = || {
         state.allocations_after(None).batching(|rest| {
