@@ -13,11 +13,16 @@ pub fn keep_inline() {
     INLINE.store(true, Ordering::Relaxed);
 }
 
+/// Whether that was said.
+pub fn keeps_inline() -> bool {
+    INLINE.load(Ordering::Relaxed)
+}
+
 /// Runs it on a thread for such work. It goes on where nobody waits for it.
 pub fn spawn_blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> JoinHandle<T> {
-    match INLINE.load(Ordering::Relaxed) {
+    match keeps_inline() {
         true => tokio::spawn(async move { work() }),
         false => tokio::task::spawn_blocking(work),
     }

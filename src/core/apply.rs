@@ -232,9 +232,15 @@ impl Change<'_> {
             return Ok(Outcome::Allocated { allocations: repeated, repeated: true });
         }
         check_room("allocations", self.state.allocation_count(), claims.len(), ALLOCATIONS_MAX)?;
-        // What is shared with a copy must be copied before it changes: there is one only where it may be needed.
+        // What is shared with a copy is copied before it changes: there is one only where it may be needed.
         let all_will_be_granted = claims.len() == 1 || self.all_fit_by_count(claims);
-        let before = (!all_will_be_granted).then(|| self.state.clone());
+        let before = (!all_will_be_granted).then(|| {
+            // Or each gang that is refused would do it anew.
+            if claims.iter().any(|claim| matches!(claim.placement, Placement::Select { .. })) {
+                self.state.settle();
+            }
+            self.state.clone()
+        });
         let mut allocations = Vec::with_capacity(claims.len());
         for claim in claims {
             match self.grant(claim, within) {

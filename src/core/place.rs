@@ -75,7 +75,9 @@ pub struct Explanation {
 
 /// Of a copy: it may have to bring its indexes up to date.
 pub fn explain(state: &mut State, claim: &Claim) -> Explanation {
-    state.settle();
+    if matches!(claim.placement, Placement::Select { .. }) {
+        state.settle();
+    }
     let state = &*state;
     let not_ready = state.indexes.not_ready;
     let weigh = |worker: &Worker| {

@@ -64,11 +64,18 @@ impl Node {
         let table = self.table();
         let written = table.clone();
         let (out, pieces) = mpsc::channel(CHUNKS_AHEAD);
-        spawn_blocking(move || {
+        let broken = out.clone();
+        let writing = spawn_blocking(move || {
             let mut writer = Pieces { piece: Vec::new(), out: out.clone() };
             let written = raft::write_backup(&written, &mut writer).and_then(|()| writer.flush());
             if let Err(error) = written {
                 let _ = out.blocking_send(Err(error)); // the reader may have gone
+            }
+        });
+        // Pieces that just end would pass for the whole table.
+        tokio::spawn(async move {
+            if let Err(error) = writing.await {
+                let _ = broken.send(Err(io::Error::other(error))).await; // the same
             }
         });
         (table, pieces)

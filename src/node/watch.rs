@@ -26,7 +26,7 @@ use imbl::Vector;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::sleep;
 
-use crate::core::{Applied, Command, Event, Events, Revision, Specs, State, WorkerName};
+use crate::core::{Applied, Command, Event, Revision, Specs, State, WorkerName};
 use crate::lock::guard;
 use crate::raft::ApplyObserver;
 
@@ -46,7 +46,7 @@ pub const WATCHERS_MAX: usize = 65_536;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
     pub revision: Revision,
-    pub events: Events,
+    pub events: Arc<[Event]>,
 }
 
 /// What is told together; one revision or more, rising.

@@ -39,8 +39,9 @@ const RECORDS: u8 = 2;
 const END: u8 = 3;
 /// Records are gathered up to this size before they become a block.
 const BLOCK_BYTES: usize = 64 << 10;
-/// No block is larger: one record is at most a few 100 KiB.
-const BLOCK_MAX_BYTES: u32 = 16 << 20;
+/// No block is larger. The largest record is a worker of which all ports are quarantined, each with the
+/// longest reason: 17 MiB.
+const BLOCK_MAX_BYTES: u32 = 32 << 20;
 const KEEP: usize = 2;
 const SUFFIX: &str = "snap";
 

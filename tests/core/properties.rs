@@ -552,6 +552,7 @@ fn agree(
             prop_assert_eq!(&apply(copy, &ORIGIN, &command), &(applied, events));
             prop_assert_eq!(digest(copy), digest(&state));
             prop_assert_eq!(&*copy, &state);
+            check_invariants(copy).map_err(TestCaseError::fail)?;
         }
         let kinds = std::iter::once(expected).chain(ways(&command, &before, &state));
         kinds.for_each(|kind| *seen.borrow_mut().entry(kind).or_default() += 1);

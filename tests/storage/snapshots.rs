@@ -3,7 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use portwarden::core::{self, Cause, Departure, Phase, ReleaseReason, State, WorkerPhase, digest};
+use portwarden::core::limits::{QUARANTINE_PORTS_MAX, REASON_MAX_BYTES};
+use portwarden::core::{
+    self, Actor, Cause, Command, Departure, Phase, RangeSpec, ReleaseReason, State, WorkerPhase,
+    WorkerSpec, digest,
+};
 use portwarden::store::codec::{MemberRecord, MembershipRecord, Position, SnapshotHead};
 use portwarden::store::{DataDir, LogRecord, SnapshotStore};
 
@@ -35,6 +39,32 @@ fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
     paths.retain(|p| p.extension().is_some_and(|e| e == extension));
     paths.sort();
     paths
+}
+
+/// A worker of which every port is quarantined with the longest reason is the largest record there is.
+#[test]
+fn the_largest_record_has_room_in_a_block() {
+    let Command::RegisterWorker { name, spec } = samples::register("large", 0) else { panic!() };
+    let [first, last] = [1, 65_535].map(samples::port);
+    let range = RangeSpec { first, last, ..spec.ranges[0].clone() };
+    let spec = WorkerSpec { ranges: vec![range], reserved: Default::default(), ..spec };
+    let quarantine = |ports: &[u64]| Command::Quarantine {
+        worker: name.clone(),
+        ports: ports.iter().copied().map(samples::port).collect(),
+        reason: "r".repeat(REASON_MAX_BYTES),
+        by: Actor::Operator,
+    };
+    let all: Vec<u64> = (1..=65_535).collect();
+    let mut commands = vec![Command::RegisterWorker { name: name.clone(), spec }];
+    commands.extend(all.chunks(QUARANTINE_PORTS_MAX).map(quarantine));
+    let state = samples::state_of(&commands);
+    assert_eq!(state.worker(&name).unwrap().pools[0].quarantined_count(), 65_535);
+
+    let dir = tempfile::tempdir().unwrap();
+    let store = SnapshotStore::open(dir.path()).unwrap();
+    let file = store.write(&head(1), &state).unwrap();
+    assert!(file.length_bytes() > 16 << 20);
+    assert!(file.load().unwrap() == state);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use bincode::enc::{Encode, Encoder};
 use bincode::error::{DecodeError, EncodeError};
 use smallvec::SmallVec;
 
-/// A claim has one or two ports, and a worker one or two ranges: those lie in the struct itself.
+/// Of the ports, the GPUs and the labels of a claim: one or two lie in the struct itself.
 #[derive(Debug)]
 pub struct Few<T>(SmallVec<[T; 2]>);
 

@@ -18,10 +18,11 @@ use std::num::NonZero;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
-use bincode::error::DecodeError;
+use bincode::error::{DecodeError, EncodeError};
 use bytes::Bytes;
 use itertools::Itertools as _;
 
+use crate::blocking::keeps_inline;
 use crate::core::{Allocation, Command, FEATURE_LEVEL, Millis, Restore, State};
 
 /// The version that this build writes, and the highest that it reads.
@@ -215,7 +216,7 @@ struct Appender<'a>(&'a mut Vec<u8>);
 
 impl bincode::enc::write::Writer for Appender<'_> {
     #[inline(always)]
-    fn write(&mut self, bytes: &[u8]) -> Result<(), bincode::error::EncodeError> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), EncodeError> {
         self.0.extend_from_slice(bytes);
         Ok(())
     }
@@ -290,10 +291,10 @@ pub fn decode_head(bytes: &[u8]) -> Result<SnapshotHead, CodecError> {
     Ok(decode::<v1::SnapshotHead<'_>>(Kind::SnapshotHead, bytes)?.restore())
 }
 
-/// Allocations that are encoded at one go, and how many such groups may wait to be written for each
-/// thread that encodes.
+/// Allocations that are encoded at one go.
 const GROUP: usize = 256;
-const GROUPS_AHEAD: usize = 2;
+/// Blocks of each thread that may wait to be written.
+const BLOCKS_AHEAD: usize = 4;
 /// Most threads that encode one state.
 const ENCODERS_MAX: usize = 4;
 
@@ -311,7 +312,7 @@ pub fn encode_state<E>(
         blocks.add(v1::records_of(&state.allocations_after(None).collect::<Vec<_>>()))?;
     } else {
         blocks.cut()?;
-        encode_allocations(state, block_bytes, &mut blocks.sink)?;
+        encode_allocations(state, block_bytes, !keeps_inline(), &mut blocks.sink)?;
     }
     blocks.add(v1::records_after(state))?;
     blocks.cut()
@@ -349,45 +350,53 @@ impl<E, S: FnMut(&[u8]) -> Result<(), E>> Blocks<S> {
     }
 }
 
-/// Threads take turns in encoding a group each; their blocks are written in the same turns.
+/// Threads take turns in encoding a group each; their blocks are written in the same turns. What has no
+/// thread is encoded here.
 fn encode_allocations<E>(
     state: &State,
     block_bytes: usize,
+    on_threads: bool,
     mut sink: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
+    // The blocks of a group, and `None` after the last one.
     let encode = |group: Vec<&Arc<Allocation>>| {
         let mut all = Vec::new();
         let mut blocks = Blocks::new(block_bytes, |block: &[u8]| {
-            all.push(block.to_vec());
+            all.push(Some(block.to_vec()));
             Ok::<_, Infallible>(())
         });
         let Ok(()) = blocks.add(v1::records_of(&group));
         let Ok(()) = blocks.cut();
+        all.push(None);
         all
     };
-    let groups = || {
-        state.allocations_after(None).batching(|rest| {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = cores.min(ENCODERS_MAX);
+    let turns_of = |first| {
+        let groups = state.allocations_after(None).batching(|rest| {
             let group: Vec<_> = rest.take(GROUP).collect();
             (!group.is_empty()).then_some(group)
-        })
+        });
+        groups.skip(first).step_by(threads).flat_map(encode)
     };
-    let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = state.allocation_count().div_ceil(GROUP).min(cores).min(ENCODERS_MAX);
     thread::scope(|scope| {
-        let turns: Vec<_> = (0..threads)
-            .map(|first| {
-                let (done, blocks) = mpsc::sync_channel(GROUPS_AHEAD);
-                scope.spawn(move || {
-                    let mut mine = groups().skip(first).step_by(threads).map(encode);
-                    // Once nobody writes them any more, that was an error.
-                    mine.try_for_each(|blocks| done.send(blocks))
-                });
-                blocks
-            })
-            .collect();
-        let mut in_turn = turns.iter().cycle();
-        while let Some(blocks) = in_turn.next().and_then(|turn| turn.recv().ok()) {
-            blocks.iter().try_for_each(|block| sink(block))?;
+        let begin = |first| -> Box<dyn Iterator<Item = Option<Vec<u8>>> + '_> {
+            let (done, blocks) = mpsc::sync_channel(BLOCKS_AHEAD);
+            let thread = thread::Builder::new().name("encoder".into());
+            // Once nobody writes them any more, that was an error.
+            let run = move || turns_of(first).try_for_each(|block| done.send(block));
+            let begun = on_threads && thread.spawn_scoped(scope, run).is_ok();
+            if begun { Box::new(blocks.into_iter()) } else { Box::new(turns_of(first)) }
+        };
+        let mut all_turns: Vec<_> = (0..threads).map(begin).collect();
+        for i in (0..threads).cycle() {
+            loop {
+                match all_turns[i].next() {
+                    Some(Some(block)) => sink(&block)?,
+                    Some(None) => break,
+                    None => return Ok(()),
+                }
+            }
         }
         Ok(())
     })
@@ -420,5 +429,66 @@ impl StateDecoder {
         let progress = self.progress.ok_or_else(|| kind.malformed("the header is missing"))?;
         let restore: Restore = progress.complete().map_err(|why| kind.malformed(why))?;
         restore.finish().map_err(|why| kind.malformed(why))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::{Claim, Labels, Origin, Placement, PortRequest, Ports, RangeSpec, Uid};
+    use crate::core::{Port, WorkerSpec, apply};
+
+    /// One worker with so many allocations.
+    fn state(allocations: u32) -> State {
+        let worker: crate::core::WorkerName = "w".parse().unwrap();
+        let port = |number| Port::new("port", number).unwrap();
+        let range = RangeSpec { name: "s".parse().unwrap(), first: port(1), last: port(9999) };
+        let spec = WorkerSpec {
+            address: "h".into(),
+            labels: Labels::new(),
+            ranges: vec![range],
+            reserved: Default::default(),
+            gpus: Vec::new(),
+            identity: None,
+        };
+        let claim = |i: u32| Claim {
+            name: format!("a{i}").parse().unwrap(),
+            uid: Uid::parse("uid").unwrap(),
+            placement: Placement::Worker(worker.clone()),
+            ports: vec![PortRequest { name: None, range: None, ports: Ports::Count(1) }],
+            gpus: None,
+            lease: None,
+            confirm_within: None,
+            bound: true,
+            labels: Labels::new(),
+        };
+        let register = Command::RegisterWorker { name: worker.clone(), spec };
+        let allocate = |i| Command::allocate([claim(i)], Millis(60_000));
+        let mut state = State::default();
+        for command in std::iter::once(register).chain((0..allocations).map(allocate)) {
+            let (applied, _) = apply(&mut state, &Origin::default(), &command);
+            applied.outcome.unwrap();
+        }
+        state
+    }
+
+    #[test]
+    fn with_and_without_threads_the_blocks_are_the_same() {
+        let group = GROUP as u32;
+        for allocations in [1, group, group + 1, 9 * group, 9 * group + 5] {
+            let state = state(allocations);
+            let blocks = |on_threads| {
+                let mut all = Vec::new();
+                let keep = |block: &[u8]| {
+                    all.push(block.to_vec());
+                    Ok::<_, Infallible>(())
+                };
+                let Ok(()) = encode_allocations(&state, 4000, on_threads, keep);
+                all
+            };
+            let here = blocks(false);
+            assert!(here.len() as u32 >= allocations.div_ceil(group));
+            assert!(here == blocks(true), "{allocations} allocations");
+        }
     }
 }
