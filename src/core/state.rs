@@ -60,7 +60,7 @@ pub(super) struct Indexes {
 
 /// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, a few
 /// milliseconds.
-pub(super) const STALE_SCOPES_MAX: usize = 2048;
+pub(super) const STALE_SCOPES_MAX: usize = 1024;
 
 /// What a worker has free of each [`Resource`].
 pub(super) type Free = [Option<u64>; 3];
@@ -270,10 +270,9 @@ impl State {
         let worker = Arc::make_mut(self.workers.get_mut(name)?);
         let before = free_on(worker);
         let result = change(worker);
-        if free_on(worker) != before && !self.indexes.stale.contains_key(name) {
-            self.indexes.stale.insert(worker.name.clone(), before);
-            self.indexes.stale_scopes += scope_count(worker);
-            while self.indexes.stale_scopes > STALE_SCOPES_MAX && self.settle_first() {}
+        let after = free_on(worker);
+        if after != before && !self.indexes.stale.contains_key(name) {
+            self.indexes.changed(worker, before, after);
         }
         Some(result)
     }
@@ -519,6 +518,16 @@ impl Indexes {
         }
     }
 
+    /// A worker that was not stale has more or less free than before.
+    fn changed(&mut self, worker: &Worker, before: Free, after: Free) {
+        let scopes = self.stale_scopes + scope_count(worker);
+        if scopes > STALE_SCOPES_MAX {
+            return self.move_free(Some((worker, before)), Some((worker, after)));
+        }
+        self.stale.insert(worker.name.clone(), before);
+        self.stale_scopes = scopes;
+    }
+
     /// The same for what they have free. What `old` put in may be less than it has, or more.
     fn replace_free(&mut self, old: Option<&Worker>, new: Option<&Worker>) {
         let mut put_in = |worker: &Worker| match self.stale.remove(&worker.name) {
@@ -529,7 +538,10 @@ impl Indexes {
             None => free_on(worker),
         };
         let old = old.map(|worker| (worker, put_in(worker)));
-        let new = new.map(|worker| (worker, free_on(worker)));
+        self.move_free(old, new.map(|worker| (worker, free_on(worker))));
+    }
+
+    fn move_free(&mut self, old: Option<(&Worker, Free)>, new: Option<(&Worker, Free)>) {
         let same_scopes = match (old, new) {
             (Some((old, _)), Some((new, _))) => Arc::ptr_eq(&old.spec, &new.spec),
             _ => false,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fail::fail_point;
 use metrics::{counter, gauge};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
@@ -66,6 +67,7 @@ impl Node {
         let (out, pieces) = mpsc::channel(CHUNKS_AHEAD);
         let broken = out.clone();
         let writing = spawn_blocking(move || {
+            fail_point!("backup-write");
             let mut writer = Pieces { piece: Vec::new(), out: out.clone() };
             let written = raft::write_backup(&written, &mut writer).and_then(|()| writer.flush());
             if let Err(error) = written {

@@ -289,6 +289,21 @@ fn what_a_stopping_node_had_in_its_log_is_unknown() {
     });
 }
 
+/// Pieces that just end would pass for the whole table.
+#[test]
+fn a_backup_whose_writer_panics_ends_with_an_error() {
+    block_on(async {
+        let nodes = start().await;
+        fail::cfg("backup-write", "panic").unwrap();
+        let (_, mut pieces) = nodes.servers[0].node.backup();
+        let mut whole = None;
+        while let Some(piece) = pieces.recv().await {
+            whole = Some(piece.is_ok());
+        }
+        assert_eq!(whole, Some(false));
+    });
+}
+
 /// Without a cluster, and so without a leader: not done, within the deadline, and not later either.
 #[test]
 fn without_a_leader_nothing_is_done() {
