@@ -370,8 +370,9 @@ fn encode_allocations<E>(
         all.push(None);
         all
     };
+    // One core is left to those who want answers meanwhile.
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = cores.min(ENCODERS_MAX);
+    let threads = (cores - 1).clamp(1, ENCODERS_MAX);
     let turns_of = |first| {
         let groups = state.allocations_after(None).batching(|rest| {
             let group: Vec<_> = rest.take(GROUP).collect();
