@@ -75,10 +75,6 @@ pub struct Explanation {
 
 /// Of a copy: it may have to bring its indexes up to date.
 pub fn explain(state: &mut State, claim: &Claim) -> Explanation {
-    if matches!(claim.placement, Placement::Select { .. }) {
-        state.settle();
-    }
-    let state = &*state;
     let not_ready = state.indexes.not_ready;
     let weigh = |worker: &Worker| {
         let lack = fits(worker, claim).err().map(|lack| lack.to_string());
@@ -96,6 +92,8 @@ pub fn explain(state: &mut State, claim: &Claim) -> Explanation {
             Explanation { candidates: 1, not_ready, workers: vec![verdict] }
         }
         Placement::Select { selector, policy } => {
+            state.settle();
+            let state = &*state;
             let all = sources(state, selector, Resource::Ports);
             let candidates = all.len() as u64;
             let (resource, least) = need(claim);

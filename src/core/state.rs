@@ -58,8 +58,8 @@ pub(super) struct Indexes {
     pub departed: OrdSet<(Revision, InstanceName)>,
 }
 
-/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, a few
-/// milliseconds.
+/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, 1 to
+/// 2 ms.
 pub(super) const STALE_SCOPES_MAX: usize = 1024;
 
 /// What a worker has free of each [`Resource`].
@@ -279,15 +279,11 @@ impl State {
 
     /// Brings `by_free` up to date.
     pub(super) fn settle(&mut self) {
-        while self.settle_first() {}
-    }
-
-    /// The same for one worker that it is behind on, if there is one.
-    fn settle_first(&mut self) -> bool {
-        let Some((name, _)) = self.indexes.stale.get_min() else { return false };
-        let Some(worker) = self.workers.get(name) else { unreachable!("who leaves is forgotten") };
-        self.indexes.replace_free(Some(worker), Some(worker));
-        true
+        while let Some((name, _)) = self.indexes.stale.get_min() {
+            let worker = self.workers.get(name);
+            let Some(worker) = worker else { unreachable!("who leaves is forgotten") };
+            self.indexes.replace_free(Some(worker), Some(worker));
+        }
     }
 
     pub(super) fn drop_worker(&mut self, name: &WorkerName) {
@@ -493,11 +489,7 @@ impl Indexes {
         self.not_ready = self.not_ready + unready(new) - unready(old);
 
         self.replace_free(old, new);
-        let same_spec = match (old, new) {
-            (Some(old), Some(new)) => Arc::ptr_eq(&old.spec, &new.spec),
-            _ => false,
-        };
-        if same_spec {
+        if same_spec(old, new) {
             return;
         }
         if let Some(old) = old {
@@ -542,10 +534,7 @@ impl Indexes {
     }
 
     fn move_free(&mut self, old: Option<(&Worker, Free)>, new: Option<(&Worker, Free)>) {
-        let same_scopes = match (old, new) {
-            (Some((old, _)), Some((new, _))) => Arc::ptr_eq(&old.spec, &new.spec),
-            _ => false,
-        };
+        let same_scopes = same_spec(old.map(|side| side.0), new.map(|side| side.0));
         for (i, resource) in Resource::ALL.into_iter().enumerate() {
             let in_place = |side: Option<(&Worker, Free)>| side.and_then(|(_, free)| free[i]);
             if same_scopes && in_place(old) == in_place(new) {
@@ -601,6 +590,10 @@ fn free_on(worker: &Worker) -> Free {
 pub(super) fn scopes(worker: &Worker) -> impl Iterator<Item = Scope> + '_ {
     let labels = worker.spec.labels.iter();
     std::iter::once(Scope::All).chain(labels.map(|(k, v)| Scope::Label(k.clone(), v.clone())))
+}
+
+fn same_spec(old: Option<&Worker>, new: Option<&Worker>) -> bool {
+    old.zip(new).is_some_and(|(old, new)| Arc::ptr_eq(&old.spec, &new.spec))
 }
 
 fn scope_count(worker: &Worker) -> usize {

@@ -107,13 +107,13 @@ impl Tables {
         }
         match self.states.get(&applied) {
             // Its indexes are its own.
-            Some(state)
-                if *state == sight.table.state && !applied.is_multiple_of(INVARIANTS_EVERY) =>
-            {
-                Ok(())
+            Some(state) if *state == sight.table.state => {
+                match applied.is_multiple_of(INVARIANTS_EVERY) {
+                    true => check_invariants(&sight.table.state)
+                        .map_err(|why| format!("the core of node {}: {why}", sight.id)),
+                    false => Ok(()),
+                }
             }
-            Some(state) if *state == sight.table.state => check_invariants(&sight.table.state)
-                .map_err(|why| format!("the core of node {}: {why}", sight.id)),
             Some(state) => Err(format!(
                 "state machine safety: node {} has another table at entry {applied}: {}",
                 sight.id,
