@@ -33,7 +33,7 @@ mod ports;
 mod selector;
 mod state;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod worker;
 
 pub use allocation::*;

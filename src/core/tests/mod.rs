@@ -14,7 +14,7 @@ mod limits_hold;
 mod lingering;
 #[allow(dead_code)] // shared with the integration test `core`
 #[path = "make.rs"]
-mod make;
+pub(crate) mod make;
 mod phases;
 mod placement;
 mod quarantines;

@@ -436,39 +436,16 @@ impl StateDecoder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::{Claim, Labels, Origin, Placement, PortRequest, Ports, RangeSpec, Uid};
-    use crate::core::{Port, WorkerSpec, apply};
+    use crate::core::apply;
+    use crate::core::tests::make::{Ask as _, ORIGIN, allocate, claim, register, spec};
 
     /// One worker with so many allocations.
     fn state(allocations: u32) -> State {
-        let worker: crate::core::WorkerName = "w".parse().unwrap();
-        let port = |number| Port::new("port", number).unwrap();
-        let range = RangeSpec { name: "s".parse().unwrap(), first: port(1), last: port(9999) };
-        let spec = WorkerSpec {
-            address: "h".into(),
-            labels: Labels::new(),
-            ranges: vec![range],
-            reserved: Default::default(),
-            gpus: Vec::new(),
-            identity: None,
-        };
-        let claim = |i: u32| Claim {
-            name: format!("a{i}").parse().unwrap(),
-            uid: Uid::parse("uid").unwrap(),
-            placement: Placement::Worker(worker.clone()),
-            ports: vec![PortRequest { name: None, range: None, ports: Ports::Count(1) }],
-            gpus: None,
-            lease: None,
-            confirm_within: None,
-            bound: true,
-            labels: Labels::new(),
-        };
-        let register = Command::RegisterWorker { name: worker.clone(), spec };
-        let allocate = |i| Command::allocate([claim(i)], Millis(60_000));
+        let named = |i| allocate(&[claim(&format!("a{i}"), "w").count(1)]);
+        let registered = register("w", spec(&[("s", 1, 9999)], &[]));
         let mut state = State::default();
-        for command in std::iter::once(register).chain((0..allocations).map(allocate)) {
-            let (applied, _) = apply(&mut state, &Origin::default(), &command);
-            applied.outcome.unwrap();
+        for command in std::iter::once(registered).chain((0..allocations).map(named)) {
+            apply(&mut state, &ORIGIN, &command).0.outcome.unwrap();
         }
         state
     }
