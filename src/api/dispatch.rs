@@ -34,15 +34,13 @@ use tracing::Instrument as _;
 use super::convert::Addresses;
 use super::pages::{PageToken, VIEWS_EXPIRE_EVERY, Views};
 use super::{allocator, cluster, errors, leases, session, watch as changes, workers};
-use crate::core::{
-    Applied, Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State, WorkerName,
-};
+use crate::core::{Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State, WorkerName};
 use crate::lock::guard;
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
 use crate::node::{
-    CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, RETRY_AFTER, StatusReport,
+    CallError, Deadline, ForwardError, LocalCalls, Node, NodeId, RETRY_AFTER, StatusReport, Written,
 };
 #[cfg(planted)]
 use crate::planted::{self, Bug};
@@ -70,8 +68,8 @@ pub trait Backend: Send + Sync + 'static {
         &self,
         commands: Vec<Command>,
         deadline: Deadline,
-    ) -> Vec<Result<Applied, CallError>>;
-    async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError>;
+    ) -> Vec<Result<Written, CallError>>;
+    async fn propose(&self, command: Command, deadline: Deadline) -> Result<Written, CallError>;
     async fn read(&self, deadline: Deadline) -> Result<State, CallError>;
     async fn read_stale(&self, min: Revision, deadline: Deadline) -> Result<State, CallError>;
     /// Of these workers, from the node's own copy as it is.
@@ -128,10 +126,10 @@ impl Backend for Node {
         &self,
         commands: Vec<Command>,
         deadline: Deadline,
-    ) -> Vec<Result<Applied, CallError>> {
+    ) -> Vec<Result<Written, CallError>> {
         Node::propose_all(self, commands, deadline).await
     }
-    async fn propose(&self, command: Command, deadline: Deadline) -> Result<Applied, CallError> {
+    async fn propose(&self, command: Command, deadline: Deadline) -> Result<Written, CallError> {
         Node::propose(self, command, deadline).await
     }
     async fn read(&self, deadline: Deadline) -> Result<State, CallError> {
@@ -291,11 +289,11 @@ pub(super) async fn propose<R>(
     answer: impl FnOnce(u64, Outcome, &Specs) -> Option<R>,
 ) -> Result<R, Failure> {
     let node = &api.inner.node;
-    let applied = node.propose(command, deadline).await.map_err(Failure::Call)?;
+    let Written { applied, specs } =
+        node.propose(command, deadline).await.map_err(Failure::Call)?;
     let revision = applied.revision.0;
     tracing::debug!(revision, refused = applied.outcome.is_err(), "applied");
     let outcome = applied.outcome.map_err(|r| Failure::Answer(errors::refusal(r)))?;
-    let specs = node.specs_of(&outcome.allocations().iter().map(|held| &held.worker).collect());
     // It is done: what goes wrong here must not read as if it were not.
     answer(revision, outcome, &specs).ok_or_else(|| {
         let what = format!("{path} was answered with another's outcome");

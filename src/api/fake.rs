@@ -10,13 +10,11 @@ use tonic::Status;
 use super::convert;
 use super::dispatch::{Api, Backend};
 use super::{Readiness, serve, tcp_incoming};
-use crate::core::{
-    Applied, Command, LeaseId, Millis, Origin, Revision, Specs, State, WorkerName, apply,
-};
+use crate::core::{Command, LeaseId, Millis, Origin, Revision, Specs, State, WorkerName, apply};
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
-use crate::node::{CallError, Deadline, ForwardError, MemberReport, NodeId, StatusReport};
+use crate::node::{CallError, Deadline, ForwardError, MemberReport, NodeId, StatusReport, Written};
 use crate::proto::v1;
 
 pub(crate) fn claim(name: &str) -> v1::Claim {
@@ -90,18 +88,23 @@ impl Backend for Fake {
     fn turn_urgent_away(&self) {
         *self.turned_away.lock().unwrap() += 1;
     }
-    async fn propose(&self, command: Command, _: Deadline) -> Result<Applied, CallError> {
+    async fn propose(&self, command: Command, _: Deadline) -> Result<Written, CallError> {
         *self.proposed.lock().unwrap() += 1;
         match self.failures.lock().unwrap().pop_front() {
             Some(error) => Err(error),
-            None => Ok(apply(&mut self.state.lock().unwrap(), &Origin::default(), &command).0),
+            None => {
+                let mut state = self.state.lock().unwrap();
+                let (applied, _) = apply(&mut state, &Origin::default(), &command);
+                let specs = state.specs_of(&applied.workers().collect());
+                Ok(Written { applied, specs: Arc::new(specs) })
+            }
         }
     }
     async fn propose_all(
         &self,
         commands: Vec<Command>,
         deadline: Deadline,
-    ) -> Vec<Result<Applied, CallError>> {
+    ) -> Vec<Result<Written, CallError>> {
         let mut answers = Vec::new();
         for command in commands {
             answers.push(self.propose(command, deadline).await);

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use futures::{StreamExt as _, future, stream};
+use itertools::Either;
 use prost::Message as _;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
@@ -16,8 +17,8 @@ use super::allocator::{Allocate, Attach, Confirm, Release, ReportConflict, alloc
 use super::dispatch::{Api, Failure, Method, Responses, Write};
 use super::observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX};
 use super::{convert, errors};
-use crate::core::{Applied, Command, InstanceName, Invalid, Millis, Outcome, Specs, State};
-use crate::node::{CallError, Deadline};
+use crate::core::{Command, InstanceName, Invalid, Millis, Outcome, State};
+use crate::node::{CallError, Deadline, Written};
 use crate::proto::session::Size;
 use crate::proto::v1;
 use v1::session_answer::Answer;
@@ -71,15 +72,12 @@ impl Method for Session {
         if let Some(error) = all_elsewhere(&applied, read.as_ref()) {
             return Err(Failure::Call(error));
         }
-        let outcomes = applied.iter().flatten().flat_map(|applied| &applied.outcome);
-        let told = outcomes.flat_map(Outcome::allocations);
-        let specs = node.specs_of(&told.map(|held| &held.worker).collect());
         let mut applied = applied.into_iter();
         let answer = |(id, step): &(u64, Step)| {
             let answer = match (step, &read) {
                 (Step::Wrong(status), _) => Err(status.clone()),
                 (Step::Write(_), _) => match applied.next() {
-                    Some(applied) => written(applied, &specs),
+                    Some(applied) => written(applied),
                     None => Err(errors::outcome_unknown("the command got no answer")),
                 },
                 (Step::Read(name), Some(Ok(view))) => get(view, name).map(Answer::Get),
@@ -150,7 +148,7 @@ fn step(asked: &v1::SessionCommand) -> Result<Step, Status> {
 
 /// The error, where another node leads and nothing was done here: all of it may be sent there.
 fn all_elsewhere(
-    applied: &[Result<Applied, CallError>],
+    applied: &[Result<Written, CallError>],
     read: Option<&Result<State, CallError>>,
 ) -> Option<CallError> {
     let writes = applied.iter().map(|applied| applied.as_ref().err());
@@ -160,8 +158,9 @@ fn all_elsewhere(
     first.filter(|_| all.all(elsewhere))
 }
 
-fn written(applied: Result<Applied, CallError>, specs: &Specs) -> Result<Answer, Status> {
-    let applied = applied.map_err(errors::call)?;
+fn written(applied: Result<Written, CallError>) -> Result<Answer, Status> {
+    let Written { applied, specs } = applied.map_err(errors::call)?;
+    let specs = &*specs;
     let outcome = applied.outcome.map_err(errors::refusal)?;
     let revision = applied.revision.0;
     let answer = match &outcome {
@@ -191,10 +190,16 @@ fn answered(id: u64, answer: Result<Answer, Status>) -> v1::SessionAnswer {
     v1::SessionAnswer { id, answer: Some(answer) }
 }
 
-/// Answers in messages that are small enough to be sent.
-fn in_parts(response: v1::SessionResponse) -> impl Iterator<Item = v1::SessionResponse> {
+/// Answers of so many bytes, in messages that are small enough to be sent.
+fn in_parts(
+    response: v1::SessionResponse,
+    bytes: usize,
+) -> impl Iterator<Item = v1::SessionResponse> {
+    if bytes <= RESPONSE_BYTES {
+        return Either::Left((!response.answers.is_empty()).then_some(response).into_iter());
+    }
     let mut answers = response.answers.into_iter().peekable();
-    std::iter::from_fn(move || {
+    Either::Right(std::iter::from_fn(move || {
         let mut part = v1::SessionResponse { answers: vec![answers.next()?] };
         let mut bytes = part.encoded_len();
         while let Some(next) =
@@ -204,7 +209,7 @@ fn in_parts(response: v1::SessionResponse) -> impl Iterator<Item = v1::SessionRe
             part.answers.push(next);
         }
         Some(part)
-    })
+    }))
 }
 
 impl Api {
@@ -232,7 +237,7 @@ impl Api {
             .map(move |(response, bytes)| {
                 ahead.taken(bytes);
                 match response {
-                    Ok(response) => stream::iter(in_parts(response).map(Ok)).left_stream(),
+                    Ok(response) => stream::iter(in_parts(response, bytes).map(Ok)).left_stream(),
                     Err(status) => stream::iter([Err(status)]).right_stream(),
                 }
             })

@@ -312,6 +312,13 @@ pub struct Applied {
     pub outcome: Result<Outcome, Refusal>,
 }
 
+impl Applied {
+    /// On which the allocations are that it tells of.
+    pub fn workers(&self) -> impl Iterator<Item = &WorkerName> {
+        self.outcome.iter().flat_map(Outcome::allocations).map(|held| &held.worker)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The worker as it is now (register, update, phase, quarantine, lift).

@@ -60,11 +60,11 @@ fn check_name(
     inner: &str,
     may_be_empty: bool,
 ) -> Result<(), Invalid> {
-    let ok = |c: char| c.is_ascii_alphanumeric() || inner.contains(c);
-    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    let well_formed =
-        value.chars().all(ok) && edge(value.chars().next()) && edge(value.chars().next_back());
-    let fits = value.len() <= max_bytes;
+    let bytes = value.as_bytes();
+    let ok = |byte: &u8| byte.is_ascii_alphanumeric() || inner.as_bytes().contains(byte);
+    let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    let well_formed = bytes.iter().all(ok) && edge(bytes.first()) && edge(bytes.last());
+    let fits = bytes.len() <= max_bytes;
     if fits && (well_formed || (may_be_empty && value.is_empty())) {
         return Ok(());
     }

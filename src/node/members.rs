@@ -415,7 +415,7 @@ impl Node {
         });
         all_know(level, join_all(told).await)?;
         let raised = self.propose(Command::SetFeatureLevel { level }, deadline).await?;
-        raised.outcome.map(drop).map_err(NotChanged::Refused)
+        raised.applied.outcome.map(drop).map_err(NotChanged::Refused)
     }
 
     /// Fails where most of the voters that are left do not answer now: the last word of one that has just

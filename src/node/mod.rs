@@ -49,7 +49,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tonic::transport::server::{Connected, TcpIncoming};
 use tracing::{error, info, warn};
 
-use crate::core::{Applied, Command, Millis, Revision, Specs, State, WorkerName};
+use crate::core::{Command, Millis, Revision, Specs, State, WorkerName};
 use crate::proto::peer;
 pub use crate::raft::NodeId;
 use crate::raft::{
@@ -61,6 +61,7 @@ pub use agreement::DISAGREES_EXIT;
 pub use bootstrap::BootstrapError;
 use forward::{Hooks, forwarded};
 pub use outcome::{CallError, ForwardError, RETRY_AFTER};
+pub use proposer::Written;
 pub use status::{MemberReport, StatusReport};
 
 /// By when the caller wants its answer, on tokio's clock.
@@ -485,7 +486,7 @@ impl Node {
         &self,
         command: Command,
         deadline: Deadline,
-    ) -> Result<Applied, CallError> {
+    ) -> Result<Written, CallError> {
         let mut answers = self.propose_all(vec![command], deadline).await;
         answers.pop().expect("one answer to one command")
     }
@@ -495,7 +496,7 @@ impl Node {
         &self,
         commands: Vec<Command>,
         deadline: Deadline,
-    ) -> Vec<Result<Applied, CallError>> {
+    ) -> Vec<Result<Written, CallError>> {
         let verdicts = self.admit(&commands);
         let admitted = commands.into_iter().zip(&verdicts).filter(|(_, verdict)| verdict.is_ok());
         let admitted = admitted.map(|(command, _)| command).collect();
@@ -554,8 +555,7 @@ impl Node {
         }
     }
 
-    /// Of these workers, from this node's own copy as it is. Whoever has the answer to a proposal finds
-    /// what was applied in it.
+    /// Of these workers, from this node's own copy as it is. Waits while an entry is applied.
     pub fn specs_of(&self, workers: &BTreeSet<&WorkerName>) -> Specs {
         match workers.is_empty() {
             true => Specs::new(),

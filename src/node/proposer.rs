@@ -27,9 +27,9 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::outcome::{CallError, RETRY_AFTER, of_write};
 use super::wall_clock::wall_clock;
-use crate::core::{Applied, Command};
+use crate::core::{Applied, Command, Specs};
 use crate::lock::guard;
-use crate::raft::{Batch, Raft};
+use crate::raft::{Batch, BatchReply, Raft};
 
 /// Commands that may wait in each lane.
 const LANE_COMMANDS_MAX: usize = 8192;
@@ -41,6 +41,14 @@ const ENTRY_WEIGHT_MAX_BYTES: usize = 1 << 20;
 const IN_FLIGHT_MAX: usize = 4;
 /// How long an entry that is not full waits for the answer to those before it.
 const NEXT_AFTER: Duration = Duration::from_millis(5);
+
+/// A command that was applied.
+#[derive(Debug, Clone)]
+pub struct Written {
+    pub applied: Applied,
+    /// Of the workers on which its allocations are, and maybe others.
+    pub specs: Arc<Specs>,
+}
 
 #[derive(Clone)]
 pub(super) struct Proposer {
@@ -65,7 +73,7 @@ struct Group {
     queued: Instant,
     deadline: Instant,
     fate: Arc<AtomicU8>,
-    answer: oneshot::Sender<Result<Vec<Applied>, CallError>>,
+    answer: Answer,
     _room: OwnedSemaphorePermit,
 }
 
@@ -115,7 +123,7 @@ impl Proposer {
 
     pub async fn propose(&self, command: Command, deadline: Instant) -> Result<Applied, CallError> {
         let mut answers = self.propose_all(vec![command], deadline).await;
-        answers.pop().expect("one answer to one command")
+        answers.pop().expect("one answer to one command").map(|written| written.applied)
     }
 
     /// Each of them, in as few entries as may be. What is urgent overtakes the rest.
@@ -123,7 +131,7 @@ impl Proposer {
         &self,
         commands: Vec<Command>,
         deadline: Instant,
-    ) -> Vec<Result<Applied, CallError>> {
+    ) -> Vec<Result<Written, CallError>> {
         let count = commands.len();
         let groups = grouped(commands).into_iter().map(|(places, commands)| async move {
             (places, self.propose_group(commands, deadline).await)
@@ -132,8 +140,10 @@ impl Proposer {
         let mut answers: Vec<_> = std::iter::repeat_with(lost).take(count).collect();
         for (places, result) in join_all(groups).await {
             match result {
-                Ok(applied) => {
-                    places.into_iter().zip(applied).for_each(|(at, done)| answers[at] = Ok(done));
+                Ok(BatchReply { applied, specs }) => {
+                    for (at, applied) in places.into_iter().zip(applied) {
+                        answers[at] = Ok(Written { applied, specs: specs.clone() });
+                    }
                 }
                 Err(error) => places.into_iter().for_each(|at| answers[at] = Err(error.clone())),
             }
@@ -146,7 +156,7 @@ impl Proposer {
         &self,
         commands: Vec<Command>,
         deadline: Instant,
-    ) -> Result<Vec<Applied>, CallError> {
+    ) -> Result<BatchReply, CallError> {
         let urgent = commands.iter().all(is_urgent);
         let lane = if urgent { &self.urgent } else { &self.normal };
         fail_point!("propose-full", |_| Err(CallError::Overloaded { retry_after: RETRY_AFTER }));
@@ -403,7 +413,7 @@ struct Entry {
     weight_bytes: usize,
 }
 
-type Answer = oneshot::Sender<Result<Vec<Applied>, CallError>>;
+type Answer = oneshot::Sender<Result<BatchReply, CallError>>;
 
 impl Entry {
     fn has_room(&self) -> bool {
@@ -450,14 +460,16 @@ impl Entry {
         fail_point!("propose-after-append", |_| ());
         metrics::histogram!("portwarden_proposal_seconds").record(started.elapsed().as_secs_f64());
         match result {
-            Ok(response) if response.data.0.len() == count => {
-                let mut applied = response.data.0.into_iter();
+            Ok(response) if response.data.applied.len() == count => {
+                let BatchReply { applied, specs } = response.data;
+                let mut applied = applied.into_iter();
                 for (count, answer) in groups {
-                    let _ = answer.send(Ok(applied.by_ref().take(count).collect()));
+                    let applied = applied.by_ref().take(count).collect();
+                    let _ = answer.send(Ok(BatchReply { applied, specs: specs.clone() }));
                 }
             }
             Ok(response) => {
-                let got = response.data.0.len();
+                let got = response.data.applied.len();
                 fail(groups, CallError::Unknown(format!("{count} commands got {got} answers")));
             }
             Err(error) => {

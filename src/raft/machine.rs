@@ -28,7 +28,7 @@ use super::types::{
     Batch, BatchReply, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
 };
 use crate::blocking::blocking;
-use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin};
+use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin, Specs};
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::store::{SnapshotFile, SnapshotStore, StoreError, fatal};
@@ -214,7 +214,15 @@ impl StateMachine {
             }
             applied
         };
-        Ok(BatchReply(batch.commands().iter().zip(0..).map(apply).collect()))
+        let applied = batch.commands().iter().zip(0..).map(apply).collect();
+        Ok(BatchReply { applied, ..BatchReply::default() })
+    }
+
+    /// Of the workers on which the allocations are that were just told of. Who writes the answers need
+    /// not look at the table, which would be to wait for the next entry.
+    fn specs(&self, applied: &[Applied]) -> Specs {
+        let workers = applied.iter().flat_map(Applied::workers).collect();
+        self.view.look(|table| table.state.specs_of(&workers))
     }
 
     /// Tells everybody of what is in the view now.
@@ -308,8 +316,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let mut answers = Vec::new();
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
-            let reply = self.apply_one(entry.log_id, &entry.payload)?;
-            answers.extend(responder.map(|responder| (responder, reply)));
+            let mut reply = self.apply_one(entry.log_id, &entry.payload)?;
+            if let Some(responder) = responder {
+                reply.specs = Arc::new(self.specs(&reply.applied));
+                answers.push((responder, reply));
+            }
         }
         histogram!("portwarden_apply_seconds").record(began.elapsed().as_secs_f64());
         self.published();

@@ -1,6 +1,8 @@
 //! What openraft is configured with.
 
-use crate::core::Applied;
+use std::sync::Arc;
+
+use crate::core::{Applied, Specs};
 pub use crate::store::codec::Batch;
 
 /// A member's id; never used again after its removal.
@@ -20,9 +22,14 @@ pub struct Member {
     pub incarnation: String,
 }
 
-/// One answer for each command of the batch, in its order; empty for other entries.
+/// Empty for entries that are no batch.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct BatchReply(pub Vec<Applied>);
+pub struct BatchReply {
+    /// One answer for each command of the batch, in its order.
+    pub applied: Vec<Applied>,
+    /// Of the workers on which the allocations in the answers are. Only where somebody waits for them.
+    pub specs: Arc<Specs>,
+}
 
 openraft::declare_raft_types!(
     /// The types of portwarden's Raft group.

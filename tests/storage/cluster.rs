@@ -159,7 +159,7 @@ async fn write(nodes: &[Node], commands: &[Command]) -> usize {
             Ok(written) => {
                 // Who got an answer sees it.
                 assert!(node.view.table().applied >= Some(written.log_id));
-                assert_eq!(written.data.0.len(), commands.len());
+                assert_eq!(written.data.applied.len(), commands.len());
                 return place;
             }
             Err(RaftError::APIError(_)) => {
