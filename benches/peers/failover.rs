@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use portwarden::cli::bench::callers::Pairs;
+use portwarden::cli::bench::load::Caller as _;
 use portwarden::cli::bench::{self, spec};
 use portwarden::client::{Client, ClientError, Options};
 use portwarden::proto::v1;
@@ -24,7 +26,7 @@ pub struct LeaderMove {
     pub moves: u32,
     pub requests: u64,
     pub failed: u64,
-    /// Longest that any caller waited for a pair of allocate and release.
+    /// Longest that any caller waited for one answer.
     pub longest_stall_ms: f64,
 }
 
@@ -99,10 +101,12 @@ async fn move_leader(ours: &Ours, times: u32) -> anyhow::Result<LeaderMove> {
         let (stop, requests, failed, longest_us) =
             (stop.clone(), requests.clone(), failed.clone(), longest_us.clone());
         callers.push(tokio::spawn(async move {
+            let claims = vec![claim(&format!("mover-{caller}"))];
+            let mut pairs = Pairs { client, claims, held: Vec::new() };
             while !stop.load(Ordering::Relaxed) {
                 let began = Instant::now();
-                let done = pair(&client, &format!("mover-{caller}")).await;
-                requests.fetch_add(2, Ordering::Relaxed);
+                let done = pairs.call().await;
+                requests.fetch_add(1, Ordering::Relaxed);
                 failed.fetch_add(u64::from(done.is_err()), Ordering::Relaxed);
                 longest_us.fetch_max(began.elapsed().as_micros() as u64, Ordering::Relaxed);
             }

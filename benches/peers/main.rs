@@ -88,8 +88,10 @@ const WORKLOADS: &[Workload] = &[
     of("etcd", "put", 16, ""),
     of("portwarden", "allocate", 64, ""),
     of("etcd", "put", 64, ""),
+    of("bare", "call", 64, ""),
     of("portwarden", "allocate", 256, ""),
     of("etcd", "put", 256, ""),
+    of("bare", "call", 256, ""),
     of("portwarden", "hot", 64, "unary allocate, then release, one worker"),
     of(
         "portwarden",
@@ -108,6 +110,7 @@ const WORKLOADS: &[Workload] = &[
     of("postgres", "spread", 64, "the same over 20 workers"),
     of("portwarden", "session", 256, "commands on sessions, 256 under way: 4 clients with 64 each"),
     of("portwarden", "session", 2048, "8 clients with 256 each"),
+    of("bare", "session", 2048, "the same to the three programs"),
     of(
         "portwarden",
         "gang8",
@@ -180,7 +183,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
             let (callers, label): (Vec<Box<dyn Caller>>, _) = match *system {
                 "portwarden" => ours.callers(name, *clients).await?,
                 "etcd" => etcd.callers(name, *clients).await?,
-                "bare" => (bare.callers(*clients)?, None),
+                "bare" => (bare.callers(name, *clients)?, None),
                 _ => postgres.callers(name, *clients).await?,
             };
             let over = tokio::time::sleep(Duration::from_secs(seconds));

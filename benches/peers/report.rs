@@ -145,6 +145,9 @@ impl Whole {
             ("ours_p50_stream_1_vs_fdatasync", over(p50_stream, fdatasync)),
             ("ours_p50_1_vs_bare", over(p50_rpc, p50("bare", "call"))),
             ("bare_p50_1_vs_fdatasync", over(p50("bare", "call"), fdatasync)),
+            ("bare_rpc_vs_etcd_put_64", over(rate("bare", "call", 64), put(64))),
+            ("bare_rpc_vs_etcd_put_256", over(rate("bare", "call", 256), put(256))),
+            ("bare_stream_vs_etcd_put_256", over(rate("bare", "session", 2048), put(256))),
             ("get_vs_etcd_256", over(rate("portwarden", "get", 256), rate("etcd", "get", 256))),
             (
                 "get_stream_vs_etcd_256",
