@@ -50,7 +50,8 @@ use crate::proto::v1;
 pub const CALLS_IN_FLIGHT_MAX: usize = 16_384;
 /// Those that are served beyond that where they confirm, move on or free, or begin to keep leases alive.
 pub const URGENT_CALLS_MAX: usize = 4_096;
-/// Waiting between attempts while the leader changes: this at first, twice as long each time.
+/// Waiting between attempts while the leader changes, or until another one is known: this at first,
+/// twice as long each time.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(200);
 
@@ -75,6 +76,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Of these workers, from the node's own copy as it is.
     fn specs_of(&self, workers: &BTreeSet<&WorkerName>) -> Specs;
     async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError>;
+    /// Returns once another node than this one leads.
+    async fn led_by_another(&self, than: NodeId);
     async fn forward(
         &self,
         to: NodeId,
@@ -143,6 +146,9 @@ impl Backend for Node {
     }
     async fn route(&self, deadline: Deadline) -> Result<Option<NodeId>, CallError> {
         Node::route(self, deadline).await
+    }
+    async fn led_by_another(&self, than: NodeId) {
+        Node::led_by_another(self, than).await;
     }
     async fn forward(
         &self,
@@ -449,18 +455,20 @@ impl Api {
         }
         let mut pause = PAUSE_MIN;
         loop {
-            let why = match self.attempt::<M>(&request, &parsed, deadline).await {
+            let (asked, why) = match self.attempt::<M>(&request, &parsed, deadline).await {
                 Attempt::Answered(answer) => return answer,
-                Attempt::Again(why) => why,
+                Attempt::Again { asked, why } => (asked, why),
             };
             if Instant::now() + pause >= deadline {
                 return Err(errors::not_ready(&format!(
                     "no leader took the call before its deadline ({why})"
                 )));
             }
-            tracing::debug!(method = M::PATH, why, "waiting for a leader");
-            sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
+            tracing::debug!(method = M::PATH, asked, why, "waiting for a leader");
+            tokio::select! {
+                () = sleep(pause) => pause = (pause * 2).min(PAUSE_MAX),
+                () = self.inner.node.led_by_another(asked) => pause = PAUSE_MIN,
+            }
         }
     }
 
@@ -478,10 +486,11 @@ impl Api {
                     Ok(response) => Attempt::Answered(Ok(response)),
                     Err(Failure::Answer(status)) => Attempt::Answered(Err(status)),
                     Err(Failure::Call(CallError::NotLeader { .. })) => {
-                        Attempt::Again("this node is no longer the leader".into())
+                        let why = "this node is no longer the leader".into();
+                        Attempt::Again { asked: node.id(), why }
                     }
                     Err(Failure::Call(CallError::Unknown(why))) if !M::WRITES => {
-                        Attempt::Again(why)
+                        Attempt::Again { asked: node.id(), why }
                     }
                     Err(Failure::Call(error)) => Attempt::Answered(Err(errors::call(error))),
                 };
@@ -489,6 +498,7 @@ impl Api {
             Ok(Some(peer)) => peer,
             Err(error) => return Attempt::Answered(Err(errors::call(error))),
         };
+        let again = |why| Attempt::Again { asked: peer, why };
         match node.forward(peer, M::PATH, request.encode_to_vec(), deadline).await {
             Ok(Ok(bytes)) => match M::Response::decode(bytes.as_slice()) {
                 Ok(response) => Attempt::Answered(Ok(response)),
@@ -497,20 +507,18 @@ impl Api {
                 )))),
             },
             Ok(Err(status)) if errors::is_not_leader(&status) => {
-                Attempt::Again(format!("node {peer} is not the leader"))
+                again(format!("node {peer} is not the leader"))
             }
             Ok(Err(status)) if !M::WRITES && errors::is_outcome_unknown(&status) => {
-                Attempt::Again(status.message().to_string())
+                again(status.message().to_string())
             }
             Ok(Err(status)) => Attempt::Answered(Err(status)),
-            Err(ForwardError::NotSent(why)) => {
-                Attempt::Again(format!("node {peer} was not reached: {why}"))
-            }
+            Err(ForwardError::NotSent(why)) => again(format!("node {peer} was not reached: {why}")),
             Err(ForwardError::Broken(why)) => {
                 let why = format!("the connection to node {peer} broke: {why}");
                 match M::WRITES {
                     true => Attempt::Answered(Err(errors::outcome_unknown(&why))),
-                    false => Attempt::Again(why),
+                    false => again(why),
                 }
             }
         }
@@ -618,7 +626,10 @@ async fn expire_views(api: Weak<Inner>) {
 enum Attempt<T> {
     Answered(Result<T, Status>),
     /// Surely not executed, or nothing but a read.
-    Again(String),
+    Again {
+        asked: NodeId,
+        why: String,
+    },
 }
 
 impl Failure {

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
 use super::convert;
@@ -75,6 +75,8 @@ pub(crate) struct Fake {
     pub turned_away: Mutex<usize>,
     pub members: Mutex<Vec<MemberReport>>,
     pub hub: Hub,
+    /// Told when another node leads.
+    pub elections: Notify,
 }
 
 #[tonic::async_trait]
@@ -126,6 +128,9 @@ impl Backend for Fake {
     }
     async fn route(&self, _: Deadline) -> Result<Option<NodeId>, CallError> {
         Ok((!self.forwards.lock().unwrap().is_empty()).then_some(2))
+    }
+    async fn led_by_another(&self, _: NodeId) {
+        self.elections.notified().await;
     }
     async fn forward(&self, _: NodeId, _: &str, _: Vec<u8>, _: Deadline) -> Forwarded {
         self.forwards.lock().unwrap().pop_front().expect("route saw one")

@@ -343,6 +343,20 @@ async fn what_was_surely_not_done_is_tried_again() {
     assert_eq!(*fake.proposed.lock().unwrap(), 2);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_call_that_waits_for_a_leader_goes_on_once_there_is_another() {
+    let (fake, api) = fake();
+    for (elected, waits) in [(true, Duration::ZERO), (false, Duration::from_millis(5))] {
+        fake.failures.lock().unwrap().push_back(CallError::NotLeader { leader: None });
+        if elected {
+            fake.elections.notify_one();
+        }
+        let began = Instant::now();
+        api.allocate(allocate("b")).await.unwrap();
+        assert_eq!(began.elapsed(), waits);
+    }
+}
+
 #[tokio::test]
 async fn a_write_that_was_given_up_before_it_could_be_looked_at_is_not_done() {
     let (fake, api) = fake();

@@ -596,6 +596,16 @@ impl Node {
         }
     }
 
+    /// Resolves once another node than this one leads, as far as is known here.
+    pub async fn led_by_another(&self, than: NodeId) {
+        let mut metrics = self.inner.raft.metrics();
+        while metrics.borrow_watched().current_leader.is_none_or(|leader| leader == than) {
+            if metrics.changed().await.is_err() {
+                std::future::pending().await // the node is stopping: nobody will be known any more
+            }
+        }
+    }
+
     /// Resolves with the reason once this node is no member any more.
     pub async fn removed(&self) -> String {
         let mut removed = self.inner.network.removed();
