@@ -4,8 +4,8 @@
 //! commands on a stream as a session's. That one writes what came meanwhile to a file and syncs it, on a
 //! thread of its own, and passes it on to the other two over a stream each; those do the same, and
 //! answer. Once two of the three have synced it, the callers are answered, and the next is written. The
-//! same libraries (tonic, tokio, the allocator), messages of the same kinds and sizes, the same syncs
-//! (of what went through the page cache), as many threads; no Raft, no table, no checks, nothing decoded
+//! same libraries (tonic, tokio, the allocator), requests of the same kinds and sizes, answers no larger, the same
+//! syncs (of what went through the page cache), as many threads; no Raft, no table, no checks, nothing decoded
 //! but by the first one: nothing that has less to do with such a call.
 
 use std::collections::VecDeque;
@@ -88,6 +88,13 @@ impl Serve {
 /// Where bytes are written and synced, in their order.
 type Place = mpsc::UnboundedSender<(Bytes, oneshot::Sender<()>)>;
 
+/// The place says when it is done.
+fn write(place: &Place, bytes: Bytes) -> oneshot::Receiver<()> {
+    let (done, written) = oneshot::channel();
+    let _ = place.send((bytes, done)); // its end is this program's
+    written
+}
+
 fn disk(path: &Path) -> anyhow::Result<Place> {
     let file = File::create(path)?;
     file.write_all_at(&vec![0; FILE_BYTES], 0)?;
@@ -145,20 +152,16 @@ fn follower(address: &str) -> Place {
 }
 
 /// One write after the other on a majority of the places; what comes meanwhile goes together.
-fn log(places: Vec<Place>) -> mpsc::UnboundedSender<(Vec<u8>, oneshot::Sender<()>)> {
-    let (log, mut asked) = mpsc::unbounded_channel::<(Vec<u8>, oneshot::Sender<()>)>();
+fn log(places: Vec<Place>) -> Place {
+    let (log, mut asked) = mpsc::unbounded_channel::<(Bytes, oneshot::Sender<()>)>();
     tokio::spawn(async move {
         let mut waiting = Vec::new();
         while asked.recv_many(&mut waiting, TOGETHER_MAX).await > 0 {
             let mut bytes = BytesMut::new();
             waiting.iter().for_each(|(request, _)| bytes.extend_from_slice(request));
             let bytes = bytes.freeze();
-            let write = |place: &Place| {
-                let (done, written) = oneshot::channel();
-                let _ = place.send((bytes.clone(), done)); // its end is this program's
-                written
-            };
-            let mut synced: FuturesUnordered<_> = places.iter().map(write).collect();
+            let written = places.iter().map(|place| write(place, bytes.clone()));
+            let mut synced: FuturesUnordered<_> = written.collect();
             for _ in 0..=places.len() / 2 {
                 match synced.next().await {
                     Some(Ok(())) => {}
@@ -178,19 +181,18 @@ struct Bare {
     /// For what is passed on to it.
     disk: Place,
     /// For what callers ask.
-    log: mpsc::UnboundedSender<(Vec<u8>, oneshot::Sender<()>)>,
+    log: Place,
 }
 
 impl Bare {
     /// Returns once a majority has it.
-    async fn write(&self, request: Vec<u8>) -> Result<(), Status> {
-        let (done, written) = oneshot::channel();
-        let _ = self.log.send((request, done));
+    async fn write(&self, request: &impl Message) -> Result<(), Status> {
+        let written = write(&self.log, request.encode_to_vec().into());
         written.await.map_err(|_| Status::unavailable("too few have it"))
     }
 }
 
-/// As large as portwarden's.
+/// What portwarden's says, less the worker and what became of the allocation when.
 fn answer(command: SessionCommand) -> SessionAnswer {
     let granted = |name: String, uid: String| v1::Allocation {
         name,
@@ -264,7 +266,7 @@ impl UnaryService<SessionCommand> for Call {
         let bare = self.0.clone();
         async move {
             let command = request.into_inner();
-            bare.write(command.encode_to_vec()).await?;
+            bare.write(&command).await?;
             Ok(Response::new(answer(command)))
         }
         .boxed()
@@ -284,7 +286,7 @@ impl StreamingService<SessionRequest> for Session {
             let bare = bare.clone();
             async move {
                 let request = request?;
-                bare.write(request.encode_to_vec()).await?;
+                bare.write(&request).await?;
                 Ok(SessionResponse { answers: request.commands.into_iter().map(answer).collect() })
             }
         });
@@ -302,11 +304,9 @@ impl StreamingService<Passed> for Pass {
     fn call(&mut self, request: Request<Streaming<Passed>>) -> Self::Future {
         let disk = self.0.disk.clone();
         let answers = request.into_inner().then(move |passed| {
-            let (done, written) = oneshot::channel();
-            let sent = passed.map(|Passed { bytes }| drop(disk.send((bytes, done))));
+            let written = passed.map(|Passed { bytes }| write(&disk, bytes));
             async move {
-                sent?;
-                written.await.map_err(|_| Status::unavailable("the disk is gone"))?;
+                written?.await.map_err(|_| Status::unavailable("the disk is gone"))?;
                 Ok(Passed::default())
             }
         });
@@ -398,17 +398,17 @@ struct Messages {
     /// To be asked in turns.
     commands: VecDeque<Vec<SessionCommand>>,
     /// Once it is open.
-    stream: Option<(mpsc::UnboundedSender<SessionRequest>, Streaming<SessionResponse>)>,
+    stream: Option<Line>,
 }
+
+type Line = (mpsc::UnboundedSender<SessionRequest>, Streaming<SessionResponse>);
 
 impl Messages {
     fn new(channel: Channel, caller: u32) -> Messages {
         Messages { channel, commands: commands(caller, SESSION_COMMANDS).into(), stream: None }
     }
 
-    async fn open(
-        &self,
-    ) -> anyhow::Result<(mpsc::UnboundedSender<SessionRequest>, Streaming<SessionResponse>)> {
+    async fn open(&self) -> anyhow::Result<Line> {
         let (messages, outgoing) = mpsc::unbounded_channel();
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await?;

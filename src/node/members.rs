@@ -17,7 +17,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures::future::join_all;
-use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::raft::Precondition;
 use openraft::{ChangeMembers, ServerState};
@@ -384,16 +383,9 @@ impl Node {
         }
         info!(to = id, "handing over the lead, as asked");
         self.hand_over_to(id).await;
-        let mut metrics = self.inner.raft.metrics();
-        let led = async {
-            while metrics.borrow_watched().current_leader != Some(id) {
-                if metrics.changed().await.is_err() {
-                    return;
-                }
-            }
-        };
+        let led = self.raft_comes_to(|now| now.current_leader == Some(id));
         match timeout_at(deadline, led).await {
-            Ok(()) => Ok(()),
+            Ok(_) => Ok(()),
             Err(_) => Err(CallError::Unknown("it did not take over in time".into()).into()),
         }
     }

@@ -596,14 +596,23 @@ impl Node {
         }
     }
 
-    /// Resolves once another node than this one leads, as far as is known here.
+    /// Resolves once another one leads than this node, as far as is known here.
     pub async fn led_by_another(&self, than: NodeId) {
+        if !self.raft_comes_to(|now| now.current_leader.is_some_and(|leader| leader != than)).await
+        {
+            std::future::pending().await // nobody will be known any more
+        }
+    }
+
+    /// Resolves once Raft is as asked. False: the node is stopping.
+    async fn raft_comes_to(&self, asked: impl Fn(&raft::Metrics) -> bool) -> bool {
         let mut metrics = self.inner.raft.metrics();
-        while metrics.borrow_watched().current_leader.is_none_or(|leader| leader == than) {
+        while !asked(&metrics.borrow_watched()) {
             if metrics.changed().await.is_err() {
-                std::future::pending().await // the node is stopping: nobody will be known any more
+                return false;
             }
         }
+        true
     }
 
     /// Resolves with the reason once this node is no member any more.
@@ -728,14 +737,7 @@ impl Node {
             warn!("handing over failed: {e}");
             return;
         }
-        let mut metrics = self.inner.raft.metrics();
-        let handed_over = async {
-            while metrics.borrow_watched().state == ServerState::Leader {
-                if metrics.changed().await.is_err() {
-                    return;
-                }
-            }
-        };
+        let handed_over = self.raft_comes_to(|now| now.state != ServerState::Leader);
         if timeout(HAND_OVER_MAX, handed_over).await.is_err() {
             warn!(successor, "did not take over in time; the others will elect");
         }
