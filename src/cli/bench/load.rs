@@ -1,13 +1,16 @@
 //! A closed loop: so many callers, each with one call under way, and what they saw.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+
+use crate::lock::guard;
 
 /// Longest call that is told apart from longer ones.
 const LONGEST: Duration = Duration::from_secs(120);
@@ -73,30 +76,25 @@ impl Measured {
     fn record(&mut self, done: Done, took: Duration) -> anyhow::Result<()> {
         self.operations += done.operations;
         self.ports += done.ports;
-        let micros = took.as_micros() as u64;
-        if let Some(histogram) = self.by_kind.get_mut(done.kind) {
-            histogram.saturating_record(micros);
-            return Ok(());
-        }
-        let mut histogram = Histogram::new_with_bounds(1, LONGEST.as_micros() as u64, 3)?;
-        histogram.saturating_record(micros);
-        self.by_kind.insert(done.kind, histogram);
+        let histogram = match self.by_kind.entry(done.kind) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(histogram()?),
+        };
+        histogram.saturating_record(took.as_micros() as u64);
         Ok(())
     }
 
-    fn add(&mut self, other: Measured) -> anyhow::Result<()> {
-        for (kind, histogram) in other.by_kind {
-            match self.by_kind.get_mut(kind) {
-                Some(sum) => sum.add(histogram)?,
-                None => drop(self.by_kind.insert(kind, histogram)),
-            }
-        }
-        self.operations += other.operations;
-        self.ports += other.ports;
-        self.errors += other.errors;
-        self.example_error = self.example_error.take().or(other.example_error);
-        Ok(())
+    /// Forgets everything, but keeps the memory.
+    fn begin(&mut self) {
+        self.by_kind.values_mut().for_each(Histogram::reset);
+        let by_kind = std::mem::take(&mut self.by_kind);
+        *self = Measured { by_kind, ..Measured::default() };
     }
+}
+
+/// In microseconds.
+fn histogram() -> anyhow::Result<Histogram<u64>> {
+    Ok(Histogram::new_with_bounds(1, LONGEST.as_micros() as u64, 3)?)
 }
 
 /// Lets the callers loose, for `warm_up` and then until `over`. What ended while it was measured
@@ -107,26 +105,26 @@ pub async fn drive(
     warm_up: Duration,
     over: impl Future<Output = ()>,
 ) -> anyhow::Result<Report> {
-    let (stage, staged) = watch::channel(Stage::WarmUp);
     let clients = callers.len() as u32;
+    // One for all: to make so large a thing for each caller takes the callers' processor for a moment.
+    let measured = Arc::new(Mutex::new(Some(Measured::default())));
     let mut running = JoinSet::new();
     for caller in callers {
-        running.spawn(one_after_another(caller, staged.clone()));
+        running.spawn(one_after_another(caller, measured.clone()));
     }
     tokio::time::sleep(warm_up).await;
-    stage.send_replace(Stage::Measured);
+    guard(&measured).iter_mut().for_each(Measured::begin);
     let began = Instant::now();
     over.await;
     let seconds = began.elapsed().as_secs_f64();
-    stage.send_replace(Stage::Over);
-    let mut all = Measured::default();
-    while let Some(measured) = running.join_next().await {
-        all.add(measured??)?;
+    let all = guard(&measured).take();
+    while let Some(ended) = running.join_next().await {
+        ended??;
     }
-    let Measured { by_kind, operations, ports, errors, example_error } = all;
+    let Measured { by_kind, operations, ports, errors, example_error } = all.unwrap_or_default();
     let mut latency: BTreeMap<String, Latency> =
         by_kind.iter().map(|(kind, histogram)| (kind.to_string(), of(histogram))).collect();
-    let mut sum = Histogram::new_with_bounds(1, LONGEST.as_micros() as u64, 3)?;
+    let mut sum = histogram()?;
     for histogram in by_kind.values() {
         sum.add(histogram)?;
     }
@@ -144,26 +142,18 @@ pub async fn drive(
     })
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    WarmUp,
-    Measured,
-    Over,
-}
-
+/// Until what was measured is taken.
 async fn one_after_another(
     mut caller: Box<dyn Caller>,
-    stage: watch::Receiver<Stage>,
-) -> anyhow::Result<Measured> {
-    let mut measured = Measured::default();
+    measured: Arc<Mutex<Option<Measured>>>,
+) -> anyhow::Result<()> {
     loop {
         let began = Instant::now();
         let result = caller.call().await;
-        match (*stage.borrow(), result) {
-            (Stage::Over, _) => return Ok(measured),
-            (Stage::WarmUp, _) => {}
-            (Stage::Measured, Ok(done)) => measured.record(done, began.elapsed())?,
-            (Stage::Measured, Err(error)) => {
+        match (&mut *guard(&measured), result) {
+            (None, _) => return Ok(()),
+            (Some(measured), Ok(done)) => measured.record(done, began.elapsed())?,
+            (Some(measured), Err(error)) => {
                 measured.errors += 1;
                 measured.example_error.get_or_insert(error);
             }
