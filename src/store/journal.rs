@@ -32,6 +32,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use itertools::{EitherOrBoth, Itertools as _};
 use sled::IVec;
@@ -47,7 +48,9 @@ const FILE_BYTES: u64 = 2 << 20;
 /// From this size on, in bytes, a frame is written without waiting for the flush.
 const FRAME_BYTES: usize = 512 << 10;
 /// Keys that go to sled in one batch.
-const BATCH_KEYS: usize = 256;
+const BATCH_KEYS: usize = 32;
+/// Longest pause between two batches.
+const PAUSE_MAX: Duration = Duration::from_millis(100);
 
 const VERSION: u8 = 1;
 /// Under which sled has a [`Kept`].
@@ -77,6 +80,8 @@ struct Recent {
     layers: Mutex<Layers>,
     /// Nothing is sealed any more.
     kept: Condvar,
+    /// More of what is sealed is to go to the disk below.
+    go_on: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -85,6 +90,10 @@ struct Layers {
     active: Layer,
     /// Of the other file, while it is written to the disk below.
     sealed: Option<(Arc<Layer>, Kept)>,
+    /// Somebody waits until nothing is sealed.
+    awaited: bool,
+    /// What the active layer takes by the time that more of the sealed one goes to the disk below.
+    go_on_at: usize,
 }
 
 /// How far the disk below is.
@@ -100,6 +109,8 @@ struct Kept {
 struct Layer {
     entries: BTreeMap<Key, Option<IVec>>,
     values: BTreeMap<String, Option<IVec>>,
+    /// What all that was said takes.
+    bytes: usize,
 }
 
 /// The thread that writes what is sealed to the disk below.
@@ -154,7 +165,8 @@ impl Journaled {
             .name("log-keeper".into())
             .spawn(move || {
                 let _guard = EndsProcess("the writer of what is in the log's journal");
-                let keep = |()| recent.keep(&*below).unwrap_or_else(&failed);
+                let pause = |kept| recent.pause(kept);
+                let keep = |()| recent.keep(&*below, pause).unwrap_or_else(&failed);
                 to_keep.into_iter().for_each(keep);
             })
             .map_err(StoreError::io(dir, "cannot start the thread that writes to sled"))?;
@@ -169,7 +181,9 @@ impl Journaled {
         let kept = Kept::read(&*below).map_err(StoreError::sled(dir, "cannot be read"))?;
         let found = replay(&path, kept)?;
         let next = Kept { run: rand::random(), last: 0 };
-        found.write_to(&*below, next).map_err(StoreError::sled(dir, "cannot be written"))?;
+        found
+            .write_to(&*below, next, |_| ())
+            .map_err(StoreError::sled(dir, "cannot be written"))?;
         // From here on, what lies in the files is below.
         let files = open(&path).map_err(StoreError::io(&path, "cannot be opened"))?;
         let journal = Journal {
@@ -197,7 +211,7 @@ impl Journaled {
         drop(layers);
         match &*guard(&self.keeper) {
             Some(keeper) => drop(keeper.sealed.send(())), // one that is gone has ended the process
-            None => self.recent.keep(&*self.below)?,
+            None => self.recent.keep(&*self.below, |_| ())?,
         }
         Ok(())
     }
@@ -208,7 +222,14 @@ impl Journaled {
         if journal.is_full(bytes) {
             self.seal(&mut journal)?;
         }
-        add(&mut journal.frame, &mut self.recent.layers().active);
+        let mut layers = self.recent.layers();
+        add(&mut journal.frame, &mut layers.active);
+        layers.active.bytes += bytes;
+        if layers.active.bytes >= layers.go_on_at {
+            layers.go_on_at = usize::MAX;
+            self.recent.go_on.notify_one();
+        }
+        drop(layers);
         if journal.frame.len() >= journal.sizes.frame {
             journal.write()?;
         }
@@ -223,16 +244,29 @@ impl Recent {
 
     /// Returns when nothing is sealed.
     fn wait(&self) {
+        let mut layers = self.layers();
+        layers.awaited = true;
+        self.go_on.notify_one();
         let sealed = |layers: &mut Layers| layers.sealed.is_some();
-        let waited = self.kept.wait_while(self.layers(), sealed);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        let waited = self.kept.wait_while(layers, sealed);
+        waited.unwrap_or_else(PoisonError::into_inner).awaited = false;
     }
 
-    /// Writes what is sealed to the disk below, and flushes it.
-    fn keep(&self, below: &dyn Disk) -> sled::Result<()> {
+    /// Returns when more is to go to the disk below than these bytes: they take turns with what is written
+    /// to the active file, so that all is there when that is half full, and nobody waits for a burst of it.
+    fn pause(&self, kept: usize) {
+        let mut layers = self.layers();
+        layers.go_on_at = kept / 2;
+        let paused = self.go_on.wait_timeout_while(layers, PAUSE_MAX, |now| now.is_early(kept));
+        paused.unwrap_or_else(PoisonError::into_inner).0.go_on_at = usize::MAX;
+    }
+
+    /// Writes what is sealed to the disk below, and flushes it. `pause` is called with the bytes that are
+    /// written, before there are more.
+    fn keep(&self, below: &dyn Disk, pause: impl Fn(usize)) -> sled::Result<()> {
         let sealed = self.layers().sealed.clone();
         if let Some((layer, kept)) = sealed {
-            layer.write_to(below, kept)?;
+            layer.write_to(below, kept, pause)?;
         }
         self.layers().sealed = None;
         self.kept.notify_all();
@@ -241,6 +275,11 @@ impl Recent {
 }
 
 impl Layers {
+    /// Is it too early to keep more than so many bytes of what is sealed?
+    fn is_early(&self, kept: usize) -> bool {
+        !self.awaited && self.active.bytes < kept / 2
+    }
+
     /// Newest last.
     fn all(&self) -> impl Iterator<Item = &Layer> {
         self.sealed.iter().map(|(layer, _)| &**layer).chain([&self.active])
@@ -248,11 +287,15 @@ impl Layers {
 }
 
 impl Layer {
-    fn write_to(&self, below: &dyn Disk, kept: Kept) -> sled::Result<()> {
+    fn write_to(&self, below: &dyn Disk, kept: Kept, pause: impl Fn(usize)) -> sled::Result<()> {
+        let mut bytes = 0;
         let change =
             |(key, value): (&Key, &Option<IVec>)| (*key, value.as_ref().map(|v| v.to_vec()));
         for batch in &self.entries.iter().map(change).chunks(BATCH_KEYS) {
-            below.write(batch.collect())?;
+            pause(bytes);
+            let changes: Changes = batch.collect();
+            bytes += entries_bytes(&changes);
+            below.write(changes)?;
         }
         for (key, value) in &self.values {
             below.set(key, value.as_ref().map(|value| value.to_vec()))?;
@@ -267,7 +310,7 @@ impl Disk for Journaled {
         if changes.is_empty() {
             return Ok(());
         }
-        let bytes = changes.iter().map(|(_, value)| entry_bytes(value.as_deref())).sum();
+        let bytes = entries_bytes(&changes);
         self.add(bytes, |frame, layer| {
             for (key, value) in changes {
                 put_entry(frame, &key, value.as_deref());
@@ -480,6 +523,10 @@ fn entry_bytes(value: Option<&[u8]>) -> usize {
     1 + size_of::<Key>() + value.map_or(0, |value| 4 + value.len())
 }
 
+fn entries_bytes(changes: &Changes) -> usize {
+    changes.iter().map(|(_, value)| entry_bytes(value.as_deref())).sum()
+}
+
 fn value_bytes(key: &str, value: Option<&[u8]>) -> usize {
     1 + 1 + key.len() + value.map_or(0, |value| 4 + value.len())
 }
@@ -668,6 +715,7 @@ fn take_name(rest: &mut &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
     use rand::rngs::StdRng;
@@ -918,6 +966,29 @@ mod tests {
         let mut bytes = fs::read(path).unwrap();
         bytes[range].fill(0);
         fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn what_is_sealed_goes_below_as_the_active_file_fills() {
+        let mut layers = Layers::default();
+        layers.active.bytes = 500;
+        assert_eq!([0, 1000, 1002].map(|kept| layers.is_early(kept)), [false, false, true]);
+        layers.awaited = true;
+        assert!(!layers.is_early(1002));
+
+        let disk = SimulatedDisk::default();
+        let keys = 3 * BATCH_KEYS as u8 - 1;
+        let entry = |key: u8| ([key; 10], Some(IVec::from(b"value")));
+        let layer = Layer { entries: (0..keys).map(entry).collect(), ..Layer::default() };
+        let pauses = RefCell::new(Vec::new());
+        let pause = |bytes| {
+            let written = Model::of(&disk).entries.len();
+            pauses.borrow_mut().push((bytes / entry_bytes(Some(b"value")), written));
+        };
+        layer.write_to(&disk, Kept::default(), pause).unwrap();
+        let batches = [0, BATCH_KEYS, 2 * BATCH_KEYS].map(|kept| (kept, kept));
+        assert_eq!(pauses.into_inner(), batches);
+        assert_eq!(Model::of(&disk).entries.len(), usize::from(keys));
     }
 
     #[test]
