@@ -350,14 +350,16 @@ impl Three {
         let session = name == "session";
         let channels: Vec<Channel> =
             (0..if session { 2 } else { 4 }).map(|_| endpoint.connect_lazy()).collect();
+        let each = if session { SESSION_COMMANDS_MAX.min(clients / 2) } else { 1 };
         let caller = |i: u32| -> Box<dyn Caller> {
             let channel = channels[i as usize % channels.len()].clone();
+            let commands = commands(i, each).into();
             match session {
-                true => Box::new(Messages::new(channel, i)),
-                false => Box::new(Calls { channel, commands: commands(i, 1).into() }),
+                true => Box::new(Messages { channel, commands, stream: None }),
+                false => Box::new(Calls { channel, commands }),
             }
         };
-        let callers = if session { clients / SESSION_COMMANDS } else { clients };
+        let callers = clients / each;
         Ok((0..callers).map(caller).collect())
     }
 }
@@ -391,7 +393,7 @@ impl Caller for Calls {
 }
 
 /// Of one message.
-const SESSION_COMMANDS: u32 = 256;
+const SESSION_COMMANDS_MAX: u32 = 256;
 
 struct Messages {
     channel: Channel,
@@ -404,10 +406,6 @@ struct Messages {
 type Line = (mpsc::UnboundedSender<SessionRequest>, Streaming<SessionResponse>);
 
 impl Messages {
-    fn new(channel: Channel, caller: u32) -> Messages {
-        Messages { channel, commands: commands(caller, SESSION_COMMANDS).into(), stream: None }
-    }
-
     async fn open(&self) -> anyhow::Result<Line> {
         let (messages, outgoing) = mpsc::unbounded_channel();
         let mut grpc = Grpc::new(self.channel.clone());

@@ -100,6 +100,7 @@ const WORKLOADS: &[Workload] = &[
         "the same worker, on two sessions that 64 clients share, 1 command each",
     ),
     of("portwarden", "hot-session", 2048, "the same with 32 each, pipelined"),
+    of("bare", "session", 64, "64 commands to the three programs, in two messages at a time"),
     of("etcd", "hot", 64, "next free port of one worker: read, then compare and swap"),
     of(
         "postgres",
@@ -110,7 +111,7 @@ const WORKLOADS: &[Workload] = &[
     of("postgres", "spread", 64, "the same over 20 workers"),
     of("portwarden", "session", 256, "commands on sessions, 256 under way: 4 clients with 64 each"),
     of("portwarden", "session", 2048, "8 clients with 256 each"),
-    of("bare", "session", 2048, "the same to the three programs"),
+    of("bare", "session", 2048, "the same to the three programs, in messages of 256"),
     of(
         "portwarden",
         "gang8",

@@ -147,6 +147,14 @@ impl Whole {
             ("bare_p50_1_vs_fdatasync", over(p50("bare", "call"), fdatasync)),
             ("bare_rpc_vs_etcd_put_64", over(rate("bare", "call", 64), put(64))),
             ("bare_rpc_vs_etcd_put_256", over(rate("bare", "call", 256), put(256))),
+            (
+                "bare_stream_vs_postgres_hot_64",
+                over(rate("bare", "session", 64), rate("postgres", "hot", 64)),
+            ),
+            (
+                "bare_stream_vs_etcd_txn_64",
+                over(rate("bare", "session", 64), rate("etcd", "hot", 64)),
+            ),
             ("bare_stream_vs_etcd_put_256", over(rate("bare", "session", 2048), put(256))),
             ("get_vs_etcd_256", over(rate("portwarden", "get", 256), rate("etcd", "get", 256))),
             (
