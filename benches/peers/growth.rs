@@ -103,8 +103,8 @@ pub struct Size {
     pub pairs_per_second: f64,
     pub p50_ms: f64,
     pub p99_ms: f64,
-    /// The same pairs for longer: the snapshots of its own that the leader wrote meanwhile, how long
-    /// one took on average, and the p99 of the pairs.
+    /// The same pairs until each node has written a snapshot, which none did before: how many the leader
+    /// wrote, how long one took on average, and the p99 of the pairs.
     pub snapshots: f64,
     pub snapshot_seconds: f64,
     pub p99_with_snapshots_ms: f64,
@@ -157,7 +157,7 @@ const START_WITHIN_MS: u64 = 8_000;
 const START_EVERY: Duration = Duration::from_millis(20);
 /// For how long a follower is away, while more is written than two snapshots of the log are apart.
 const AWAY: Duration = Duration::from_secs(25);
-/// Long enough for the leader to write a snapshot.
+/// For how long at least, where each node is to write a snapshot meanwhile.
 const LONGER: Duration = Duration::from_secs(15);
 
 /// `wanted` is asked with the name of each part, as [`Growth`] has it.
@@ -264,10 +264,42 @@ fn lost(holdings: &[Holding]) -> usize {
 }
 
 async fn driven(ours: &Ours, name: &str, clients: u32, time: Duration) -> anyhow::Result<Report> {
+    driven_until(ours, name, clients, sleep(time)).await
+}
+
+async fn driven_until(
+    ours: &Ours,
+    name: &str,
+    clients: u32,
+    over: impl Future<Output = ()>,
+) -> anyhow::Result<Report> {
     let (callers, left) = ours.callers(name, clients).await?;
-    let report = load::drive(name, callers, Duration::from_secs(1), sleep(time)).await;
+    let report = load::drive(name, callers, Duration::from_secs(1), over).await;
     ours.clean_up(left).await?;
     report
+}
+
+/// How many snapshots each node wrote, and for how long in all.
+async fn snapshots(ours: &Ours) -> anyhow::Result<[[f64; 2]; 3]> {
+    let mut written = [[0.0; 2]; 3];
+    for (at, written) in written.iter_mut().enumerate() {
+        let metrics = ours.metrics(at).await?;
+        *written = ["count", "sum"]
+            .map(|part| metrics.sum(&format!("portwarden_snapshot_seconds_{part}")));
+    }
+    Ok(written)
+}
+
+/// Returns once each node has written one more, but not before [`LONGER`], nor later than a minute after that.
+async fn one_more(ours: &Ours, before: &[[f64; 2]; 3]) {
+    sleep(LONGER).await;
+    let last = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < last {
+        match snapshots(ours).await {
+            Ok(now) if now.iter().zip(before).all(|(now, before)| now[0] > before[0]) => return,
+            _ => sleep(Duration::from_millis(200)).await,
+        }
+    }
 }
 
 async fn watched(ours: &Ours, count: usize) -> anyhow::Result<Watchers> {
@@ -431,23 +463,25 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     let filled_per_second = (allocations - from.1) as f64 / began.elapsed().as_secs_f64();
 
     let lead = ours.leader().await?;
-    let counted = async || -> anyhow::Result<[f64; 4]> {
+    let applied = async || -> anyhow::Result<[f64; 2]> {
         let metrics = ours.metrics(lead).await?;
-        let names = [
-            "portwarden_apply_seconds_sum",
-            "portwarden_commands_applied_total",
-            "portwarden_snapshot_seconds_sum",
-            "portwarden_snapshot_seconds_count",
-        ];
+        let names = ["portwarden_apply_seconds_sum", "portwarden_commands_applied_total"];
         Ok(names.map(|name| metrics.sum(name)))
     };
-    let before = counted().await?;
-    let report = driven(ours, "session", 2048, MEASURED).await?;
-    let now = counted().await?;
-    let [apply, commands, _, _] = std::array::from_fn(|i| now[i] - before[i]);
-    let longer = driven(ours, "session", 2048, LONGER).await?;
-    let later = counted().await?;
-    let [_, _, writing, snapshots] = std::array::from_fn(|i| later[i] - now[i]);
+    let mut tries = 0..10;
+    let (report, [apply, commands]) = loop {
+        anyhow::ensure!(tries.next().is_some(), "snapshots are written all the time");
+        let (written, before) = (snapshots(ours).await?, applied().await?);
+        let report = driven(ours, "session", 2048, MEASURED).await?;
+        let now = applied().await?;
+        if snapshots(ours).await? == written {
+            break (report, std::array::from_fn(|i| now[i] - before[i]));
+        }
+    };
+    let before = snapshots(ours).await?;
+    let longer = driven_until(ours, "session", 2048, one_more(ours, &before)).await?;
+    let now = snapshots(ours).await?[lead];
+    let [count, writing]: [f64; 2] = std::array::from_fn(|i| now[i] - before[lead][i]);
 
     let leader_resident = ours.resident_bytes(lead)?;
     let leader = ours.client_at(lead)?.with_timeout(Duration::from_secs(60));
@@ -497,8 +531,8 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
         pairs_per_second: report.operations_per_second,
         p50_ms: report.latency["all"].p50_ms,
         p99_ms: report.latency["all"].p99_ms,
-        snapshots,
-        snapshot_seconds: writing / snapshots.max(1.0),
+        snapshots: count,
+        snapshot_seconds: writing / count.max(1.0),
         p99_with_snapshots_ms: longer.latency["all"].p99_ms,
         leader_resident_mib: leader_resident / MIB,
         disk_mib: ours.disk_bytes(lead)? / MIB,
