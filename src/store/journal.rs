@@ -2,7 +2,7 @@
 //!
 //! sled hands each write to a pool of threads, and writes a page of a few entries anew as a whole again
 //! and again. So a flush here writes one frame to a journal and syncs it, on the caller's thread; and
-//! what is in the journal goes to sled in large portions, on another one.
+//! what is in the journal goes to sled on another one, in portions, and in turns with what is written.
 //!
 //! The journal is two files that take turns. Each is written over from its start on, within its
 //! size, so that a sync has no metadata to commit, and past the page cache where the file system can:
