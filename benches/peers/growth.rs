@@ -197,8 +197,7 @@ async fn stages(ours: &Ours, clients: u32) -> anyhow::Result<Stages> {
     let lead = ours.leader().await?;
     let look = async || -> anyhow::Result<Vec<[f64; 2]>> {
         let metrics = ours.metrics(lead).await?;
-        let of =
-            |name| ["sum", "count"].map(|part| metrics.sum(&format!("portwarden_{name}_{part}")));
+        let of = |name| metrics.sum_and_count(&format!("portwarden_{name}"));
         Ok(STAGES.map(of).to_vec())
     };
     let (callers, left) = ours.callers("allocate", clients).await?;
@@ -263,29 +262,23 @@ fn lost(holdings: &[Holding]) -> usize {
     holdings.len() - holdings.iter().filter(held).count()
 }
 
-async fn driven(ours: &Ours, name: &str, clients: u32, time: Duration) -> anyhow::Result<Report> {
-    driven_until(ours, name, clients, sleep(time)).await
-}
-
-async fn driven_until(
+/// Sessions with so many commands under way, until it is over.
+async fn driven(
     ours: &Ours,
-    name: &str,
-    clients: u32,
+    under_way: u32,
     over: impl Future<Output = ()>,
 ) -> anyhow::Result<Report> {
-    let (callers, left) = ours.callers(name, clients).await?;
-    let report = load::drive(name, callers, Duration::from_secs(1), over).await;
+    let (callers, left) = ours.callers("session", under_way).await?;
+    let report = load::drive("session", callers, Duration::from_secs(1), over).await;
     ours.clean_up(left).await?;
     report
 }
 
-/// How many snapshots each node wrote, and for how long in all.
+/// For how long each node has written snapshots in all, and how many.
 async fn snapshots(ours: &Ours) -> anyhow::Result<[[f64; 2]; 3]> {
     let mut written = [[0.0; 2]; 3];
     for (at, written) in written.iter_mut().enumerate() {
-        let metrics = ours.metrics(at).await?;
-        *written = ["count", "sum"]
-            .map(|part| metrics.sum(&format!("portwarden_snapshot_seconds_{part}")));
+        *written = ours.metrics(at).await?.sum_and_count("portwarden_snapshot_seconds");
     }
     Ok(written)
 }
@@ -296,7 +289,7 @@ async fn one_more(ours: &Ours, before: &[[f64; 2]; 3]) {
     let last = Instant::now() + Duration::from_secs(60);
     while Instant::now() < last {
         match snapshots(ours).await {
-            Ok(now) if now.iter().zip(before).all(|(now, before)| now[0] > before[0]) => return,
+            Ok(now) if now.iter().zip(before).all(|(now, before)| now[1] > before[1]) => return,
             _ => sleep(Duration::from_millis(200)).await,
         }
     }
@@ -406,7 +399,7 @@ async fn overloaded(ours: &Ours, under_way: u32) -> anyhow::Result<Overload> {
     let lead = ours.leader().await?;
     let starts = Starts::begin(ours).await?;
     let (report, slowest) =
-        futures::future::join(driven(ours, "session", under_way, MEASURED), starts.confirm()).await;
+        futures::future::join(driven(ours, under_way, sleep(MEASURED)), starts.confirm()).await;
     let (report, lost) = (report?, starts.end().await?);
     Ok(Overload {
         leases: STARTS,
@@ -472,16 +465,16 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     let (report, [apply, commands]) = loop {
         anyhow::ensure!(tries.next().is_some(), "snapshots are written all the time");
         let (written, before) = (snapshots(ours).await?, applied().await?);
-        let report = driven(ours, "session", 2048, MEASURED).await?;
+        let report = driven(ours, 2048, sleep(MEASURED)).await?;
         let now = applied().await?;
         if snapshots(ours).await? == written {
             break (report, std::array::from_fn(|i| now[i] - before[i]));
         }
     };
     let before = snapshots(ours).await?;
-    let longer = driven_until(ours, "session", 2048, one_more(ours, &before)).await?;
+    let longer = driven(ours, 2048, one_more(ours, &before)).await?;
     let now = snapshots(ours).await?[lead];
-    let [count, writing]: [f64; 2] = std::array::from_fn(|i| now[i] - before[lead][i]);
+    let [writing, count]: [f64; 2] = std::array::from_fn(|i| now[i] - before[lead][i]);
 
     let leader_resident = ours.resident_bytes(lead)?;
     let leader = ours.client_at(lead)?.with_timeout(Duration::from_secs(60));
@@ -490,7 +483,7 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
         let (_, copied) = leader.backup(|| Ok(std::io::sink()), |_| {}).await?;
         anyhow::Ok((copied.bytes, began.elapsed().as_secs_f64()))
     });
-    let during = driven(ours, "session", 2048, MEASURED).await?;
+    let during = driven(ours, 2048, sleep(MEASURED)).await?;
     let (backup_bytes, backup_seconds) = backup.await??;
 
     let began = Instant::now();
@@ -507,7 +500,7 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     let restarted_resident = ours.resident_bytes(follower)?;
 
     ours.kill(follower);
-    driven(ours, "session", 2048, AWAY).await?;
+    driven(ours, 2048, sleep(AWAY)).await?;
     let began = Instant::now();
     ours.restart_until_ready(follower).await?;
     let applied = "portwarden_log_applied_index";

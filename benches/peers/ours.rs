@@ -38,6 +38,11 @@ impl Metrics {
         };
         self.0.lines().filter_map(of).sum()
     }
+
+    /// Of a histogram: the sum of all values, and how many they are.
+    pub fn sum_and_count(&self, name: &str) -> [f64; 2] {
+        ["sum", "count"].map(|part| self.sum(&format!("{name}_{part}")))
+    }
 }
 
 impl Left {
