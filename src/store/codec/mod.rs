@@ -12,18 +12,17 @@ mod few;
 mod v1;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
 use std::fmt;
 use std::num::NonZero;
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::sync::{Arc, Mutex, mpsc};
+use std::{mem, thread};
 
 use bincode::error::{DecodeError, EncodeError};
 use bytes::Bytes;
-use itertools::Itertools as _;
 
 use crate::blocking::keeps_inline;
 use crate::core::{Allocation, Command, FEATURE_LEVEL, Millis, Restore, State};
+use crate::lock::guard;
 
 /// The version that this build writes, and the highest that it reads.
 pub const VERSION: u8 = 1;
@@ -291,12 +290,16 @@ pub fn decode_head(bytes: &[u8]) -> Result<SnapshotHead, CodecError> {
     Ok(decode::<v1::SnapshotHead<'_>>(Kind::SnapshotHead, bytes)?.restore())
 }
 
-/// Allocations that are encoded at one go.
-const GROUP: usize = 256;
-/// Blocks of each thread that may wait to be written.
-const BLOCKS_AHEAD: usize = 4;
+/// Allocations that a thread encodes at one go.
+const TURN: usize = 2048;
+/// Blocks that it hands over at a time: each time wakes the writer.
+const PORTION_BLOCKS: usize = 4;
+/// Portions of each thread that may wait to be written.
+const PORTIONS_AHEAD: usize = 2;
 /// Most threads that encode one state.
 const ENCODERS_MAX: usize = 4;
+/// They take what processor time others leave: beside a busy thread, a tenth of a core.
+const ENCODERS_NICE: i32 = 10;
 
 /// Writes a state as blocks of records, each a value of its own of about `block_bytes`: a header,
 /// the leases, the workers, the allocations, the departures, and then the members of the cluster.
@@ -308,7 +311,7 @@ pub fn encode_state<E>(
 ) -> Result<(), E> {
     let mut blocks = Blocks::new(block_bytes, &mut sink);
     blocks.add(v1::records_before(state))?;
-    if state.allocation_count() <= GROUP {
+    if state.allocation_count() <= TURN {
         blocks.add(v1::records_of(&state.allocations_after(None).collect::<Vec<_>>()))?;
     } else {
         blocks.cut()?;
@@ -350,57 +353,93 @@ impl<E, S: FnMut(&[u8]) -> Result<(), E>> Blocks<S> {
     }
 }
 
-/// Threads take turns in encoding a group each; their blocks are written in the same turns. What has no
-/// thread is encoded here.
+/// Threads take turns, whoever is free the next one; what they encode is written in the order of the
+/// turns. Where there are no threads, this one does it all.
 fn encode_allocations<E>(
     state: &State,
     block_bytes: usize,
     on_threads: bool,
     mut sink: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
-    // The blocks of a group, and `None` after the last one.
-    let encode = |group: Vec<&Arc<Allocation>>| {
-        let mut all = Vec::new();
-        let mut blocks = Blocks::new(block_bytes, |block: &[u8]| {
-            all.push(Some(block.to_vec()));
-            Ok::<_, Infallible>(())
-        });
-        let Ok(()) = blocks.add(v1::records_of(&group));
-        let Ok(()) = blocks.cut();
-        all.push(None);
-        all
-    };
-    // One core is left to those who want answers meanwhile.
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = (cores - 1).clamp(1, ENCODERS_MAX);
-    let turns_of = |first| {
-        let groups = state.allocations_after(None).batching(|rest| {
-            let group: Vec<_> = rest.take(GROUP).collect();
-            (!group.is_empty()).then_some(group)
-        });
-        groups.skip(first).step_by(threads).flat_map(encode)
-    };
+    let threads = if on_threads { cores.min(ENCODERS_MAX) } else { 0 };
+    let rest = Mutex::new(state.allocations_after(None));
+    let next_turn = |rest: &mut dyn Iterator<Item = _>| rest.take(TURN).collect::<Vec<_>>();
     thread::scope(|scope| {
-        let begin = |first| -> Box<dyn Iterator<Item = Option<Vec<u8>>> + '_> {
-            let (done, blocks) = mpsc::sync_channel(BLOCKS_AHEAD);
+        let (took, takers) = mpsc::channel();
+        let begin = |taker: usize| {
+            let (done, portions) = mpsc::sync_channel(PORTIONS_AHEAD);
+            let (rest, took) = (&rest, took.clone());
+            let run = move || {
+                // Of this thread alone. Where it is refused, others wait a little more.
+                let _ = rustix::process::nice(ENCODERS_NICE);
+                // A turn, and that it is taken, before anybody else takes one.
+                let take = || {
+                    let mut rest = guard(rest);
+                    let turn = next_turn(&mut *rest);
+                    (!turn.is_empty() && took.send(taker).is_ok()).then_some(turn)
+                };
+                // Once nobody writes them any more, that was an error.
+                while let Some(turn) = take()
+                    && send_turn(&turn, block_bytes, &done).is_ok()
+                {}
+            };
             let thread = thread::Builder::new().name("encoder".into());
-            // Once nobody writes them any more, that was an error.
-            let run = move || turns_of(first).try_for_each(|block| done.send(block));
-            let begun = on_threads && thread.spawn_scoped(scope, run).is_ok();
-            if begun { Box::new(blocks.into_iter()) } else { Box::new(turns_of(first)) }
+            thread.spawn_scoped(scope, run).is_ok().then_some(portions)
         };
-        let mut all_turns: Vec<_> = (0..threads).map(begin).collect();
-        for i in (0..threads).cycle() {
-            loop {
-                match all_turns[i].next() {
-                    Some(Some(block)) => sink(&block)?,
-                    Some(None) => break,
-                    None => return Ok(()),
+        let encoders: Vec<_> = (0..threads).map_while(begin).collect();
+        drop(took);
+        for taker in takers {
+            for Portion { blocks, ends_turn } in &encoders[taker] {
+                blocks.iter().try_for_each(|block| sink(block))?;
+                if ends_turn {
+                    break;
                 }
             }
         }
-        Ok(())
+        // What no thread took.
+        loop {
+            let turn = next_turn(&mut *guard(&rest));
+            if turn.is_empty() {
+                return Ok(());
+            }
+            encode_turn(&turn, block_bytes, &mut sink)?;
+        }
     })
+}
+
+fn encode_turn<E>(
+    turn: &[&Arc<Allocation>],
+    block_bytes: usize,
+    sink: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut blocks = Blocks::new(block_bytes, sink);
+    blocks.add(v1::records_of(turn))?;
+    blocks.cut()
+}
+
+/// Blocks of a turn.
+#[derive(Default)]
+struct Portion {
+    blocks: Vec<Vec<u8>>,
+    ends_turn: bool,
+}
+
+/// Fails where nobody takes them.
+fn send_turn(
+    turn: &[&Arc<Allocation>],
+    block_bytes: usize,
+    to: &mpsc::SyncSender<Portion>,
+) -> Result<(), mpsc::SendError<Portion>> {
+    let mut portion = Portion::default();
+    encode_turn(turn, block_bytes, |block| {
+        portion.blocks.push(block.to_vec());
+        match portion.blocks.len() {
+            PORTION_BLOCKS => to.send(mem::take(&mut portion)),
+            _ => Ok(()),
+        }
+    })?;
+    to.send(Portion { ends_turn: true, ..portion })
 }
 
 /// Reads the blocks of [`encode_state`] back, in their order.
@@ -435,6 +474,8 @@ impl StateDecoder {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use super::*;
     use crate::core::apply;
     use crate::core::tests::make::{Ask as _, ORIGIN, allocate, claim, register, spec};
@@ -452,8 +493,8 @@ mod tests {
 
     #[test]
     fn with_and_without_threads_the_blocks_are_the_same() {
-        let group = GROUP as u32;
-        for allocations in [1, group, group + 1, 9 * group, 9 * group + 5] {
+        let turn = TURN as u32;
+        for allocations in [1, turn, turn + 1, 4 * turn + 5] {
             let state = state(allocations);
             let blocks = |on_threads| {
                 let mut all = Vec::new();
@@ -465,8 +506,19 @@ mod tests {
                 all
             };
             let here = blocks(false);
-            assert!(here.len() as u32 >= allocations.div_ceil(group));
+            assert!(here.len() as u32 >= allocations.div_ceil(turn));
             assert!(here == blocks(true), "{allocations} allocations");
         }
+    }
+
+    #[test]
+    fn the_threads_end_with_the_one_who_writes() {
+        let state = state(4 * TURN as u32);
+        let mut left = 3;
+        let result = encode_allocations(&state, 4000, true, |_: &[u8]| {
+            left -= 1;
+            if left > 0 { Ok(()) } else { Err("no room") }
+        });
+        assert_eq!((result, left), (Err("no room"), 0));
     }
 }
