@@ -146,6 +146,8 @@ struct Journal {
     frame: Vec<u8>,
     /// The block of the active file in which the next frame begins, up to there.
     head: Vec<u8>,
+    /// Where blocks are made of both.
+    memory: Vec<u8>,
 }
 
 impl Journaled {
@@ -196,6 +198,7 @@ impl Journaled {
             synced: 0,
             frame: vec![0; HEADER_BYTES],
             head: Vec::new(),
+            memory: Vec::new(),
         };
         let (recent, journal) = (Arc::default(), Mutex::new(journal));
         Ok(Journaled { below, recent, journal, keeper: Mutex::default() })
@@ -419,9 +422,9 @@ impl Journal {
         let crc = checksum(&self.frame);
         self.frame[CRC].copy_from_slice(&crc.to_be_bytes());
         self.frame.resize(self.frame.len().next_multiple_of(ALIGNMENT), 0);
-        let (mut memory, begin) = (Vec::new(), self.offset - self.head.len() as u64);
+        let begin = self.offset - self.head.len() as u64;
         self.files[self.active]
-            .write_all_at(blocks(&mut memory, &self.head, &self.frame), begin)?;
+            .write_all_at(blocks(&mut self.memory, &self.head, &self.frame), begin)?;
         self.offset += self.frame.len() as u64;
         let in_block = (self.offset % BLOCK_BYTES as u64) as usize;
         if in_block <= self.frame.len() {
@@ -431,6 +434,7 @@ impl Journal {
         self.number += 1;
         self.frame.truncate(HEADER_BYTES);
         self.frame.shrink_to(2 * self.sizes.frame);
+        self.memory.shrink_to(2 * self.sizes.frame);
         Ok(())
     }
 
@@ -501,6 +505,7 @@ fn open(path: &Path) -> io::Result<[File; 2]> {
 /// Whole blocks in `memory`: what lies in the first one, a frame after it, and zeros.
 fn blocks<'a>(memory: &'a mut Vec<u8>, head: &[u8], frame: &[u8]) -> &'a [u8] {
     let bytes = (head.len() + frame.len()).next_multiple_of(BLOCK_BYTES);
+    memory.clear();
     memory.reserve(BLOCK_BYTES + bytes);
     let begin = memory.as_ptr().align_offset(BLOCK_BYTES);
     memory.resize(begin, 0);

@@ -107,6 +107,7 @@ struct Shared {
     path: PathBuf,
     disk: Arc<dyn Disk>,
     index: Arc<Mutex<Index>>,
+    committed: Committed,
     coverage: Arc<Coverage>,
     /// Without snapshots: it may begin anywhere.
     alone: bool,
@@ -132,6 +133,10 @@ impl Queue {
     }
 }
 
+/// As saved last. Apart from the rest, as the writer reads it while the index is still locked by whoever
+/// woke it.
+type Committed = Arc<Mutex<Option<Position>>>;
+
 /// What is known of the log without reading it.
 #[derive(Debug, Default)]
 struct Index {
@@ -143,7 +148,7 @@ struct Index {
     /// The last entry; where there is none, `purged`.
     last: Option<Position>,
     vote: Option<Ballot>,
-    committed: Option<Position>,
+    committed: Committed,
     /// What was in the log at the start and what was appended since, in bytes of entries.
     appended_bytes: u64,
     tail: Tail,
@@ -229,7 +234,7 @@ impl LogStore {
         coverage.log_opened(found.purged)?;
         harden(path)?;
         let writer = Writer::new(path, disk.clone(), Some(mark), found, lock);
-        let index = writer.index.clone();
+        let (index, committed) = (writer.index.clone(), writer.committed.clone());
         let (queue, ops) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("log-writer".into())
@@ -237,7 +242,7 @@ impl LogStore {
             .map_err(StoreError::io(path, "cannot start the writer thread"))?;
         let (queue, writer) = (Some(Queue::Thread(queue)), Some(thread));
         let path = path.to_path_buf();
-        let shared = Shared { path, disk, index, coverage, alone, queue, writer };
+        let shared = Shared { path, disk, index, committed, coverage, alone, queue, writer };
         Ok(LogStore { shared: Arc::new(shared) })
     }
 
@@ -253,12 +258,12 @@ impl LogStore {
         coverage.log_opened(found.purged)?;
         let disk = Arc::new(disk);
         let writer = Writer::new(path, disk.clone(), None, found, lock);
-        let index = writer.index.clone();
+        let (index, committed) = (writer.index.clone(), writer.committed.clone());
         let (queue, ops) = tokio::sync::mpsc::unbounded_channel();
         tokio::spawn(writer.run_as_task(ops, SimulatedDisk::clone(&disk)));
         let (queue, writer) = (Some(Queue::Task(queue)), None);
         let path = path.to_path_buf();
-        let shared = Shared { path, disk, index, coverage, alone: false, queue, writer };
+        let shared = Shared { path, disk, index, committed, coverage, alone: false, queue, writer };
         Ok(LogStore { shared: Arc::new(shared) })
     }
 
@@ -297,7 +302,7 @@ impl LogStore {
 
     /// As last saved; after a crash it may be an older one.
     pub fn committed(&self) -> Option<Position> {
-        self.index().committed
+        *guard(&self.shared.committed)
     }
 
     /// Entries of `range` in their order, as they were at one moment: all that the log has, but no
@@ -384,7 +389,7 @@ impl LogStore {
 
     /// Rides with the next flush; nobody is woken for it.
     pub fn save_committed(&self, committed: Option<Position>) {
-        self.index().committed = committed;
+        *guard(&self.shared.committed) = committed;
     }
 
     /// Drops the entries after `last`; `None`: all of them. Returns when they are gone from the disk.
@@ -522,8 +527,9 @@ struct Writer {
     durable: Marked,
     /// Entries up to this one are being removed from the disk.
     purging: Option<u64>,
-    /// The committed position as it was written last.
-    committed: Option<Position>,
+    committed: Committed,
+    /// It, as it was written last.
+    written: Option<Position>,
     /// Where the first entry on the disk may lie.
     oldest: Bound<Key>,
     _lock: Arc<Lock>,
@@ -551,13 +557,16 @@ impl Writer {
         found: Index,
         lock: Arc<Lock>,
     ) -> Writer {
+        let committed = found.committed.clone();
+        let written = *guard(&committed);
         Writer {
             path: path.to_path_buf(),
             disk,
             mark,
             durable: Marked { last: found.last, vote: found.vote },
             purging: found.purged.map(|at| at.index),
-            committed: found.committed,
+            committed,
+            written,
             oldest: Bound::Unbounded,
             index: Arc::new(Mutex::new(found)),
             _lock: lock,
@@ -695,11 +704,11 @@ impl Writer {
 
     /// Up to `last`, where the log ends on the disk once what was written is flushed.
     fn write_committed(&mut self, last: Option<Position>) {
-        let committed = guard(&self.index).committed.min(last);
-        if self.committed != committed {
+        let committed = (*guard(&self.committed)).min(last);
+        if self.written != committed {
             let value = committed.map(|at| codec::encode_position(&at));
             self.must(self.disk.set(COMMITTED, value));
-            self.committed = committed;
+            self.written = committed;
         }
     }
 
@@ -786,7 +795,7 @@ fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<In
     };
     let vote = get(VOTE)?.map(|bytes| codec::decode_ballot(&bytes));
     let vote = vote.transpose().map_err(StoreError::codec(path))?;
-    let (committed, purged) = (position(COMMITTED)?, position(PURGED)?);
+    let (committed, purged) = (Arc::new(position(COMMITTED)?.into()), position(PURGED)?);
 
     let mut begins = purged.map_or(0, |at| at.index + 1);
     // What a later write or purge would come across is found now.
@@ -832,7 +841,7 @@ mod tests {
         let (found, on) = (Index::default(), Arc::new(disk.clone()));
         let mut writer = Writer::new(dir.path(), on, None, found, lock);
         let at = |index| Some(Position { term: 1, node: 1, index });
-        guard(&writer.index).committed = at(7);
+        *guard(&writer.committed) = at(7);
         for (last, written) in [(5, 5), (9, 7), (9, 7)] {
             writer.write_committed(at(last));
             let found = disk.get(COMMITTED).unwrap().unwrap();
