@@ -33,7 +33,7 @@ use tracing::Instrument as _;
 
 use super::convert::Addresses;
 use super::pages::{PageToken, VIEWS_EXPIRE_EVERY, Views};
-use super::{allocator, cluster, errors, leases, session, watch as changes, workers};
+use super::{allocator, cluster, errors, leases, observe, session, watch as changes, workers};
 use crate::core::{Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State, WorkerName};
 use crate::lock::guard;
 use crate::node::members::{MemberChange, NotChanged};
@@ -650,7 +650,7 @@ impl LocalCalls for Api {
         request_id: &str,
         deadline: Deadline,
     ) -> Result<Vec<u8>, Status> {
-        let span = tracing::info_span!("rpc", method, request_id, forwarded = true);
+        let span = observe::span(method, request_id, true);
         self.run_local(method, request, deadline).instrument(span).await
     }
 }

@@ -7,7 +7,7 @@ use tokio::sync::SemaphorePermit;
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Response, Status};
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Span};
 
 use super::dispatch::{Api, Inner};
 use super::errors;
@@ -79,7 +79,7 @@ impl Api {
             return Err(Api::overloaded());
         };
         let request_id = self.request_id(metadata);
-        let span = tracing::info_span!("rpc", method, request_id);
+        let span = span(method, &request_id, false);
         let deadline = timer.started + less_margin(time);
         let call = request::under(request_id, call(deadline));
         let result = call.instrument(span.clone()).await;
@@ -116,6 +116,16 @@ impl Api {
                 format!("{}-{number}", self.inner.node.id())
             }
         }
+    }
+}
+
+/// Under which the log tells of a call. It tells of changes of the members at all levels, and of other calls
+/// at debug level alone: theirs would take a twentieth of the leader's time.
+pub(super) fn span(method: &str, request_id: &str, forwarded: bool) -> Span {
+    let forwarded = forwarded.then_some(true);
+    match method.starts_with("/portwarden.v1.Cluster/") {
+        true => tracing::info_span!("rpc", method, request_id, forwarded),
+        false => tracing::debug_span!("rpc", method, request_id, forwarded),
     }
 }
 

@@ -487,8 +487,10 @@ impl Node {
         command: Command,
         deadline: Deadline,
     ) -> Result<Written, CallError> {
-        let mut answers = self.propose_all(vec![command], deadline).await;
-        answers.pop().expect("one answer to one command")
+        self.admit(std::slice::from_ref(&command)).into_iter().collect::<Result<(), _>>()?;
+        let written = self.inner.proposer.propose(command, deadline).await?;
+        self.set_recovered();
+        Ok(written)
     }
 
     /// On the leader: the same for many. Each has its own answer; what is urgent overtakes the rest.
@@ -505,10 +507,14 @@ impl Node {
         let answers: Vec<_> =
             verdicts.into_iter().map(|verdict| verdict.and_then(|()| next())).collect();
         if answers.iter().any(Result::is_ok) {
-            // A leader has applied all that came before its own entries.
-            self.inner.recovered.store(true, Ordering::Release);
+            self.set_recovered();
         }
         answers
+    }
+
+    /// It has applied an entry of its own, so all that came before.
+    fn set_recovered(&self) {
+        self.inner.recovered.store(true, Ordering::Release);
     }
 
     /// A confirmation, or what is as urgent, was turned away for too many calls: deadlines are put off.

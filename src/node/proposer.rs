@@ -121,9 +121,10 @@ impl Proposer {
         self.urgent_full.store(true, Ordering::Relaxed);
     }
 
-    pub async fn propose(&self, command: Command, deadline: Instant) -> Result<Applied, CallError> {
-        let mut answers = self.propose_all(vec![command], deadline).await;
-        answers.pop().expect("one answer to one command").map(|written| written.applied)
+    pub async fn propose(&self, command: Command, deadline: Instant) -> Result<Written, CallError> {
+        let BatchReply { mut applied, specs } = self.propose_group(vec![command], deadline).await?;
+        let applied = applied.pop().expect("one answer to one command");
+        Ok(Written { applied, specs })
     }
 
     /// Each of them, in as few entries as may be. What is urgent overtakes the rest.

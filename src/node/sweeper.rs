@@ -210,7 +210,8 @@ impl Node {
 
 async fn act(node: &Node, command: Command) {
     let kind = command.kind();
-    match node.inner.proposer.propose(command, Instant::now() + PROPOSAL_MAX).await {
+    let written = node.inner.proposer.propose(command, Instant::now() + PROPOSAL_MAX).await;
+    match written.map(|written| written.applied) {
         Ok(Applied { outcome: Ok(_), revision }) => info!(kind, %revision, "as an agent saw"),
         Ok(Applied { outcome: Err(why), .. }) => {
             info!(kind, %why, "what an agent saw is no longer so");

@@ -463,7 +463,8 @@ async fn act(node: &Node, timers: &Timers, last: &mut Instant) {
             return node.apply_outside_log(command).await;
         }
         let by = Instant::now() + PROPOSAL_MAX;
-        let answer = node.inner.proposer.propose(command.clone(), by).await;
+        let written = node.inner.proposer.propose(command.clone(), by).await;
+        let answer = written.map(|written| written.applied);
         match &answer {
             Ok(Applied { outcome: Ok(_), revision }) => {
                 info!(?key, %revision, "a deadline has passed");
