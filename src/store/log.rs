@@ -107,7 +107,6 @@ struct Shared {
     path: PathBuf,
     disk: Arc<dyn Disk>,
     index: Arc<Mutex<Index>>,
-    committed: Committed,
     coverage: Arc<Coverage>,
     /// Without snapshots: it may begin anywhere.
     alone: bool,
@@ -133,8 +132,7 @@ impl Queue {
     }
 }
 
-/// As saved last. Apart from the rest, as the writer reads it while the index is still locked by whoever
-/// woke it.
+/// As saved last. The writer has it too, and reads it while the index is still locked by whoever woke it.
 type Committed = Arc<Mutex<Option<Position>>>;
 
 /// What is known of the log without reading it.
@@ -234,7 +232,7 @@ impl LogStore {
         coverage.log_opened(found.purged)?;
         harden(path)?;
         let writer = Writer::new(path, disk.clone(), Some(mark), found, lock);
-        let (index, committed) = (writer.index.clone(), writer.committed.clone());
+        let index = writer.index.clone();
         let (queue, ops) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("log-writer".into())
@@ -242,7 +240,7 @@ impl LogStore {
             .map_err(StoreError::io(path, "cannot start the writer thread"))?;
         let (queue, writer) = (Some(Queue::Thread(queue)), Some(thread));
         let path = path.to_path_buf();
-        let shared = Shared { path, disk, index, committed, coverage, alone, queue, writer };
+        let shared = Shared { path, disk, index, coverage, alone, queue, writer };
         Ok(LogStore { shared: Arc::new(shared) })
     }
 
@@ -258,12 +256,12 @@ impl LogStore {
         coverage.log_opened(found.purged)?;
         let disk = Arc::new(disk);
         let writer = Writer::new(path, disk.clone(), None, found, lock);
-        let (index, committed) = (writer.index.clone(), writer.committed.clone());
+        let index = writer.index.clone();
         let (queue, ops) = tokio::sync::mpsc::unbounded_channel();
         tokio::spawn(writer.run_as_task(ops, SimulatedDisk::clone(&disk)));
         let (queue, writer) = (Some(Queue::Task(queue)), None);
         let path = path.to_path_buf();
-        let shared = Shared { path, disk, index, committed, coverage, alone: false, queue, writer };
+        let shared = Shared { path, disk, index, coverage, alone: false, queue, writer };
         Ok(LogStore { shared: Arc::new(shared) })
     }
 
@@ -302,7 +300,7 @@ impl LogStore {
 
     /// As last saved; after a crash it may be an older one.
     pub fn committed(&self) -> Option<Position> {
-        *guard(&self.shared.committed)
+        *guard(&self.index().committed)
     }
 
     /// Entries of `range` in their order, as they were at one moment: all that the log has, but no
@@ -389,7 +387,7 @@ impl LogStore {
 
     /// Rides with the next flush; nobody is woken for it.
     pub fn save_committed(&self, committed: Option<Position>) {
-        *guard(&self.shared.committed) = committed;
+        *guard(&self.index().committed) = committed;
     }
 
     /// Drops the entries after `last`; `None`: all of them. Returns when they are gone from the disk.
