@@ -11,13 +11,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Deadline, FORWARDED_MAX, Inner, LocalCalls, Node};
+use super::{Deadline, Inner, LocalCalls, Node};
 use crate::lock::guard;
 use crate::proto::peer;
 use crate::raft::PeerHooks;
 
 /// Calls that are remembered as given up, the last ones.
 const GIVEN_UP_MAX: usize = 16_384;
+/// Longest that a peer's call may run, whatever it says.
+const FORWARDED_MAX: Duration = Duration::from_secs(120);
 
 /// A call for a peer. What travels is the time that is left: the clocks of two nodes differ.
 pub(super) fn forwarded(

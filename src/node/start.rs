@@ -1,0 +1,284 @@
+//! From a data directory to a node that serves: opening it, recovering, and coming to a cluster.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+
+use futures::Stream;
+use openraft::async_runtime::watch::WatchReceiver;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tonic::transport::server::{Connected, TcpIncoming};
+use tracing::error;
+
+use super::config::{Entry, NodeConfig};
+use super::forward::Hooks;
+use super::{
+    BootstrapError, Inner, Node, STALE_READERS_MAX, absence, agreement, backups, bootstrap,
+    compaction, members, observers, proposer, reads, setback, space, survey, sweeper, telemetry,
+    timers, watch,
+};
+use crate::raft::{
+    self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, NodeId,
+    PeerNetwork, Raft, RaftCell, StateMachine, peer_service, peer_transport, raft_config,
+};
+use crate::store::{DataDir, StoreError};
+
+/// Why a node does not start; each text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Listen(std::io::Error),
+    #[error("Raft does not start: {0}")]
+    Raft(String),
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    #[error(transparent)]
+    OtherCluster(#[from] ClusterMismatch),
+    #[error(
+        "{} is older than what node {id} has told the others: node {leader}, which leads, knows that entry \
+         {acknowledged} of the log was on its disk, and {last} is the last one there: it is an older copy, a \
+         copy of its data directory perhaps that runs elsewhere, and must not take part. Put the newer \
+         directory back, or remove member {id} (portwarden member remove {id}), and \
+         start over an empty data directory with --join and a new id", .path.display()
+    )]
+    SetBack { id: NodeId, path: PathBuf, leader: NodeId, acknowledged: u64, last: u64 },
+    #[error("node {id} cannot join: {why}")]
+    CannotJoin { id: NodeId, why: String },
+    #[error("node {id} is refused by its peers: {why}")]
+    Refused { id: NodeId, why: String },
+    #[error(
+        "{} was node {id} of cluster {cluster}, and its log and snapshots are gone: a node that \
+         lost its data is a new node; remove member {id} from the cluster (portwarden member remove \
+         {id}), and start over an empty data directory with --join and a new id", .path.display()
+    )]
+    LogLost { id: NodeId, cluster: String, path: PathBuf },
+}
+
+impl Node {
+    /// Opens the data directory, serves peers on `listener`, and begins or joins the cluster in
+    /// the background. The node answers calls as soon as a leader is known.
+    pub async fn start(config: NodeConfig, listener: TcpListener) -> Result<Node, StartError> {
+        let data = DataDir::open(&config.data_dir, config.id)?;
+        // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        Node::start_over(config, data, incoming, Dial::default()).await
+    }
+
+    /// The same over a directory that is open, connections that come from elsewhere, and a way of
+    /// its own to others: in a simulation none of them is the host's.
+    pub async fn start_over<Io, E>(
+        config: NodeConfig,
+        data: DataDir,
+        incoming: impl Stream<Item = Result<Io, E>> + Send + 'static,
+        dial: Dial,
+    ) -> Result<Node, StartError>
+    where
+        Io: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+    {
+        let log = data.log()?;
+        let snapshots = data.snapshots()?;
+        let cluster = ClusterCell::default();
+        if let Some(id) = data.cluster_id() {
+            cluster.set(&id)?;
+        }
+        let pristine = data.is_pristine()?;
+        let ended_at = log.bounds().1.map(|at| at.index);
+        if let (true, Some(cluster)) = (pristine, data.cluster_id()) {
+            let path = config.data_dir.clone();
+            return Err(StartError::LogLost { id: config.id, cluster, path });
+        }
+
+        let local = LocalIdentity {
+            node_id: config.id,
+            incarnation: data.incarnation().to_string(),
+            session: data.session().to_string(),
+            client_endpoint: config.advertise.clone(),
+        };
+        let network = PeerNetwork::over(local, cluster.clone(), dial);
+        let agreement = agreement::Agreement::new(config.id);
+        let timers = timers::Timers::new(config.lifecycle.clone());
+        let hub = watch::Hub::default();
+        let sweeper = sweeper::Sweeper::default();
+        let observers = observers::Observers(vec![
+            Arc::new(telemetry::ApplyMetrics::default()),
+            Arc::new(agreement.clone()),
+            Arc::new(timers.clone()),
+            Arc::new(sweeper.clone()),
+            Arc::new(hub.clone()),
+        ]);
+        let (machine, view) = StateMachine::open(snapshots.clone(), Arc::new(observers))?;
+        // What the snapshot has is not told again.
+        hub.installed(&view.table().state);
+        let space = space::Space::new(&config.data_dir, config.upkeep.low_space_bytes);
+
+        let calls = Arc::new(OnceLock::new());
+        let cell = RaftCell::default();
+        let hooks = Arc::new(Hooks::new(calls.clone()));
+        let (stop_peers, mut stop) = tokio::sync::watch::channel(false);
+        let service = peer_service(cell.clone(), network.clone(), hooks.clone(), snapshots);
+        let peer_server = tokio::spawn(async move {
+            let stopped = async move {
+                let _ = stop.wait_for(|stop| *stop).await;
+            };
+            let served = peer_transport()
+                .add_service(service)
+                .serve_with_incoming_shutdown(incoming, stopped)
+                .await;
+            if let Err(e) = served {
+                error!("the peer listener failed: {e}");
+            }
+        });
+
+        let raft_settings = raft_config(config.snapshot_every).map_err(StartError::Raft)?;
+        let raft = Raft::new(config.id, raft_settings, network.clone(), log.clone(), machine)
+            .await
+            .map_err(|e| StartError::Raft(e.to_string()))?;
+        // Once it answers, its log is read: from then on calls are checked against the members in it.
+        raft.is_initialized().await.map_err(|e| StartError::Raft(e.to_string()))?;
+        network.follow(raft.metrics(), view.clone());
+        let (proposer, packing) = proposer::Proposer::new(raft.clone());
+        let (reads, rounds) = reads::Reads::new(raft.clone(), view.clone());
+        tokio::spawn(packing);
+        tokio::spawn(rounds);
+
+        let upkeep = config.upkeep.clone();
+        let backup_plan = config.backups.clone();
+        let node = Node {
+            inner: Arc::new(Inner {
+                config,
+                data,
+                cluster,
+                raft: raft.clone(),
+                view,
+                network,
+                proposer,
+                reads,
+                stale_readers: Semaphore::new(STALE_READERS_MAX),
+                timers,
+                sweeper,
+                surveys: survey::Surveys::default(),
+                hub,
+                space,
+                agreement,
+                calls,
+                pristine,
+                recovered: AtomicBool::new(pristine),
+                ended_at,
+                changing: tokio::sync::Mutex::new(()),
+                stop_peers,
+                peer_server: std::sync::Mutex::new(Some(peer_server)),
+            }),
+        };
+        let _ = hooks.node.set(Arc::downgrade(&node.inner));
+        if !node.inner.pristine {
+            setback::look(&node).await?;
+        }
+        cell.set(raft);
+        let (hub, told) = (node.hub().clone(), node.inner.network.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = hub.run() => {}
+                () = told.closed() => {}
+            }
+        });
+        tokio::spawn(watch_recovery(node.clone()));
+        tokio::spawn(telemetry::report(node.clone()));
+        tokio::spawn(survey::report(node.clone()));
+        tokio::spawn(members::tidy(node.clone()));
+        tokio::spawn(absence::watch(node.clone()));
+        tokio::spawn(timers::run(node.clone()));
+        tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
+        if let Some(plan) = backup_plan {
+            tokio::spawn(backups::run(node.clone(), plan));
+        }
+        if upkeep.low_space_bytes > 0 {
+            tokio::spawn(space::look_after(node.clone()));
+            tokio::spawn(space::ask_others(node.clone()));
+        }
+        if upkeep.checkpoint_every > 0 {
+            tokio::spawn(agreement::lead(node.clone(), upkeep.checkpoint_every));
+        }
+        Ok(node)
+    }
+
+    /// Begins the cluster where that falls to this node, and learns the cluster's identity in any
+    /// case. Returns once the node belongs to a cluster; an error must end the process.
+    pub async fn enter_cluster(&self) -> Result<(), StartError> {
+        tokio::select! {
+            entered = self.begin_or_wait() => entered,
+            why = self.refused() => Err(StartError::Refused { id: self.id(), why }),
+        }
+    }
+
+    async fn begin_or_wait(&self) -> Result<(), StartError> {
+        let Inner { config, data, cluster, raft, network, .. } = &*self.inner;
+        let begun = raft.is_initialized().await.map_err(|e| StartError::Raft(e.to_string()))?;
+        let listed = config.entry.initial_cluster();
+        if !begun && listed.keys().next() == Some(&config.id) {
+            // A crash in the middle of an earlier attempt left the id that was chosen then.
+            let id = data.cluster_id().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+            bootstrap::initialise(config, raft, network, &id, data.incarnation()).await?;
+        }
+        let mut watching = std::pin::pin!(async {
+            match &config.entry {
+                _ if begun => std::future::pending().await,
+                Entry::Begin(listed) => {
+                    bootstrap::watch_for_begin(config, listed, network).await;
+                    Ok(())
+                }
+                Entry::Join(peer) => bootstrap::join(config, peer, network).await,
+            }
+        });
+        let mut asking = true;
+        let mut metrics = raft.metrics();
+        loop {
+            let membership = metrics.borrow_watched().membership_config.clone();
+            if let Some((_, member)) = membership.nodes().next() {
+                data.set_cluster_id(&member.cluster_id)?;
+                cluster.set(&member.cluster_id)?;
+                if begun {
+                    let members = membership.nodes().map(|(id, m)| (*id, m.peer.clone()));
+                    bootstrap::warn_if_list_differs(config, members);
+                }
+                return Ok(());
+            }
+            tokio::select! {
+                changed = metrics.changed() => {
+                    changed.map_err(|_| StartError::Raft("it stopped".into()))?;
+                }
+                // Who lost its disk shall hear of it, even where nobody leads and calls it.
+                asked = &mut watching, if asking => {
+                    asked?;
+                    asking = false;
+                }
+            }
+        }
+    }
+}
+
+/// Marks the node recovered once it has applied all that it may have applied before its restart:
+/// the table has passed the end that the log had then, or, where a new leader cut that end off, the
+/// log as it is now is committed and applied. (openraft's `wait_for_recovery` knows the second
+/// alone, which need not come while others write without a pause.)
+async fn watch_recovery(node: Node) {
+    let Inner { view, ended_at, .. } = &*node.inner;
+    let passed = view.wait_for(|table| table.applied.map(|at| at.index()) >= *ended_at);
+    let settled = node.raft_comes_to(|now| {
+        let index = |id: &Option<raft::LogId>| id.as_ref().map(|id| id.index());
+        let (committed, applied) = (index(&now.cluster_committed), index(&now.last_applied));
+        committed.is_some() && committed >= now.last_log_index && applied >= committed
+    });
+    let recovered = tokio::select! {
+        _ = passed => true,
+        settled = settled => settled,
+        _ = node.raft_ended() => false,
+    };
+    if recovered {
+        node.set_recovered();
+    }
+}
