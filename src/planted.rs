@@ -44,6 +44,7 @@ bugs! {
     GangInPart = "gang-in-part": "of a gang that does not fit, what did fit is granted";
     RetryGrantsAnew = "retry-grants-anew": "a repeated request is granted a second time";
     RestoreReusesTokens = "restore-reuses-tokens": "a restored table goes on at the old revision";
+    RecoveredEarly = "recovered-early": "a node has recovered once it has applied what its log had";
     WipedNodeVotes = "wiped-node-votes": "a node without its data takes part under its old id";
     DependsOnProcess = "depends-on-process": "a reason has the id of the process in it";
 }

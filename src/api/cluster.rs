@@ -213,7 +213,7 @@ impl v1::cluster_server::Cluster for Api {
         let begun = self.observed(path, request.metadata(), |deadline| async move {
             // So that everything acknowledged before the call is in it.
             self.current(deadline).await?;
-            Ok(self.inner.node.backup())
+            self.inner.node.backup().map_err(errors::call)
         });
         let (head, pieces) = begun.await?.into_inner();
         let pieces = ReceiverStream::new(pieces).map(|piece| match piece {

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use futures::Stream;
 use prost::Message;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
@@ -36,6 +36,7 @@ use super::pages::{PageToken, VIEWS_EXPIRE_EVERY, Views};
 use super::{allocator, cluster, errors, leases, observe, session, watch as changes, workers};
 use crate::core::{Command, Invalid, LeaseId, Millis, Outcome, Revision, Specs, State, WorkerName};
 use crate::lock::guard;
+use crate::node::backups::Pieces;
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
 use crate::node::watch::Hub;
@@ -54,6 +55,9 @@ pub const URGENT_CALLS_MAX: usize = 4_096;
 /// twice as long each time.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(200);
+
+/// The first message of a backup, and the pieces that follow it.
+pub type Backup = (v1::SnapshotChunk, Pieces);
 
 /// What a call needs of a node. A trait, so that the rules above can be tested against failures
 /// that a real node shows seldom.
@@ -99,8 +103,8 @@ pub trait Backend: Send + Sync + 'static {
         id: LeaseId,
         deadline: Deadline,
     ) -> Result<Option<Millis>, CallError>;
-    /// The table as this node has it, in pieces after a head.
-    fn backup(&self) -> (v1::SnapshotChunk, mpsc::Receiver<std::io::Result<Vec<u8>>>);
+    /// The table as this node has it.
+    fn backup(&self) -> Result<Backup, CallError>;
     /// On the leader: changes the membership.
     async fn change_members(
         &self,
@@ -178,15 +182,15 @@ impl Backend for Node {
     ) -> Result<Option<Millis>, CallError> {
         Node::keep_alive(self, id, deadline).await
     }
-    fn backup(&self) -> (v1::SnapshotChunk, mpsc::Receiver<std::io::Result<Vec<u8>>>) {
-        let (table, pieces) = Node::backup(self);
+    fn backup(&self) -> Result<Backup, CallError> {
+        let (table, pieces) = Node::backup(self)?;
         let head = v1::SnapshotChunk {
             data: Vec::new(),
             revision: table.state.revision.0,
             allocations: table.state.allocation_count() as u64,
             workers: table.state.worker_count() as u64,
         };
-        (head, pieces)
+        Ok((head, pieces))
     }
     async fn change_members(
         &self,

@@ -8,7 +8,7 @@ use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
 use super::convert;
-use super::dispatch::{Api, Backend};
+use super::dispatch::{Api, Backend, Backup};
 use super::{Readiness, serve, tcp_incoming};
 use crate::core::{Command, LeaseId, Millis, Origin, Revision, Specs, State, WorkerName, apply};
 use crate::node::members::{MemberChange, NotChanged};
@@ -151,8 +151,8 @@ impl Backend for Fake {
     async fn keep_alive(&self, id: LeaseId, _: Deadline) -> Result<Option<Millis>, CallError> {
         Ok(self.state.lock().unwrap().lease(id).map(|lease| lease.ttl))
     }
-    fn backup(&self) -> (v1::SnapshotChunk, mpsc::Receiver<std::io::Result<Vec<u8>>>) {
-        (v1::SnapshotChunk::default(), mpsc::channel(1).1)
+    fn backup(&self) -> Result<Backup, CallError> {
+        Ok((v1::SnapshotChunk::default(), mpsc::channel(1).1))
     }
     async fn change_members(&self, _: MemberChange, _: Deadline) -> Result<(), NotChanged> {
         Ok(())

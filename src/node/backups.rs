@@ -11,17 +11,24 @@ use std::time::Duration;
 
 use fail::fail_point;
 use metrics::{counter, gauge};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use tracing::{error, info};
 
-use super::{Node, ticks};
+use super::{CallError, Node, RETRY_AFTER, ticks};
 use crate::core::Revision;
 use crate::raft::{self, Table};
 
 /// One piece of a backup, in bytes.
 const CHUNK_BYTES: usize = 256 << 10;
 const CHUNKS_AHEAD: usize = 4;
+/// Backups that are read from a node at the same time: each has a thread, and the table as it was.
+pub(super) const READ_AT_ONCE_MAX: usize = 4;
+/// A backup that nobody reads on for so long is given up.
+const UNREAD_MAX: Duration = Duration::from_secs(30);
+const UNREAD: &str = "nobody has read it for 30 s";
 
 /// Where scheduled backups go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,20 +39,26 @@ pub struct BackupPlan {
     pub keep: usize,
 }
 
-/// Hands on what is written, in pieces. A reader that has gone is an error.
-struct Pieces {
+/// A backup as it comes; an error ends it.
+pub type Pieces = mpsc::Receiver<io::Result<Vec<u8>>>;
+
+/// Hands on what is written, in pieces, from a thread that may block. A reader that has gone, or does not
+/// read, is an error.
+struct Cutter {
     piece: Vec<u8>,
     out: mpsc::Sender<io::Result<Vec<u8>>>,
 }
 
-impl Pieces {
+impl Cutter {
     fn send(&mut self) -> io::Result<()> {
         let piece = std::mem::take(&mut self.piece);
-        self.out.blocking_send(Ok(piece)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        let sent = Handle::current().block_on(timeout(UNREAD_MAX, self.out.send(Ok(piece))));
+        let unread = || io::Error::new(io::ErrorKind::TimedOut, UNREAD);
+        sent.map_err(|_| unread())?.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
 
-impl Write for Pieces {
+impl Write for Cutter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.piece.extend_from_slice(bytes);
         if self.piece.len() >= CHUNK_BYTES {
@@ -60,27 +73,29 @@ impl Write for Pieces {
 }
 
 impl Node {
-    /// The table as it is now on this node, in pieces; an error ends it.
-    pub fn backup(&self) -> (Arc<Table>, mpsc::Receiver<io::Result<Vec<u8>>>) {
+    /// The table as it is now on this node. Refused where too many are read.
+    pub fn backup(&self) -> Result<(Arc<Table>, Pieces), CallError> {
+        let Ok(room) = self.inner.backup_readers.clone().try_acquire_owned() else {
+            return Err(CallError::Overloaded { retry_after: RETRY_AFTER });
+        };
         let table = self.table();
         let written = table.clone();
         let (out, pieces) = mpsc::channel(CHUNKS_AHEAD);
         let broken = out.clone();
         let writing = spawn_blocking(move || {
+            let _room = room;
             fail_point!("backup-write");
-            let mut writer = Pieces { piece: Vec::new(), out: out.clone() };
-            let written = raft::write_backup(&written, &mut writer).and_then(|()| writer.flush());
-            if let Err(error) = written {
-                let _ = out.blocking_send(Err(error)); // the reader may have gone
-            }
+            let mut writer = Cutter { piece: Vec::new(), out };
+            raft::write_backup(&written, &mut writer).and_then(|()| writer.flush())
         });
         // Pieces that just end would pass for the whole table.
         tokio::spawn(async move {
-            if let Err(error) = writing.await {
-                let _ = broken.send(Err(io::Error::other(error))).await; // the same
+            let written = writing.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)));
+            if let Err(error) = written {
+                let _ = broken.send(Err(error)).await; // the reader may have gone
             }
         });
-        (table, pieces)
+        Ok((table, pieces))
     }
 }
 
@@ -157,6 +172,30 @@ pub(super) async fn run(node: Node, plan: BackupPlan) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_backup_that_nobody_reads_on_is_given_up() {
+        let (out, mut pieces) = mpsc::channel(1);
+        let writing = spawn_blocking(move || {
+            let mut cutter = Cutter { piece: Vec::new(), out };
+            loop {
+                if let Err(error) = cutter.write_all(&[0; CHUNK_BYTES]) {
+                    return error.kind();
+                }
+            }
+        });
+        // One that is read slowly is not.
+        for _ in 0..10 {
+            assert_eq!(pieces.recv().await.unwrap().unwrap().len(), CHUNK_BYTES);
+            tokio::time::advance(UNREAD_MAX / 2).await;
+        }
+        assert!(!writing.is_finished());
+        while !writing.is_finished() {
+            tokio::time::advance(UNREAD_MAX).await;
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(writing.await.unwrap(), io::ErrorKind::TimedOut);
+    }
 
     #[test]
     fn the_newest_of_this_clusters_backups_are_kept_and_nothing_else_is_touched() {

@@ -91,6 +91,7 @@ struct Inner {
     proposer: proposer::Proposer,
     reads: reads::Reads,
     stale_readers: Semaphore,
+    backup_readers: Arc<Semaphore>,
     timers: timers::Timers,
     sweeper: sweeper::Sweeper,
     surveys: survey::Surveys,
@@ -102,7 +103,7 @@ struct Inner {
     pristine: bool,
     /// Everything that was applied before a restart is applied again.
     recovered: AtomicBool,
-    /// Where the log ended at the start: nothing after it can have been applied before.
+    /// Where the log ended at the start.
     ended_at: Option<u64>,
     /// Held while this node changes the membership.
     changing: tokio::sync::Mutex<()>,
@@ -208,7 +209,7 @@ impl Node {
         deadline: Deadline,
     ) -> Result<State, CallError> {
         self.check_member()?;
-        if !self.inner.recovered.load(Ordering::Acquire) {
+        if !self.has_recovered() {
             return Err(CallError::NotReady("this node is still recovering its table".into()));
         }
         let table = self.inner.view.table();
@@ -279,7 +280,7 @@ impl Node {
     }
 
     /// Resolves once Raft is as asked. False: the node is stopping.
-    async fn raft_comes_to(&self, asked: impl Fn(&raft::Metrics) -> bool) -> bool {
+    async fn raft_comes_to(&self, mut asked: impl FnMut(&raft::Metrics) -> bool) -> bool {
         let mut metrics = self.inner.raft.metrics();
         while !asked(&metrics.borrow_watched()) {
             if metrics.changed().await.is_err() {
@@ -399,9 +400,14 @@ impl Node {
         self.inner.metrics().running_state.is_ok()
     }
 
+    /// Has it applied again all that it had applied before it was started?
+    pub fn has_recovered(&self) -> bool {
+        self.inner.recovered.load(Ordering::Acquire)
+    }
+
     /// Is this node able to answer: a member, recovered, and with a leader known?
     pub fn is_ready(&self) -> bool {
-        self.inner.recovered.load(Ordering::Acquire)
+        self.has_recovered()
             && self.runs()
             && self.roll().has_leader()
             && self.check_member().is_ok()

@@ -19,9 +19,11 @@ use super::{
     compaction, members, observers, proposer, reads, setback, space, survey, sweeper, telemetry,
     timers, watch,
 };
+#[cfg(planted)]
+use crate::planted::{self, Bug};
 use crate::raft::{
-    self, ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, NodeId,
-    PeerNetwork, Raft, RaftCell, StateMachine, peer_service, peer_transport, raft_config,
+    ApplyObserver as _, ClusterCell, ClusterMismatch, Dial, LocalIdentity, NodeId, PeerNetwork,
+    Raft, RaftCell, StateMachine, peer_service, peer_transport, raft_config,
 };
 use crate::store::{DataDir, StoreError};
 
@@ -159,6 +161,7 @@ impl Node {
                 proposer,
                 reads,
                 stale_readers: Semaphore::new(STALE_READERS_MAX),
+                backup_readers: Arc::new(Semaphore::new(backups::READ_AT_ONCE_MAX)),
                 timers,
                 sweeper,
                 surveys: survey::Surveys::default(),
@@ -187,7 +190,7 @@ impl Node {
             }
         });
         tokio::spawn(watch_recovery(node.clone()));
-        tokio::spawn(telemetry::report(node.clone()));
+        tokio::spawn(telemetry::report(node.clone(), log.clone()));
         tokio::spawn(survey::report(node.clone()));
         tokio::spawn(members::tidy(node.clone()));
         tokio::spawn(absence::watch(node.clone()));
@@ -261,21 +264,26 @@ impl Node {
     }
 }
 
-/// Marks the node recovered once it has applied all that it may have applied before its restart:
-/// the table has passed the end that the log had then, or, where a new leader cut that end off, the
-/// log as it is now is committed and applied. (openraft's `wait_for_recovery` knows the second
-/// alone, which need not come while others write without a pause.)
+/// Marks the node recovered once it has applied all that it may have applied, and shown, before its restart.
+/// That may be more than its log has: what most of the others have on disk is applied while a slow disk here
+/// still writes it. So it is what a leader says, since the start, to be committed in its own term, which
+/// covers all that ever was. The first such word will do: others may write without a pause.
 async fn watch_recovery(node: Node) {
-    let Inner { view, ended_at, .. } = &*node.inner;
-    let passed = view.wait_for(|table| table.applied.map(|at| at.index()) >= *ended_at);
-    let settled = node.raft_comes_to(|now| {
-        let index = |id: &Option<raft::LogId>| id.as_ref().map(|id| id.index());
-        let (committed, applied) = (index(&now.cluster_committed), index(&now.last_applied));
-        committed.is_some() && committed >= now.last_log_index && applied >= committed
+    let mut goal = None;
+    let reached = node.raft_comes_to(|now| {
+        #[cfg(planted)]
+        if planted::is(Bug::RecoveredEarly)
+            && now.last_applied.as_ref().map(|at| at.index) >= node.inner.ended_at
+        {
+            return true;
+        }
+        // Nothing, until a leader has told it, or this node is one.
+        let committed = now.cluster_committed;
+        goal = goal.or(committed.filter(|at| at.leader_id.term == now.vote.leader_id.term));
+        goal.is_some() && now.last_applied >= goal
     });
     let recovered = tokio::select! {
-        _ = passed => true,
-        settled = settled => settled,
+        reached = reached => reached,
         _ = node.raft_ended() => false,
     };
     if recovered {

@@ -1,7 +1,6 @@
 //! What a node can tell of its cluster, leader or not, quorum or not.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -226,7 +225,7 @@ impl Node {
             feature_level_max: FEATURE_LEVEL,
             problems: self.inner.sweeper.problems(),
             acknowledged: 0,
-            recovering: !self.inner.recovered.load(Ordering::Acquire),
+            recovering: !self.has_recovered(),
             digest: self.inner.agreement.latest().map(super::agreement::wire_taken),
         }
     }

@@ -102,7 +102,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
         // After a crash the tail may be older than what was saved; never promise more than it has.
         let (_, last) = self.bounds();
-        Ok(self.committed().filter(|at| Some(*at) <= last).as_ref().map(convert::log_id))
+        Ok(self.committed().min(last).as_ref().map(convert::log_id))
     }
 
     async fn append<I>(
@@ -116,7 +116,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     {
         let records = entries.into_iter().map(|entry| convert::record(&entry)).collect();
         let done = Box::new(move || callback.io_completed(Ok(())));
-        Ok(LogStore::append(self, records, done)?)
+        LogStore::append(self, records, done)?;
+        // While the disk hangs, most of the others may go on committing. Here Raft stands still then, a
+        // leader is silent, and another one is elected.
+        self.room().await;
+        Ok(())
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {

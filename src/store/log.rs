@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use metrics::histogram;
+use tokio::sync::Notify;
 
 use super::chunks::{assemble, chunks, key, parse_key, read_disk};
 use super::codec::{self, Ballot, Batch, Position};
@@ -57,7 +58,9 @@ const ROUND_OPS: usize = 1024;
 const PURGE_SLICE_KEYS: usize = 1024;
 /// Entries kept in memory after they are on the disk, in bytes of their payloads.
 const TAIL_BYTES: usize = 16 << 20;
-/// Of them, those that are kept decoded as well, which takes ten times as much: they are applied soon.
+/// Entries that wait for the disk, in bytes of their payloads: with more, whoever appends waits too.
+const UNFLUSHED_BYTES: usize = 64 << 20;
+/// Of the newest, those that are kept decoded as well, which takes ten times as much: they are applied soon.
 const DECODED_BYTES: usize = 2 << 20;
 
 /// An entry as the log keeps it: where it lies, and its bytes as [`codec`] wrote them.
@@ -106,7 +109,7 @@ pub struct LogStore {
 struct Shared {
     path: PathBuf,
     disk: Arc<dyn Disk>,
-    index: Arc<Mutex<Index>>,
+    common: Arc<Common>,
     coverage: Arc<Coverage>,
     /// Without snapshots: it may begin anywhere.
     alone: bool,
@@ -132,8 +135,25 @@ impl Queue {
     }
 }
 
-/// As saved last. The writer has it too, and reads it while the index is still locked by whoever woke it.
-type Committed = Arc<Mutex<Option<Position>>>;
+/// What the writer has too.
+#[derive(Debug, Default)]
+struct Common {
+    index: Mutex<Index>,
+    /// As saved last. The writer reads it while the index is still locked by whoever woke it.
+    committed: Mutex<Option<Position>>,
+    /// More is on the disk.
+    flushed: Notify,
+}
+
+impl Common {
+    fn index(&self) -> MutexGuard<'_, Index> {
+        guard(&self.index)
+    }
+
+    fn committed(&self) -> MutexGuard<'_, Option<Position>> {
+        guard(&self.committed)
+    }
+}
 
 /// What is known of the log without reading it.
 #[derive(Debug, Default)]
@@ -146,7 +166,6 @@ struct Index {
     /// The last entry; where there is none, `purged`.
     last: Option<Position>,
     vote: Option<Ballot>,
-    committed: Committed,
     /// What was in the log at the start and what was appended since, in bytes of entries.
     appended_bytes: u64,
     tail: Tail,
@@ -163,6 +182,9 @@ struct Tail {
     /// Number of the last append; appends up to `flushed` are on the disk.
     appends: u64,
     flushed: u64,
+    /// Of the appends after that, in bytes of entries, and since when there are any.
+    unflushed_bytes: usize,
+    unflushed_since: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -228,11 +250,10 @@ impl LogStore {
         })?;
         let (mark, marked) = Mark::open(&path.join("mark"))?;
         let disk = Arc::new(disk);
-        let found = LogStore::found(path, &*disk, alone, &marked)?;
-        coverage.log_opened(found.purged)?;
+        let common = LogStore::found(path, &*disk, alone, &marked)?;
+        coverage.log_opened(common.index().purged)?;
         harden(path)?;
-        let writer = Writer::new(path, disk.clone(), Some(mark), found, lock);
-        let index = writer.index.clone();
+        let writer = Writer::new(path, disk.clone(), Some(mark), common.clone(), lock);
         let (queue, ops) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("log-writer".into())
@@ -240,7 +261,7 @@ impl LogStore {
             .map_err(StoreError::io(path, "cannot start the writer thread"))?;
         let (queue, writer) = (Some(Queue::Thread(queue)), Some(thread));
         let path = path.to_path_buf();
-        let shared = Shared { path, disk, index, coverage, alone, queue, writer };
+        let shared = Shared { path, disk, common, coverage, alone, queue, writer };
         Ok(LogStore { shared: Arc::new(shared) })
     }
 
@@ -252,16 +273,15 @@ impl LogStore {
         coverage: Arc<Coverage>,
         lock: Arc<Lock>,
     ) -> Result<LogStore, StoreError> {
-        let found = LogStore::found(path, &disk, false, &Marked::default())?;
-        coverage.log_opened(found.purged)?;
+        let common = LogStore::found(path, &disk, false, &Marked::default())?;
+        coverage.log_opened(common.index().purged)?;
         let disk = Arc::new(disk);
-        let writer = Writer::new(path, disk.clone(), None, found, lock);
-        let index = writer.index.clone();
+        let writer = Writer::new(path, disk.clone(), None, common.clone(), lock);
         let (queue, ops) = tokio::sync::mpsc::unbounded_channel();
         tokio::spawn(writer.run_as_task(ops, SimulatedDisk::clone(&disk)));
         let (queue, writer) = (Some(Queue::Task(queue)), None);
         let path = path.to_path_buf();
-        let shared = Shared { path, disk, index, coverage, alone: false, queue, writer };
+        let shared = Shared { path, disk, common, coverage, alone: false, queue, writer };
         Ok(LogStore { shared: Arc::new(shared) })
     }
 
@@ -270,10 +290,10 @@ impl LogStore {
         disk: &dyn Disk,
         alone: bool,
         marked: &Marked,
-    ) -> Result<Index, StoreError> {
-        let index = catching(path, || scan(path, disk, alone, marked))?;
-        marked.check_vote(path, index.vote)?;
-        Ok(index)
+    ) -> Result<Arc<Common>, StoreError> {
+        let common = catching(path, || scan(path, disk, alone, marked))?;
+        marked.check_vote(path, common.index().vote)?;
+        Ok(Arc::new(common))
     }
 
     /// Neither an entry nor a vote was ever written.
@@ -300,7 +320,7 @@ impl LogStore {
 
     /// As last saved; after a crash it may be an older one.
     pub fn committed(&self) -> Option<Position> {
-        *guard(&self.index().committed)
+        *self.shared.common.committed()
     }
 
     /// Entries of `range` in their order, as they were at one moment: all that the log has, but no
@@ -366,8 +386,27 @@ impl LogStore {
         index.last = last;
         index.appended_bytes += records.iter().map(|r| r.payload.len() as u64).sum::<u64>();
         let append = index.tail.push(&records);
+        // To be written they need not be decoded.
+        let records =
+            records.into_iter().map(|record| LogRecord { batch: None, ..record }).collect();
         self.send(Op::Append { append, records, done });
         Ok(())
+    }
+
+    /// How long something that was appended has waited for the disk.
+    pub fn waits_for_disk(&self) -> Duration {
+        self.index().tail.unflushed_since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// Returns when there is room for more: when not too much of what was appended waits for the disk.
+    pub async fn room(&self) {
+        loop {
+            let flushed = self.shared.common.flushed.notified();
+            if self.index().tail.unflushed_bytes <= UNFLUSHED_BYTES {
+                return;
+            }
+            flushed.await;
+        }
     }
 
     /// Returns when the vote is on the disk.
@@ -387,7 +426,7 @@ impl LogStore {
 
     /// Rides with the next flush; nobody is woken for it.
     pub fn save_committed(&self, committed: Option<Position>) {
-        *guard(&self.index().committed) = committed;
+        *self.shared.common.committed() = committed;
     }
 
     /// Drops the entries after `last`; `None`: all of them. Returns when they are gone from the disk.
@@ -435,7 +474,7 @@ impl LogStore {
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
-        guard(&self.shared.index)
+        self.shared.common.index()
     }
 
     /// Called with the index locked, so that the queue has the order of the calls.
@@ -471,8 +510,10 @@ impl Drop for Shared {
 impl Tail {
     fn push(&mut self, records: &[LogRecord]) -> u64 {
         self.appends += 1;
+        self.unflushed_since.get_or_insert_with(Instant::now);
         for record in records {
             self.bytes += record.payload.len();
+            self.unflushed_bytes += record.payload.len();
             if record.batch.is_some() {
                 self.decoded_bytes += record.payload.len();
                 self.decoded.push_back((record.at.index, record.payload.len()));
@@ -480,6 +521,7 @@ impl Tail {
             let entry = TailEntry { append: self.appends, record: record.clone() };
             self.entries.insert(record.at.index, entry);
         }
+        self.forget_decoded();
         self.appends
     }
 
@@ -494,6 +536,15 @@ impl Tail {
         self.bytes -= gone.values().map(|e| e.record.payload.len()).sum::<usize>();
     }
 
+    /// What `append` and those before it hold is on the disk, in bytes of entries that were not; the flush
+    /// began at `began`.
+    fn flushed(&mut self, append: u64, bytes: usize, began: Instant) {
+        self.flushed = self.flushed.max(append);
+        self.unflushed_bytes -= bytes;
+        self.unflushed_since = (self.flushed < self.appends).then_some(began);
+        self.shrink();
+    }
+
     /// Forgets the oldest, as far as they are on the disk, until the rest fits.
     fn shrink(&mut self) {
         while self.bytes > TAIL_BYTES
@@ -502,6 +553,10 @@ impl Tail {
         {
             self.bytes -= oldest.remove().record.payload.len();
         }
+    }
+
+    /// What was decoded first is again only bytes, until the rest fits.
+    fn forget_decoded(&mut self) {
         while self.decoded_bytes > DECODED_BYTES
             && let Some((index, bytes)) = self.decoded.pop_front()
         {
@@ -518,15 +573,14 @@ impl Tail {
 struct Writer {
     path: PathBuf,
     disk: Arc<dyn Disk>,
-    index: Arc<Mutex<Index>>,
+    common: Arc<Common>,
     /// `None` where the disk is simulated.
     mark: Option<Mark>,
     /// The last entry and the vote that are on the disk.
     durable: Marked,
     /// Entries up to this one are being removed from the disk.
     purging: Option<u64>,
-    committed: Committed,
-    /// It, as it was written last.
+    /// The committed position, as it was written last.
     written: Option<Position>,
     /// Where the first entry on the disk may lie.
     oldest: Bound<Key>,
@@ -552,21 +606,24 @@ impl Writer {
         path: &Path,
         disk: Arc<dyn Disk>,
         mark: Option<Mark>,
-        found: Index,
+        common: Arc<Common>,
         lock: Arc<Lock>,
     ) -> Writer {
-        let committed = found.committed.clone();
-        let written = *guard(&committed);
+        let written = *common.committed();
+        let (durable, purging) = {
+            let index = common.index();
+            let durable = Marked { last: index.last, vote: index.vote };
+            (durable, index.purged.map(|at| at.index))
+        };
         Writer {
             path: path.to_path_buf(),
             disk,
             mark,
-            durable: Marked { last: found.last, vote: found.vote },
-            purging: found.purged.map(|at| at.index),
-            committed,
+            durable,
+            purging,
             written,
             oldest: Bound::Unbounded,
-            index: Arc::new(Mutex::new(found)),
+            common,
             _lock: lock,
         }
     }
@@ -679,11 +736,8 @@ impl Writer {
         self.must(self.disk.flush());
         histogram!("portwarden_log_flush_seconds").record(began.elapsed().as_secs_f64());
         self.durable = round.ends;
-        {
-            let mut index = guard(&self.index);
-            index.tail.flushed = index.tail.flushed.max(round.append);
-            index.tail.shrink();
-        }
+        self.common.index().tail.flushed(round.append, round.bytes, began);
+        self.common.flushed.notify_waiters();
         for done in round.appended {
             done();
         }
@@ -702,7 +756,7 @@ impl Writer {
 
     /// Up to `last`, where the log ends on the disk once what was written is flushed.
     fn write_committed(&mut self, last: Option<Position>) {
-        let committed = (*guard(&self.committed)).min(last);
+        let committed = (*self.common.committed()).min(last);
         if self.written != committed {
             let value = committed.map(|at| codec::encode_position(&at));
             self.must(self.disk.set(COMMITTED, value));
@@ -784,7 +838,7 @@ const COMMITTED: &str = "committed";
 const PURGED: &str = "purged";
 
 /// Reads and checks everything.
-fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<Index, StoreError> {
+fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<Common, StoreError> {
     let get = |key| disk.get(key).map_err(StoreError::sled(path, "cannot be read"));
     let position = |key| {
         let bytes = get(key)?;
@@ -793,7 +847,7 @@ fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<In
     };
     let vote = get(VOTE)?.map(|bytes| codec::decode_ballot(&bytes));
     let vote = vote.transpose().map_err(StoreError::codec(path))?;
-    let (committed, purged) = (Arc::new(position(COMMITTED)?.into()), position(PURGED)?);
+    let (committed, purged) = (position(COMMITTED)?, position(PURGED)?);
 
     let mut begins = purged.map_or(0, |at| at.index + 1);
     // What a later write or purge would come across is found now.
@@ -823,7 +877,8 @@ fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<In
     }
     marked.check_end(path, last)?;
     let tail = Tail::default();
-    Ok(Index { epoch: 0, purged, begins, last, vote, committed, appended_bytes, tail })
+    let index = Index { epoch: 0, purged, begins, last, vote, appended_bytes, tail };
+    Ok(Common { index: index.into(), committed: committed.into(), flushed: Notify::new() })
 }
 
 #[cfg(test)]
@@ -836,15 +891,44 @@ mod tests {
     fn the_committed_position_does_not_overtake_the_log() {
         let (dir, disk) = (tempfile::tempdir().unwrap(), SimulatedDisk::default());
         let lock = Arc::new(Lock::new(File::open(dir.path()).unwrap()));
-        let (found, on) = (Index::default(), Arc::new(disk.clone()));
-        let mut writer = Writer::new(dir.path(), on, None, found, lock);
+        let on = Arc::new(disk.clone());
+        let mut writer = Writer::new(dir.path(), on, None, Arc::default(), lock);
         let at = |index| Some(Position { term: 1, node: 1, index });
-        *guard(&writer.committed) = at(7);
+        *writer.common.committed() = at(7);
         for (last, written) in [(5, 5), (9, 7), (9, 7)] {
             writer.write_committed(at(last));
             let found = disk.get(COMMITTED).unwrap().unwrap();
             assert_eq!(Some(codec::decode_position(&found).unwrap()), at(written));
         }
+    }
+
+    /// Raft hands on and applies what is not on the disk here, if it is on most of the others'.
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_for_a_disk_that_hangs_is_bounded() {
+        let (dir, disk) = (tempfile::tempdir().unwrap(), SimulatedDisk::default());
+        let lock = Arc::new(Lock::new(File::open(dir.path()).unwrap()));
+        let coverage = Arc::new(Coverage::new(dir.path().into()));
+        let log = LogStore::simulated(dir.path(), disk.clone(), coverage, lock).unwrap();
+        disk.set_latency(Duration::from_secs(3600));
+        let grants = vec![Command::GrantLease { ttl: Millis(60_000) }; 1 << 20];
+        let batch = Batch::new(Millis(0), grants);
+        let bytes = batch.payload().len();
+        let mut appended = 0;
+        loop {
+            let at = Position { term: 1, node: 1, index: appended };
+            let record = LogRecord::new(at, batch.payload().clone()).with_batch(batch.clone());
+            log.append(vec![record], Box::new(|| ())).unwrap();
+            appended += 1;
+            if tokio::time::timeout(Duration::from_secs(1), log.room()).await.is_err() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(appended as usize, UNFLUSHED_BYTES / bytes + 1);
+        let decoded = |index: &Index| index.tail.decoded.len() * bytes;
+        assert!(decoded(&log.index()) <= DECODED_BYTES);
+        log.room().await;
+        assert!(log.index().tail.unflushed_bytes <= UNFLUSHED_BYTES);
     }
 
     #[test]

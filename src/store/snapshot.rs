@@ -8,7 +8,7 @@
 //!
 //! A file gets its name when it is whole: temporary name, fsync, rename, fsync of the directory. It
 //! is named after the entry that it ends with, so that names sort as snapshots do. It is streamed
-//! both ways: memory holds a few blocks at a time.
+//! both ways: memory holds some tens of blocks at a time.
 //!
 //! - Only files whose every block has been checked are counted; a damaged one is renamed to
 //!   `*.damaged`, loudly, and the older one takes its place.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use fail::FailScenario;
 use portwarden::api::assembly::{Listeners, Server};
-use portwarden::node::{Entry, Lifecycle, NodeConfig, Upkeep};
+use portwarden::node::{CallError, Entry, Lifecycle, NodeConfig, Upkeep};
 use portwarden::proto::{reason as reasons, v1};
 use prost::Message as _;
 use rand::rngs::StdRng;
@@ -295,12 +295,38 @@ fn a_backup_whose_writer_panics_ends_with_an_error() {
     block_on(async {
         let nodes = start().await;
         fail::cfg("backup-write", "panic").unwrap();
-        let (_, mut pieces) = nodes.servers[0].node.backup();
+        let (_, mut pieces) = nodes.servers[0].node.backup().unwrap();
         let mut whole = None;
         while let Some(piece) = pieces.recv().await {
             whole = Some(piece.is_ok());
         }
         assert_eq!(whole, Some(false));
+    });
+}
+
+/// Each has a thread and the table as it was: readers that stall would take them all.
+#[test]
+fn so_many_backups_are_read_at_a_time_and_one_more_is_refused() {
+    block_on(async {
+        let nodes = start().await;
+        let node = &nodes.servers[0].node;
+        fail::cfg("backup-write", "pause").unwrap();
+        let mut begun = Vec::new();
+        let refused = loop {
+            match node.backup() {
+                Ok((_, pieces)) => begun.push(pieces),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refused, CallError::Overloaded { .. }), "{refused:?}");
+        assert_eq!(begun.len(), 4);
+        fail::remove("backup-write");
+        for mut pieces in begun {
+            while let Some(piece) = pieces.recv().await {
+                piece.unwrap();
+            }
+        }
+        node.backup().unwrap();
     });
 }
 

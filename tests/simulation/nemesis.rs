@@ -338,7 +338,9 @@ fn lossy(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
 fn slow_disk(sim: &mut Sim, rng: &mut StdRng) -> Option<(String, End)> {
     let count = rng.random_range(1..=majority(sim));
     let nodes = some(sim, rng, count);
-    let latency = Duration::from_millis(rng.random_range(10..900));
+    let hangs = rng.random_bool(0.2);
+    let latency = if hangs { 2_000..60_000 } else { 10..900 };
+    let latency = Duration::from_millis(rng.random_range(latency));
     let disk = |sim: &Sim, at: usize| sim.cluster.seats[at].disk.clone();
     nodes.iter().for_each(|at| disk(sim, *at).set_latency(latency));
     let what = format!("{}: {latency:?}", ids(sim, &nodes));

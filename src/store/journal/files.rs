@@ -80,6 +80,7 @@ impl Journal {
         self.number += 1;
         self.frame.truncate(HEADER_BYTES);
         self.frame.shrink_to(2 * self.sizes.frame);
+        self.memory.clear();
         self.memory.shrink_to(2 * self.sizes.frame);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Nothing goes back (Raft, figure 2): neither the term nor the vote, over restarts too; and while a
-//! process runs, neither what it knows to be committed, nor what it has applied, nor the revision. Who
-//! has lost its disk has lost them all, and must not vote or take entries again under its id.
+//! process runs, neither what it knows to be committed, nor what it has applied, nor the revision. Nor
+//! is a node that has recovered behind a revision that it had before. Who has lost its disk has lost them
+//! all, and must not vote or take entries again under its id.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +21,8 @@ struct Known {
 #[derive(Default)]
 pub struct Monotonic {
     known: BTreeMap<NodeId, Known>,
+    /// Newest revision that each had, its earlier processes included.
+    newest: BTreeMap<NodeId, u64>,
     /// They have lost their disks, and with them what they had promised.
     wiped: BTreeSet<NodeId>,
 }
@@ -28,6 +31,7 @@ impl Monotonic {
     /// It must not take part any more.
     pub fn wiped(&mut self, id: NodeId) {
         self.known.remove(&id);
+        self.newest.remove(&id);
         self.wiped.insert(id);
     }
 
@@ -38,7 +42,7 @@ impl Monotonic {
     }
 
     pub fn check(&mut self, sight: &Sight) -> Result<(), String> {
-        let Sight { id, metrics, table, .. } = sight;
+        let Sight { id, node, metrics, table, .. } = sight;
         let vote = &metrics.vote;
         let now = Known {
             vote: (vote.leader_id.term, vote.leader_id.node_id, vote.committed),
@@ -67,6 +71,11 @@ impl Monotonic {
             return back("revision", &now.revision, &known.revision);
         }
         *known = now;
+        let newest = self.newest.entry(*id).or_default();
+        if node.has_recovered() && now.revision < *newest {
+            return back("revision after a restart", &now.revision, newest);
+        }
+        *newest = now.revision.max(*newest);
         Ok(())
     }
 }
