@@ -1,7 +1,7 @@
 //! How long nothing is served: when the leader is killed, and when it is moved.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use portwarden::cli::bench::callers::Pairs;
@@ -20,6 +20,7 @@ const WORKER: &str = "failover";
 /// One attempt at one node.
 const ATTEMPT: Duration = Duration::from_millis(200);
 const MOVE_CALLERS: usize = 16;
+const BETWEEN_MOVES: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Default, Serialize)]
 pub struct LeaderMove {
@@ -28,6 +29,8 @@ pub struct LeaderMove {
     pub failed: u64,
     /// Longest that any caller waited for one answer.
     pub longest_stall_ms: f64,
+    /// The same, for as long before, while nothing was moved.
+    pub longest_without_ms: f64,
 }
 
 pub async fn of_both(
@@ -90,50 +93,84 @@ async fn of_etcd(etcd: &mut Etcd) -> anyhow::Result<f64> {
     Ok(took)
 }
 
-/// Callers that write all the time, while the lead goes from node to node.
+/// What callers that write all the time meet, while the lead goes from node to node, and for as long
+/// before while it stays.
 async fn move_leader(ours: &Ours, times: u32) -> anyhow::Result<LeaderMove> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let [requests, failed, longest_us] = [(); 3].map(|()| Arc::new(AtomicU64::new(0)));
-    let mut callers = Vec::new();
     ours.client()?.worker_register(WORKER, worker()).await?;
+    let stays = under_load(ours, async {
+        tokio::time::sleep(BETWEEN_MOVES * (times + 1)).await;
+        Ok(())
+    });
+    let ((), before) = stays.await?;
+    let client = ours.client()?;
+    let moving = under_load(ours, async {
+        let mut moves = 0;
+        for time in 0..times {
+            tokio::time::sleep(BETWEEN_MOVES).await;
+            let leader = ours.leader().await? as u64 + 1;
+            let to = (leader + u64::from(time)) % 3 + 1;
+            if to != leader {
+                client.transfer_leader(to).await?;
+                moves += 1;
+            }
+        }
+        tokio::time::sleep(BETWEEN_MOVES).await;
+        Ok(moves)
+    });
+    let (moves, met) = moving.await?;
+    Ok(LeaderMove {
+        moves,
+        requests: met.requests,
+        failed: met.failed,
+        longest_stall_ms: met.longest_us as f64 / 1000.0,
+        longest_without_ms: before.longest_us as f64 / 1000.0,
+    })
+}
+
+/// What callers met.
+#[derive(Debug, Default)]
+struct Met {
+    requests: u64,
+    failed: u64,
+    longest_us: u64,
+}
+
+/// Does something while callers write.
+async fn under_load<T>(
+    ours: &Ours,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<(T, Met)> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut callers = Vec::new();
     for caller in 0..MOVE_CALLERS {
-        let client = ours.client()?;
-        let (stop, requests, failed, longest_us) =
-            (stop.clone(), requests.clone(), failed.clone(), longest_us.clone());
+        let (client, stop) = (ours.client()?, stop.clone());
         callers.push(tokio::spawn(async move {
             let claims = vec![claim(&format!("mover-{caller}"))];
             let mut pairs = Pairs { client, claims, held: Vec::new() };
+            let mut met = Met::default();
             while !stop.load(Ordering::Relaxed) {
                 let began = Instant::now();
                 let done = pairs.call().await;
-                requests.fetch_add(1, Ordering::Relaxed);
-                failed.fetch_add(u64::from(done.is_err()), Ordering::Relaxed);
-                longest_us.fetch_max(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+                met.requests += 1;
+                met.failed += u64::from(done.is_err());
+                met.longest_us = met.longest_us.max(began.elapsed().as_micros() as u64);
             }
+            for held in std::mem::take(&mut pairs.held) {
+                pairs.client.release(&held.name, held.token).await?;
+            }
+            Ok::<_, ClientError>(met)
         }));
     }
-    let client = ours.client()?;
-    let mut moves = 0;
-    for time in 0..times {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        let leader = ours.leader().await? as u64 + 1;
-        let to = (leader + u64::from(time)) % 3 + 1;
-        if to != leader {
-            client.transfer_leader(to).await?;
-            moves += 1;
-        }
-    }
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    let worked = work.await;
     stop.store(true, Ordering::Relaxed);
+    let mut all = Met::default();
     for caller in callers {
-        caller.await?;
+        let met = caller.await??;
+        all.requests += met.requests;
+        all.failed += met.failed;
+        all.longest_us = all.longest_us.max(met.longest_us);
     }
-    Ok(LeaderMove {
-        moves,
-        requests: requests.load(Ordering::Relaxed),
-        failed: failed.load(Ordering::Relaxed),
-        longest_stall_ms: longest_us.load(Ordering::Relaxed) as f64 / 1000.0,
-    })
+    Ok((worked?, all))
 }
 
 fn worker() -> v1::WorkerSpec {

@@ -210,11 +210,12 @@ impl Whole {
         let list = |times: &[f64]| {
             times.iter().map(|ms| format!("{ms:.0}")).collect::<Vec<_>>().join(", ")
         };
-        let LeaderMove { moves, requests, failed, longest_stall_ms } = &self.leader_move;
+        let LeaderMove { moves, requests, failed, longest_stall_ms, longest_without_ms } =
+            &self.leader_move;
         let _ = write!(
             text,
             "\nLeader killed, ms until the next acknowledged change: portwarden {}; etcd {}.\n\
-             Leader moved {moves} times under {requests} requests: {failed} failed, the longest took {longest_stall_ms:.0} ms.\n",
+             Leader moved {moves} times under {requests} requests: {failed} failed, the longest took {longest_stall_ms:.0} ms ({longest_without_ms:.0} ms while it stayed).\n",
             list(&self.failover_ms.portwarden),
             list(&self.failover_ms.etcd),
         );
