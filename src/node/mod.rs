@@ -23,6 +23,7 @@ mod proposer;
 mod reads;
 mod setback;
 mod space;
+mod stall;
 mod start;
 mod status;
 mod survey;

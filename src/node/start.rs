@@ -16,8 +16,8 @@ use super::config::{Entry, NodeConfig};
 use super::forward::Hooks;
 use super::{
     BootstrapError, Inner, Node, STALE_READERS_MAX, absence, agreement, backups, bootstrap,
-    compaction, members, observers, proposer, reads, setback, space, survey, sweeper, telemetry,
-    timers, watch,
+    compaction, members, observers, proposer, reads, setback, space, stall, survey, sweeper,
+    telemetry, timers, watch,
 };
 #[cfg(planted)]
 use crate::planted::{self, Bug};
@@ -190,7 +190,8 @@ impl Node {
             }
         });
         tokio::spawn(watch_recovery(node.clone()));
-        tokio::spawn(telemetry::report(node.clone(), log.clone()));
+        tokio::spawn(telemetry::report(node.clone()));
+        tokio::spawn(stall::look_after(node.clone(), log.clone()));
         tokio::spawn(survey::report(node.clone()));
         tokio::spawn(members::tidy(node.clone()));
         tokio::spawn(absence::watch(node.clone()));

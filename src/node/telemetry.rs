@@ -9,7 +9,6 @@ use metrics::{
     Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use openraft::ServerState;
-use tracing::{info, warn};
 
 use super::lag::Lags;
 use super::{Node, ticks};
@@ -19,12 +18,9 @@ use crate::core::{
 };
 use crate::lock::guard;
 use crate::raft::{ApplyObserver, Metrics, NodeId};
-use crate::store::LogStore;
 
 /// How often gauges are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-/// A disk that takes nothing for so long is said to be stalled.
-const STALLED_AFTER: Duration = Duration::from_secs(5);
 
 /// Names, units and meanings of every family. Called once a process, after the recorder is set.
 pub fn describe() {
@@ -277,7 +273,7 @@ impl ApplyObserver for ApplyMetrics {
 }
 
 /// Brings the gauges up to date for as long as Raft runs.
-pub(super) async fn report(node: Node, log: LogStore) {
+pub(super) async fn report(node: Node) {
     let id = node.id().to_string();
     for name in [
         "portwarden_checkpoint_revision",
@@ -288,7 +284,6 @@ pub(super) async fn report(node: Node, log: LogStore) {
         gauge!(name, "node" => id.clone()).set(0.0);
     }
     let mut every = ticks(REPORT_EVERY);
-    let mut stalled = false;
     let mut lags = Lags::default();
     let mut shown = BTreeSet::from([node.id()]);
     loop {
@@ -312,14 +307,6 @@ pub(super) async fn report(node: Node, log: LogStore) {
         ] {
             gauge!(name, "node" => id.clone()).set(value as f64);
         }
-        let waits = log.waits_for_disk();
-        gauge!("portwarden_log_waits_seconds", "node" => id.clone()).set(waits.as_secs_f64());
-        match (waits >= STALLED_AFTER, stalled) {
-            (true, false) => warn!(?waits, "the disk does not take what is appended to the log"),
-            (false, true) => info!("the disk takes the log again"),
-            _ => {}
-        }
-        stalled = waits >= STALLED_AFTER;
         for phase in [Phase::Reserved, Phase::Bound, Phase::Lingering] {
             let count = table.state.phase_count(phase) as f64;
             let labels = [("node", id.clone()), ("phase", phase.name().to_string())];

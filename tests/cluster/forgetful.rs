@@ -174,6 +174,7 @@ struct Bench {
 impl Drop for Bench {
     /// Unmounts what nobody uses any more, so that the directory can go.
     fn drop(&mut self) {
+        self.disks.iter().for_each(Disk::resume);
         self.cluster.kill_all();
         self.disks.clear();
     }
@@ -313,6 +314,37 @@ fn power_cuts_lose_nothing() {
         books.unknown.load(Ordering::Acquire),
         bench.table().len(),
     );
+}
+
+/// What waits for it would pile up, for the others commit without it.
+#[test]
+fn a_leader_whose_disk_hangs_hands_over_and_nothing_fails() {
+    let Some(mut bench) = Bench::start() else { return };
+    let books = Books::default();
+    let (handle, client) = (bench.runtime.handle().clone(), bench.client.clone());
+    let leader = bench.cluster.leader();
+    std::thread::scope(|scope| {
+        scope.spawn(|| handle.block_on(write_until_done(client, 0, 1, &books)));
+        let run = || {
+            bench.wait_for_acknowledged(&books, 10);
+            bench.disks[leader].hang();
+            // At once, on the others' disks.
+            bench.wait_for_acknowledged(&books, 10);
+            let leads = |at: usize| bench.cluster.metric(at, "portwarden_is_leader") == Some(1.0);
+            wait_for("another to lead", || (0..3).find(|at| *at != leader && leads(*at)));
+            bench.wait_for_acknowledged(&books, 10);
+            assert!(bench.cluster.log(leader).contains("the disk takes nothing of the log"));
+            bench.disks[leader].resume();
+            let waits = |at: usize| bench.cluster.metric(at, "portwarden_log_waits_seconds");
+            wait_for("the disk to take all", || (waits(leader) < Some(1.0)).then_some(()));
+            bench.wait_for_acknowledged(&books, 10);
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        books.done.store(true, Ordering::Release);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    bench.check(&books);
+    assert_eq!(books.unknown.load(Ordering::Acquire), 0);
 }
 
 /// The test above would notice: disks that answer syncs and do nothing lose what was acknowledged.

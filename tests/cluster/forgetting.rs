@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
@@ -43,7 +43,24 @@ pub enum Cut<'a> {
 /// A mounted file system; unmounted when it is dropped.
 pub struct Disk {
     tree: Arc<Mutex<Tree>>,
+    hangs: Arc<Hangs>,
     _session: BackgroundSession,
+}
+
+/// While it is true, syncs wait.
+#[derive(Default)]
+struct Hangs(Mutex<bool>, Condvar);
+
+impl Hangs {
+    fn set(&self, hangs: bool) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = hangs;
+        self.1.notify_all();
+    }
+
+    fn wait(&self) {
+        let hangs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.1.wait_while(hangs, |hangs| *hangs));
+    }
 }
 
 struct Tree {
@@ -132,8 +149,9 @@ impl Disk {
         let tree = Arc::new(Mutex::new(tree));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("forgetting".into())];
-        let session = fuser::spawn_mount(Forgetting(tree.clone()), at, &config)?;
-        Ok(Disk { tree, _session: session })
+        let hangs = Arc::<Hangs>::default();
+        let session = fuser::spawn_mount(Forgetting(tree.clone(), hangs.clone()), at, &config)?;
+        Ok(Disk { tree, hangs, _session: session })
     }
 
     pub fn cut(&self, mut cut: Cut) {
@@ -153,6 +171,15 @@ impl Disk {
     #[allow(dead_code)] // used by the fault runs
     pub fn slow(&self, by: Duration) {
         self.tree().slow = by;
+    }
+
+    /// From now on a sync does not end before [`Disk::resume`], and whatever else is asked for waits for it.
+    pub fn hang(&self) {
+        self.hangs.set(true);
+    }
+
+    pub fn resume(&self) {
+        self.hangs.set(false);
     }
 
     fn tree(&self) -> MutexGuard<'_, Tree> {
@@ -280,7 +307,7 @@ impl Tree {
     }
 }
 
-struct Forgetting(Arc<Mutex<Tree>>);
+struct Forgetting(Arc<Mutex<Tree>>, Arc<Hangs>);
 
 impl Forgetting {
     fn tree(&self) -> MutexGuard<'_, Tree> {
@@ -473,6 +500,7 @@ impl Filesystem for Forgetting {
     }
 
     fn fsync(&self, _: &Request, id: INodeNo, _: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.1.wait();
         empty(self.tree().sync(id), reply);
     }
 
@@ -484,6 +512,7 @@ impl Filesystem for Forgetting {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
+        self.1.wait();
         empty(self.tree().sync(id), reply);
     }
 

@@ -1,0 +1,39 @@
+//! A disk that takes nothing any more: shown, said, and a reason not to lead.
+//!
+//! While it hangs, the others commit and this node applies what they have on their disks. Nothing is lost by
+//! that, but what it appends itself waits in memory, until there is no room for more ([`LogStore::room`]). A
+//! leader hands over before that, and nobody has to wait for an election.
+
+use std::mem;
+use std::time::Duration;
+
+use metrics::gauge;
+use tracing::{info, warn};
+
+use super::{Node, ticks};
+use crate::store::LogStore;
+
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A disk that takes nothing for so long is said to hang.
+const HANGS_AFTER: Duration = Duration::from_secs(5);
+
+/// Looks after the disk for as long as Raft runs.
+pub(super) async fn look_after(node: Node, log: LogStore) {
+    let id = node.id().to_string();
+    let mut every = ticks(LOOK_EVERY);
+    let mut hangs = false;
+    while node.runs() {
+        every.tick().await;
+        let waits = log.waits_for_disk();
+        gauge!("portwarden_log_waits_seconds", "node" => id.clone()).set(waits.as_secs_f64());
+        let hung = mem::replace(&mut hangs, waits >= HANGS_AFTER);
+        match (hung, hangs) {
+            (false, true) => warn!(?waits, "the disk takes nothing of the log"),
+            (true, false) => info!("the disk takes the log again"),
+            _ => {}
+        }
+        if hangs {
+            node.hand_over().await;
+        }
+    }
+}
