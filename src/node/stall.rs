@@ -32,8 +32,15 @@ pub(super) async fn look_after(node: Node, log: LogStore) {
             (true, false) => info!("the disk takes the log again"),
             _ => {}
         }
-        if hangs {
+        if hangs && others_go_on(&node) {
             node.hand_over().await;
         }
     }
+}
+
+/// Has whom this node would hand over to something on its disk that is not on the disk here? Else all of
+/// them hang.
+fn others_go_on(node: &Node) -> bool {
+    let roll = node.roll();
+    roll.next().is_some_and(|(_, next)| roll.acknowledged(next) > roll.acknowledged(node.id()))
 }

@@ -62,6 +62,8 @@ const TAIL_BYTES: usize = 16 << 20;
 const UNFLUSHED_BYTES: usize = 64 << 20;
 /// Of the newest, those that are kept decoded as well, which takes ten times as much: they are applied soon.
 const DECODED_BYTES: usize = 2 << 20;
+/// The same, while they wait for the disk.
+const DECODED_AHEAD_BYTES: usize = 8 << 20;
 
 /// An entry as the log keeps it: where it lies, and its bytes as [`codec`] wrote them.
 #[derive(Debug, Clone)]
@@ -521,7 +523,7 @@ impl Tail {
             let entry = TailEntry { append: self.appends, record: record.clone() };
             self.entries.insert(record.at.index, entry);
         }
-        self.forget_decoded();
+        self.forget_decoded(DECODED_AHEAD_BYTES);
         self.appends
     }
 
@@ -538,11 +540,12 @@ impl Tail {
 
     /// What `append` and those before it hold is on the disk, in bytes of entries that were not; the flush
     /// began at `began`.
-    fn flushed(&mut self, append: u64, bytes: usize, began: Instant) {
+    fn has_flushed(&mut self, append: u64, bytes: usize, began: Instant) {
         self.flushed = self.flushed.max(append);
         self.unflushed_bytes -= bytes;
         self.unflushed_since = (self.flushed < self.appends).then_some(began);
         self.shrink();
+        self.forget_decoded(DECODED_BYTES);
     }
 
     /// Forgets the oldest, as far as they are on the disk, until the rest fits.
@@ -555,9 +558,9 @@ impl Tail {
         }
     }
 
-    /// What was decoded first is again only bytes, until the rest fits.
-    fn forget_decoded(&mut self) {
-        while self.decoded_bytes > DECODED_BYTES
+    /// What was decoded first is again only bytes, until the rest has no more than so many.
+    fn forget_decoded(&mut self, max_bytes: usize) {
+        while self.decoded_bytes > max_bytes
             && let Some((index, bytes)) = self.decoded.pop_front()
         {
             self.decoded_bytes -= bytes;
@@ -736,7 +739,7 @@ impl Writer {
         self.must(self.disk.flush());
         histogram!("portwarden_log_flush_seconds").record(began.elapsed().as_secs_f64());
         self.durable = round.ends;
-        self.common.index().tail.flushed(round.append, round.bytes, began);
+        self.common.index().tail.has_flushed(round.append, round.bytes, began);
         self.common.flushed.notify_waiters();
         for done in round.appended {
             done();
@@ -926,7 +929,7 @@ mod tests {
         }
         assert_eq!(appended as usize, UNFLUSHED_BYTES / bytes + 1);
         let decoded = |index: &Index| index.tail.decoded.len() * bytes;
-        assert!(decoded(&log.index()) <= DECODED_BYTES);
+        assert!(decoded(&log.index()) <= DECODED_AHEAD_BYTES);
         log.room().await;
         assert!(log.index().tail.unflushed_bytes <= UNFLUSHED_BYTES);
     }
@@ -946,7 +949,7 @@ mod tests {
         tail.flushed = tail.push(&all);
         tail.truncate(2 * new as u64); // the last one, which comes again
         tail.push(&all[2 * new - 1..]);
-        tail.shrink();
+        tail.forget_decoded(DECODED_BYTES);
         let is_decoded = |at: usize| tail.entries[&(at as u64)].record.batch().is_some();
         assert!((new + 2..=2 * new).all(is_decoded) && !(1..new).any(is_decoded));
         assert!(tail.entries.values().map(|kept| &kept.record).eq(&all), "the bytes are there");
