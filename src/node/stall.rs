@@ -1,8 +1,9 @@
-//! A disk that takes nothing any more: shown, said, and a reason not to lead.
+//! A disk that takes nothing any more: shown, said, and in the end a reason not to lead.
 //!
-//! While it hangs, the others commit and this node applies what they have on their disks. Nothing is lost by
-//! that, but what it appends itself waits in memory, until there is no room for more ([`LogStore::room`]). A
-//! leader hands over before that, and nobody has to wait for an election.
+//! While it hangs, a majority of the others commits, and this node applies what they have on their disks:
+//! its callers notice nothing, and most disks that hang go on soon. But what is appended here waits in
+//! memory, until there is no room for more and Raft stands still ([`LogStore::room`]). Before that a leader
+//! hands over, so that only its own callers have to turn elsewhere, and nobody waits for an election.
 
 use std::mem;
 use std::time::Duration;
@@ -32,7 +33,7 @@ pub(super) async fn look_after(node: Node, log: LogStore) {
             (true, false) => info!("the disk takes the log again"),
             _ => {}
         }
-        if hangs && others_go_on(&node) {
+        if hangs && log.is_crowded() && others_go_on(&node) {
             node.hand_over().await;
         }
     }

@@ -400,6 +400,11 @@ impl LogStore {
         self.index().tail.unflushed_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
+    /// Is half of the room taken for what waits for the disk?
+    pub fn is_crowded(&self) -> bool {
+        self.index().tail.unflushed_bytes > UNFLUSHED_BYTES / 2
+    }
+
     /// Returns when there is room for more: when not too much of what was appended waits for the disk.
     pub async fn room(&self) {
         loop {

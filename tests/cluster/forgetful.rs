@@ -81,6 +81,11 @@ fn held(allocation: &v1::Allocation) -> BTreeSet<(String, u32)> {
     allocation.ports.iter().map(|port| (allocation.worker.clone(), port.number)).collect()
 }
 
+fn ports(count: u32) -> Vec<v1::PortRequest> {
+    let ports = Some(v1::port_request::Ports::Count(count));
+    vec![v1::PortRequest { ports, ..Default::default() }]
+}
+
 /// `Ok(None)`: nobody knows.
 fn settle<T>(what: &str, result: Result<T, ClientError>) -> Option<T> {
     match result {
@@ -99,15 +104,11 @@ async fn write_until_done(client: Client, me: u64, seed: u64, books: &Books) {
         }
         let name = format!("c{me}-{round}");
         books.set(&name, Heard::Unknown);
-        let ports = v1::PortRequest {
-            ports: Some(v1::port_request::Ports::Count(2)),
-            ..Default::default()
-        };
         let claim = v1::Claim {
             name: name.clone(),
             uid: name.clone(),
             placement: Some(v1::claim::Placement::Worker(format!("w{}", me % 2))),
-            ports: vec![ports],
+            ports: ports(2),
             bound: true,
             ..Default::default()
         };
@@ -220,6 +221,30 @@ impl Bench {
         }
     }
 
+    /// Has the log take so many bytes more.
+    fn pile_up(&self, bytes: usize) {
+        let labels = (0..32).map(|i| (format!("{i:0>63}"), format!("{i:0>63}")));
+        let labels: BTreeMap<_, _> = labels.collect();
+        let gang = |gang: usize| {
+            let claim = |i| v1::Claim {
+                name: format!("pile-{gang}-{i}"),
+                uid: "pile".into(),
+                // On none: it is refused, in the log.
+                placement: Some(v1::claim::Placement::Worker("nowhere".into())),
+                ports: ports(1),
+                labels: labels.clone(),
+                ..Default::default()
+            };
+            (0..64).map(claim).collect()
+        };
+        let bytes_each = 64 * 32 * 2 * 63;
+        for number in 0..bytes.div_ceil(bytes_each) {
+            let refused = self.runtime.block_on(self.client.allocate(gang(number)));
+            let refused = refused.expect_err("a gang on a worker that is none");
+            assert!(refused.to_string().contains("nowhere"), "{refused}");
+        }
+    }
+
     fn table(&self) -> Vec<v1::Allocation> {
         wait_for("the table", || {
             let listed = self.runtime.block_on(self.client.list(v1::ListRequest::default()));
@@ -328,8 +353,10 @@ fn a_leader_whose_disk_hangs_hands_over_and_nothing_fails() {
         let run = || {
             bench.wait_for_acknowledged(&books, 10);
             bench.disks[leader].hang();
-            // At once, on the others' disks.
+            // Nobody notices: it is on the others' disks.
             bench.wait_for_acknowledged(&books, 10);
+            assert_eq!(bench.cluster.leader(), leader);
+            bench.pile_up(40 << 20);
             let leads = |at: usize| bench.cluster.metric(at, "portwarden_is_leader") == Some(1.0);
             wait_for("another to lead", || (0..3).find(|at| *at != leader && leads(*at)));
             bench.wait_for_acknowledged(&books, 10);
