@@ -1,8 +1,9 @@
-//! A disk that takes nothing any more: shown, said, and in the end a reason not to lead.
+//! A disk that takes nothing any more, or too little: shown, said, and in the end a reason not to lead.
 //!
 //! While it hangs, a majority of the others commits, and this node applies what they have on their disks:
 //! its callers notice nothing, and most disks that hang go on soon. But what is appended here waits in
-//! memory, until there is no room for more and Raft stands still ([`LogStore::room`]). Before that a leader
+//! memory, until there is no room for more and Raft stands still ([`LogStore::room`]). Before that a follower
+//! takes no more of its leader, and a leader
 //! hands over, so that only its own callers have to turn elsewhere, and nobody waits for an election.
 
 use std::mem;
@@ -14,7 +15,7 @@ use tracing::{info, warn};
 use super::{Node, ticks};
 use crate::store::LogStore;
 
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// A disk that takes nothing for so long is said to hang.
 const HANGS_AFTER: Duration = Duration::from_secs(5);
 
@@ -33,7 +34,7 @@ pub(super) async fn look_after(node: Node, log: LogStore) {
             (true, false) => info!("the disk takes the log again"),
             _ => {}
         }
-        if hangs && log.is_crowded() && others_go_on(&node) {
+        if log.is_crowded() && others_go_on(&node) {
             node.hand_over().await;
         }
     }

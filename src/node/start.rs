@@ -122,7 +122,8 @@ impl Node {
         let cell = RaftCell::default();
         let hooks = Arc::new(Hooks::new(calls.clone()));
         let (stop_peers, mut stop) = tokio::sync::watch::channel(false);
-        let service = peer_service(cell.clone(), network.clone(), hooks.clone(), snapshots);
+        let service =
+            peer_service(cell.clone(), network.clone(), hooks.clone(), snapshots, log.clone());
         let peer_server = tokio::spawn(async move {
             let stopped = async move {
                 let _ = stop.wait_for(|stop| *stop).await;

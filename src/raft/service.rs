@@ -16,6 +16,7 @@ use openraft::raft::{
     AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderError,
     TransferLeaderRequest, VoteRequest,
 };
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
@@ -36,7 +37,7 @@ use crate::proto::peer::peer_server::{Peer, PeerServer};
 use crate::proto::peer::snapshot_request::Part;
 use crate::proto::peer::transfer_response::Refusal;
 use crate::store::codec::{self, SnapshotHead};
-use crate::store::{SnapshotFile, SnapshotStore, StoreError};
+use crate::store::{LogStore, SnapshotFile, SnapshotStore, StoreError};
 
 /// How long a peer may take to say that it is the one who calls.
 const SESSION_PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -80,6 +81,7 @@ pub struct PeerService {
     network: PeerNetwork,
     hooks: Arc<dyn PeerHooks>,
     snapshots: SnapshotStore,
+    log: LogStore,
 }
 
 /// The service of the peer listener.
@@ -88,8 +90,9 @@ pub fn peer_service(
     network: PeerNetwork,
     hooks: Arc<dyn PeerHooks>,
     snapshots: SnapshotStore,
+    log: LogStore,
 ) -> PeerServer<PeerService> {
-    PeerServer::new(PeerService { raft, network, hooks, snapshots })
+    PeerServer::new(PeerService { raft, network, hooks, snapshots, log })
         .max_decoding_message_size(PEER_MESSAGE_MAX_BYTES)
         .max_encoding_message_size(PEER_MESSAGE_MAX_BYTES)
 }
@@ -207,11 +210,15 @@ async fn check_session(network: &PeerNetwork, header: &proto::Header) -> Result<
 }
 
 /// A peer's stream of entries, for as long as it is there.
-struct HeldStream(PeerNetwork);
+struct HeldStream {
+    network: PeerNetwork,
+    /// Dropped, it ends what still reads the stream.
+    _reader: oneshot::Sender<()>,
+}
 
 impl Drop for HeldStream {
     fn drop(&mut self) {
-        self.0.doubt_leader();
+        self.network.doubt_leader();
     }
 }
 
@@ -252,15 +259,28 @@ impl Peer for PeerService {
         let raft = self.raft()?;
         // A stream without requests would outlive Raft, and keep its connection open.
         let end = has_stopped(raft.clone());
-        let network = self.network.clone();
+        let (network, log) = (self.network.clone(), self.log.clone());
         let mut messages = request.into_inner();
         let answers = stream::once(async move {
             let Some(first) = messages.message().await? else { return Ok(stream::empty().boxed()) };
             admit_member(&network, first.header.as_ref()).await?;
             network.note_led();
-            let stream = HeldStream(network.clone());
+            let (reader, gone) = oneshot::channel();
+            let stream = HeldStream { network: network.clone(), _reader: reader };
+            // Before they are decoded: behind a disk that hangs they would pile up, and each stream that
+            // takes the place of this one would bring them again.
+            let in_time = move |message: Result<proto::AppendRequest, Status>| {
+                let log = log.clone();
+                async move {
+                    if message.as_ref().is_ok_and(|message| !message.entries.is_empty()) {
+                        log.room_for_others().await;
+                    }
+                    message
+                }
+            };
             let requests = stream::once(ready(Ok(first)))
                 .chain(messages)
+                .then(in_time)
                 .map(|message| message.and_then(|message| read_append(message).map_err(malformed)));
             // What cannot be read ends the stream; the caller sees that answers are missing.
             let requests = requests.scan((), |(), request| {
@@ -269,7 +289,7 @@ impl Peer for PeerService {
                 });
                 ready(request.ok())
             });
-            let requests = requests.take_until(has_stopped(raft.clone()));
+            let requests = requests.take_until(has_stopped(raft.clone())).take_until(gone);
             let mut incarnation = network.identities.local.incarnation.clone();
             let answers = raft.stream_append(requests).map(move |answer| {
                 let _held = &stream;

@@ -58,11 +58,14 @@ const ROUND_OPS: usize = 1024;
 const PURGE_SLICE_KEYS: usize = 1024;
 /// Entries kept in memory after they are on the disk, in bytes of their payloads.
 const TAIL_BYTES: usize = 16 << 20;
-/// Entries that wait for the disk, in bytes of their payloads: with more, whoever appends waits too.
-const UNFLUSHED_BYTES: usize = 64 << 20;
+/// Entries that wait for the disk, in bytes of their payloads: with more, none are taken from a leader, and
+/// this node should not lead.
+const CROWDED_BYTES: usize = 32 << 20;
+/// With more, whoever appends waits.
+const FULL_BYTES: usize = 64 << 20;
 /// Of the newest, those that are kept decoded as well, which takes ten times as much: they are applied soon.
 const DECODED_BYTES: usize = 2 << 20;
-/// The same, while they wait for the disk.
+/// The same, while they wait for the disk, or to be committed.
 const DECODED_AHEAD_BYTES: usize = 8 << 20;
 
 /// An entry as the log keeps it: where it lies, and its bytes as [`codec`] wrote them.
@@ -168,6 +171,8 @@ struct Index {
     /// The last entry; where there is none, `purged`.
     last: Option<Position>,
     vote: Option<Ballot>,
+    /// Since when those wait for whom something is written, in their order.
+    waits: VecDeque<Instant>,
     /// What was in the log at the start and what was appended since, in bytes of entries.
     appended_bytes: u64,
     tail: Tail,
@@ -184,9 +189,8 @@ struct Tail {
     /// Number of the last append; appends up to `flushed` are on the disk.
     appends: u64,
     flushed: u64,
-    /// Of the appends after that, in bytes of entries, and since when there are any.
+    /// Of the appends after that, in bytes of entries.
     unflushed_bytes: usize,
-    unflushed_since: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -391,25 +395,35 @@ impl LogStore {
         // To be written they need not be decoded.
         let records =
             records.into_iter().map(|record| LogRecord { batch: None, ..record }).collect();
-        self.send(Op::Append { append, records, done });
+        self.send(&mut index, Op::Append { append, records, done });
         Ok(())
     }
 
-    /// How long something that was appended has waited for the disk.
+    /// How long somebody has waited for the disk.
     pub fn waits_for_disk(&self) -> Duration {
-        self.index().tail.unflushed_since.map_or(Duration::ZERO, |since| since.elapsed())
+        self.index().waits.front().map_or(Duration::ZERO, Instant::elapsed)
     }
 
-    /// Is half of the room taken for what waits for the disk?
+    /// Does so much wait for the disk that this node should not lead?
     pub fn is_crowded(&self) -> bool {
-        self.index().tail.unflushed_bytes > UNFLUSHED_BYTES / 2
+        self.index().tail.unflushed_bytes > CROWDED_BYTES
     }
 
-    /// Returns when there is room for more: when not too much of what was appended waits for the disk.
+    /// Returns when there is room for what a leader sends.
+    pub async fn room_for_others(&self) {
+        self.drained_to(CROWDED_BYTES).await;
+    }
+
+    /// Returns when there is room for what this node appends.
     pub async fn room(&self) {
+        self.drained_to(FULL_BYTES).await;
+    }
+
+    /// Returns when no more than so many bytes of entries wait for the disk.
+    async fn drained_to(&self, bytes: usize) {
         loop {
             let flushed = self.shared.common.flushed.notified();
-            if self.index().tail.unflushed_bytes <= UNFLUSHED_BYTES {
+            if self.index().tail.unflushed_bytes <= bytes {
                 return;
             }
             flushed.await;
@@ -426,7 +440,7 @@ impl LogStore {
             if planted::is(Bug::VoteNotDurable) {
                 return;
             }
-            self.send(Op::Vote { ballot, done });
+            self.send(&mut index, Op::Vote { ballot, done });
         }
         self.written(saved).await;
     }
@@ -449,7 +463,7 @@ impl LogStore {
             index.epoch += 1;
             index.last = last;
             index.tail.truncate(end);
-            self.send(Op::Truncate { end, last, done });
+            self.send(&mut index, Op::Truncate { end, last, done });
         }
         self.written(truncated).await;
     }
@@ -477,15 +491,18 @@ impl LogStore {
         }
         index.tail.purge(upto.index);
         self.shared.coverage.log_purged(upto);
-        self.send(Op::Purge(upto));
+        self.send(&mut index, Op::Purge(upto));
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
         self.shared.common.index()
     }
 
-    /// Called with the index locked, so that the queue has the order of the calls.
-    fn send(&self, op: Op) {
+    /// The index is locked, so that the queue has the order of the calls.
+    fn send(&self, index: &mut Index, op: Op) {
+        if !matches!(op, Op::Purge(_)) {
+            index.waits.push_back(Instant::now());
+        }
         if let Some(queue) = &self.shared.queue
             && !queue.send(op)
         {
@@ -517,7 +534,6 @@ impl Drop for Shared {
 impl Tail {
     fn push(&mut self, records: &[LogRecord]) -> u64 {
         self.appends += 1;
-        self.unflushed_since.get_or_insert_with(Instant::now);
         for record in records {
             self.bytes += record.payload.len();
             self.unflushed_bytes += record.payload.len();
@@ -528,7 +544,7 @@ impl Tail {
             let entry = TailEntry { append: self.appends, record: record.clone() };
             self.entries.insert(record.at.index, entry);
         }
-        self.forget_decoded(DECODED_AHEAD_BYTES);
+        self.forget_decoded(DECODED_AHEAD_BYTES, u64::MAX);
         self.appends
     }
 
@@ -543,14 +559,13 @@ impl Tail {
         self.bytes -= gone.values().map(|e| e.record.payload.len()).sum::<usize>();
     }
 
-    /// What `append` and those before it hold is on the disk, in bytes of entries that were not; the flush
-    /// began at `began`.
-    fn has_flushed(&mut self, append: u64, bytes: usize, began: Instant) {
+    /// What `append` and those before it hold is on the disk, in bytes of entries that were not. What is not
+    /// committed is still to be applied.
+    fn has_flushed(&mut self, append: u64, bytes: usize, committed: Option<Position>) {
         self.flushed = self.flushed.max(append);
         self.unflushed_bytes -= bytes;
-        self.unflushed_since = (self.flushed < self.appends).then_some(began);
         self.shrink();
-        self.forget_decoded(DECODED_BYTES);
+        self.forget_decoded(DECODED_BYTES, committed.map_or(0, |at| at.index));
     }
 
     /// Forgets the oldest, as far as they are on the disk, until the rest fits.
@@ -563,11 +578,13 @@ impl Tail {
         }
     }
 
-    /// What was decoded first is again only bytes, until the rest has no more than so many.
-    fn forget_decoded(&mut self, max_bytes: usize) {
+    /// What was decoded first, up to an entry, is again only bytes, until the rest has no more than so many.
+    fn forget_decoded(&mut self, max_bytes: usize, upto: u64) {
         while self.decoded_bytes > max_bytes
-            && let Some((index, bytes)) = self.decoded.pop_front()
+            && let Some(&(index, bytes)) = self.decoded.front()
+            && index <= upto
         {
+            self.decoded.pop_front();
             self.decoded_bytes -= bytes;
             // Another one may have taken its place: it is decoded again, where that is needed.
             if let Some(entry) = self.entries.get_mut(&index) {
@@ -607,6 +624,8 @@ struct Round {
     appended: Vec<Done>,
     /// Votes and truncations.
     changed: Vec<tokio::sync::oneshot::Sender<()>>,
+    /// How many wait for either.
+    waited: usize,
 }
 
 impl Writer {
@@ -703,6 +722,7 @@ impl Writer {
 
     fn take(&mut self, round: &mut Round, op: Op) {
         round.ops += 1;
+        round.waited += usize::from(!matches!(op, Op::Purge(_)));
         match op {
             Op::Append { append, records, done } => {
                 for record in &records {
@@ -744,7 +764,12 @@ impl Writer {
         self.must(self.disk.flush());
         histogram!("portwarden_log_flush_seconds").record(began.elapsed().as_secs_f64());
         self.durable = round.ends;
-        self.common.index().tail.has_flushed(round.append, round.bytes, began);
+        let committed = *self.common.committed();
+        {
+            let mut index = self.common.index();
+            index.waits.drain(..round.waited);
+            index.tail.has_flushed(round.append, round.bytes, committed);
+        }
         self.common.flushed.notify_waiters();
         for done in round.appended {
             done();
@@ -885,7 +910,8 @@ fn scan(path: &Path, disk: &dyn Disk, alone: bool, marked: &Marked) -> Result<Co
     }
     marked.check_end(path, last)?;
     let tail = Tail::default();
-    let index = Index { epoch: 0, purged, begins, last, vote, appended_bytes, tail };
+    let waits = VecDeque::new();
+    let index = Index { epoch: 0, purged, begins, last, vote, waits, appended_bytes, tail };
     Ok(Common { index: index.into(), committed: committed.into(), flushed: Notify::new() })
 }
 
@@ -932,11 +958,19 @@ mod tests {
             }
             tokio::task::yield_now().await;
         }
-        assert_eq!(appended as usize, UNFLUSHED_BYTES / bytes + 1);
+        assert_eq!(appended as usize, FULL_BYTES / bytes + 1);
+        assert!(log.is_crowded() && log.waits_for_disk() > Duration::ZERO);
         let decoded = |index: &Index| index.tail.decoded.len() * bytes;
         assert!(decoded(&log.index()) <= DECODED_AHEAD_BYTES);
-        log.room().await;
-        assert!(log.index().tail.unflushed_bytes <= UNFLUSHED_BYTES);
+        disk.set_latency(Duration::ZERO);
+        log.room_for_others().await;
+        assert!(!log.is_crowded());
+        log.save_vote(Ballot { term: 2, node: 1, committed: false }).await;
+        assert_eq!(log.waits_for_disk(), Duration::ZERO);
+        disk.set_latency(Duration::from_secs(3600));
+        let vote = log.save_vote(Ballot { term: 3, node: 1, committed: false });
+        assert!(tokio::time::timeout(Duration::from_secs(1), vote).await.is_err());
+        assert!(log.waits_for_disk() > Duration::ZERO, "a vote is waited for as well");
     }
 
     #[test]
@@ -954,7 +988,7 @@ mod tests {
         tail.flushed = tail.push(&all);
         tail.truncate(2 * new as u64); // the last one, which comes again
         tail.push(&all[2 * new - 1..]);
-        tail.forget_decoded(DECODED_BYTES);
+        tail.forget_decoded(DECODED_BYTES, u64::MAX);
         let is_decoded = |at: usize| tail.entries[&(at as u64)].record.batch().is_some();
         assert!((new + 2..=2 * new).all(is_decoded) && !(1..new).any(is_decoded));
         assert!(tail.entries.values().map(|kept| &kept.record).eq(&all), "the bytes are there");

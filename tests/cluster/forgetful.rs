@@ -374,6 +374,29 @@ fn a_leader_whose_disk_hangs_hands_over_and_nothing_fails() {
     assert_eq!(books.unknown.load(Ordering::Acquire), 0);
 }
 
+/// Its leader sends it again and again what it does not acknowledge.
+#[test]
+fn a_follower_whose_disk_hangs_takes_no_more_than_it_has_room_for() {
+    let Some(bench) = Bench::start() else { return };
+    let (cluster, follower) = (&bench.cluster, (bench.cluster.leader() + 1) % 3);
+    bench.pile_up(4 << 20);
+    let before = cluster.peak_resident_mib(follower);
+    bench.disks[follower].hang();
+    bench.pile_up(80 << 20);
+    // The leader has given up some streams by then, and begun others.
+    wait_for("the disk to hang for long", || {
+        (cluster.metric(follower, "portwarden_log_waits_seconds")? > 25.0).then_some(())
+    });
+    let grown = cluster.peak_resident_mib(follower) - before;
+    assert!(grown < 250, "{grown} MiB more");
+    eprintln!("{before} MiB before, {grown} MiB more");
+    bench.disks[follower].resume();
+    let applied = |at: usize| cluster.metric(at, "portwarden_log_applied_index");
+    wait_for("the follower to catch up", || {
+        (applied(follower)? >= applied(cluster.leader())?).then_some(())
+    });
+}
+
 /// The test above would notice: disks that answer syncs and do nothing lose what was acknowledged.
 #[test]
 fn a_disk_that_lies_is_found_out() {

@@ -75,15 +75,6 @@ fn field(number: u32, content: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The most that a node ever had in memory, in MiB.
-fn peak_resident_mib(cluster: &Cluster, at: usize) -> u64 {
-    let pid = cluster.nodes[at].pid();
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the node is alive");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("a number");
-    kib / 1024
-}
-
 /// The same processes as before serve, and none of them has grown beyond all bounds.
 fn assert_unharmed(cluster: &Cluster, pids: &[u32]) {
     let now: Vec<_> = cluster.nodes.iter().map(|n| n.pid()).collect();
@@ -92,7 +83,7 @@ fn assert_unharmed(cluster: &Cluster, pids: &[u32]) {
         let name = format!("after-{at}");
         let args = ["allocate", &name, "--worker", "w", "--ports", "1"];
         cluster.cli_at(&cluster.nodes[at].client(), &args).ok();
-        let peak = peak_resident_mib(cluster, at);
+        let peak = cluster.peak_resident_mib(at);
         assert!(peak < RESIDENT_MAX_MIB, "node {} took {peak} MiB", cluster.nodes[at].id);
         eprintln!("node {}: at most {peak} MiB", cluster.nodes[at].id);
     }

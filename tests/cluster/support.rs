@@ -237,6 +237,15 @@ impl Cluster {
         self.nodes.iter().map(Node::client).collect::<Vec<_>>().join(",")
     }
 
+    /// The most that a node ever had in memory, in MiB.
+    pub fn peak_resident_mib(&self, at: usize) -> u64 {
+        let status = format!("/proc/{}/status", self.nodes[at].pid());
+        let status = std::fs::read_to_string(status).expect("the node is alive");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().expect("a number");
+        kib / 1024
+    }
+
     /// The sum of a metric over its labels, as the node shows it now; `None` while it does not run.
     pub fn metric(&self, at: usize, name: &str) -> Option<f64> {
         let text = http_get(&self.nodes[at].http(), "/metrics").ok()?;

@@ -84,9 +84,14 @@ impl Node {
         };
         let network = PeerNetwork::new(local, cluster);
         let cell = RaftCell::default();
-        let snapshots = dir.snapshots().unwrap();
-        let service =
-            peer_service(cell.clone(), network.clone(), Arc::new(Hooks), snapshots.clone());
+        let (log, snapshots) = (dir.log().unwrap(), dir.snapshots().unwrap());
+        let service = peer_service(
+            cell.clone(),
+            network.clone(),
+            Arc::new(Hooks),
+            snapshots.clone(),
+            log.clone(),
+        );
         let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
         let serve = peer_transport().add_service(service);
         let (stop, stopped) = tokio::sync::oneshot::channel();
@@ -97,8 +102,7 @@ impl Node {
         let seen = Arc::new(Seen::default());
         let (machine, view) = StateMachine::open(snapshots, seen.clone()).unwrap();
         let config = raft_config(snapshot_every).unwrap();
-        let raft =
-            Raft::new(id, config, network.clone(), dir.log().unwrap(), machine).await.unwrap();
+        let raft = Raft::new(id, config, network.clone(), log, machine).await.unwrap();
         raft.is_initialized().await.unwrap();
         network.follow(raft.metrics(), view.clone());
         assert!(cell.set(raft.clone()));
