@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use fail::fail_point;
 use futures::stream::{self, BoxStream};
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::raft::{
     AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderError,
@@ -267,20 +267,8 @@ impl Peer for PeerService {
             network.note_led();
             let (reader, gone) = oneshot::channel();
             let stream = HeldStream { network: network.clone(), _reader: reader };
-            // Before they are decoded: behind a disk that hangs they would pile up, and each stream that
-            // takes the place of this one would bring them again.
-            let in_time = move |message: Result<proto::AppendRequest, Status>| {
-                let log = log.clone();
-                async move {
-                    if message.as_ref().is_ok_and(|message| !message.entries.is_empty()) {
-                        log.room_for_others().await;
-                    }
-                    message
-                }
-            };
-            let requests = stream::once(ready(Ok(first)))
-                .chain(messages)
-                .then(in_time)
+            let messages = stream::once(ready(Ok(first))).chain(messages);
+            let requests = as_there_is_room(messages, log)
                 .map(|message| message.and_then(|message| read_append(message).map_err(malformed)));
             // What cannot be read ends the stream; the caller sees that answers are missing.
             let requests = requests.scan((), |(), request| {
@@ -390,6 +378,23 @@ impl Peer for PeerService {
     }
 }
 
+/// Entries one after the other, as the log has room for them, before they are decoded: behind a disk that
+/// hangs they would pile up, and each stream that takes the place of this one would bring them again.
+fn as_there_is_room(
+    messages: impl Stream<Item = Result<proto::AppendRequest, Status>>,
+    log: LogStore,
+) -> impl Stream<Item = Result<proto::AppendRequest, Status>> {
+    messages.then(move |message| {
+        let log = log.clone();
+        async move {
+            if message.as_ref().is_ok_and(|message| !message.entries.is_empty()) {
+                log.room_for_others().await;
+            }
+            message
+        }
+    })
+}
+
 /// The entries must follow one another: the log takes no others, and would end the process.
 fn read_append(
     message: proto::AppendRequest,
@@ -482,13 +487,19 @@ async fn on_disk<T: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use openraft::entry::RaftEntry as _;
+
     use super::*;
+    use crate::raft::convert::position;
     use crate::raft::types::{Entry, EntryPayload, LeaderId, LogId};
+    use crate::store::{DataDir, LogRecord, SimulatedDisk};
+
+    fn at(index: u64) -> LogId {
+        LogId { leader_id: LeaderId { term: 1, node_id: 1 }, index }
+    }
 
     #[test]
     fn entries_that_do_not_follow_are_malformed() {
-        use openraft::entry::RaftEntry as _;
-        let at = |index| LogId { leader_id: LeaderId { term: 1, node_id: 1 }, index };
         let read = |prev: Option<u64>, entries: &[u64]| {
             let entry = |index: &u64| Entry::new(at(*index), EntryPayload::Blank);
             read_append(proto::AppendRequest {
@@ -507,5 +518,30 @@ mod tests {
         {
             assert!(read(prev, entries).unwrap_err().contains("does not follow"));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn behind_a_disk_that_hangs_no_more_entries_are_taken() {
+        let (dir, disk) = (tempfile::tempdir().unwrap(), SimulatedDisk::default());
+        let log = DataDir::simulated(dir.path(), 1, disk.clone()).unwrap().log().unwrap();
+        let first = || proto::AppendRequest {
+            entries: vec![convert::wire_entry(&Entry::new(at(0), EntryPayload::Blank))],
+            ..Default::default()
+        };
+        let heartbeat = proto::AppendRequest::default;
+        let sent = [heartbeat(), first(), heartbeat()].map(Ok::<_, Status>);
+        let mut taken = std::pin::pin!(as_there_is_room(stream::iter(sent), log.clone()));
+
+        disk.set_latency(Duration::from_secs(3600));
+        for index in 0..10 {
+            let large = vec![0; 4 << 20];
+            log.append(vec![LogRecord::new(position(&at(index)), large)], Box::new(|| ())).unwrap();
+        }
+        assert!(taken.next().await.unwrap().unwrap().entries.is_empty());
+        let next = tokio::time::timeout(Duration::from_secs(60), taken.next()).await;
+        next.expect_err("there is no room for its entries");
+        // One flush later.
+        assert_eq!(taken.next().await.unwrap().unwrap().entries.len(), 1);
+        assert!(taken.next().await.is_some());
     }
 }
