@@ -60,9 +60,9 @@ const PURGE_SLICE_KEYS: usize = 1024;
 const TAIL_BYTES: usize = 16 << 20;
 /// Entries that wait for the disk, in bytes of their payloads: with more, none are taken from a leader, and
 /// this node should not lead.
-const CROWDED_BYTES: usize = 32 << 20;
+const UNFLUSHED_TAKEN_MAX_BYTES: usize = 32 << 20;
 /// With more, whoever appends waits.
-const FULL_BYTES: usize = 64 << 20;
+const UNFLUSHED_MAX_BYTES: usize = 64 << 20;
 /// Of the newest, those that are kept decoded as well, which takes ten times as much: they are applied soon.
 const DECODED_BYTES: usize = 2 << 20;
 /// The same, while they wait for the disk, or to be committed.
@@ -406,17 +406,17 @@ impl LogStore {
 
     /// Does so much wait for the disk that this node should not lead?
     pub fn is_crowded(&self) -> bool {
-        self.index().tail.unflushed_bytes > CROWDED_BYTES
+        self.index().tail.unflushed_bytes > UNFLUSHED_TAKEN_MAX_BYTES
     }
 
     /// Returns when there is room for what a leader sends.
     pub async fn room_for_others(&self) {
-        self.drained_to(CROWDED_BYTES).await;
+        self.drained_to(UNFLUSHED_TAKEN_MAX_BYTES).await;
     }
 
     /// Returns when there is room for what this node appends.
     pub async fn room(&self) {
-        self.drained_to(FULL_BYTES).await;
+        self.drained_to(UNFLUSHED_MAX_BYTES).await;
     }
 
     /// Returns when no more than so many bytes of entries wait for the disk.
@@ -958,7 +958,7 @@ mod tests {
             }
             tokio::task::yield_now().await;
         }
-        assert_eq!(appended as usize, FULL_BYTES / bytes + 1);
+        assert_eq!(appended as usize, UNFLUSHED_MAX_BYTES / bytes + 1);
         assert!(log.is_crowded() && log.waits_for_disk() > Duration::ZERO);
         let decoded = |index: &Index| index.tail.decoded.len() * bytes;
         assert!(decoded(&log.index()) <= DECODED_AHEAD_BYTES);
