@@ -28,7 +28,6 @@ const CHUNKS_AHEAD: usize = 4;
 pub(super) const READ_AT_ONCE_MAX: usize = 4;
 /// A backup that nobody reads on for so long is given up.
 const UNREAD_MAX: Duration = Duration::from_secs(30);
-const UNREAD: &str = "nobody has read it for 30 s";
 
 /// Where scheduled backups go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,8 +52,9 @@ impl Cutter {
     fn send(&mut self) -> io::Result<()> {
         let piece = std::mem::take(&mut self.piece);
         let sent = Handle::current().block_on(timeout(UNREAD_MAX, self.out.send(Ok(piece))));
-        let unread = || io::Error::new(io::ErrorKind::TimedOut, UNREAD);
-        sent.map_err(|_| unread())?.map_err(|_| io::ErrorKind::BrokenPipe.into())
+        let unread = || format!("nobody has read it for {UNREAD_MAX:?}");
+        sent.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, unread()))?
+            .map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
 

@@ -3,8 +3,8 @@
 //! While it hangs, a majority of the others commits, and this node applies what they have on their disks:
 //! its callers notice nothing, and most disks that hang go on soon. But what is appended here waits in
 //! memory, until there is no room for more and Raft stands still ([`LogStore::room`]). Before that a follower
-//! takes no more of its leader, and a leader
-//! hands over, so that only its own callers have to turn elsewhere, and nobody waits for an election.
+//! takes no more of its leader, and a leader hands over, so that only its own callers have to turn
+//! elsewhere, and nobody waits for an election.
 
 use std::mem;
 use std::time::Duration;

@@ -624,8 +624,6 @@ struct Round {
     appended: Vec<Done>,
     /// Votes and truncations.
     changed: Vec<tokio::sync::oneshot::Sender<()>>,
-    /// How many wait for either.
-    waited: usize,
 }
 
 impl Writer {
@@ -722,7 +720,6 @@ impl Writer {
 
     fn take(&mut self, round: &mut Round, op: Op) {
         round.ops += 1;
-        round.waited += usize::from(!matches!(op, Op::Purge(_)));
         match op {
             Op::Append { append, records, done } => {
                 for record in &records {
@@ -767,7 +764,7 @@ impl Writer {
         let committed = *self.common.committed();
         {
             let mut index = self.common.index();
-            index.waits.drain(..round.waited);
+            index.waits.drain(..round.appended.len() + round.changed.len());
             index.tail.has_flushed(round.append, round.bytes, committed);
         }
         self.common.flushed.notify_waiters();
