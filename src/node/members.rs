@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures::future::join_all;
+use itertools::Itertools as _;
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::raft::Precondition;
 use openraft::{ChangeMembers, ServerState};
@@ -35,7 +36,8 @@ use crate::raft::{LogId, Member, Metrics, NodeId, TypeConfig};
 pub const PROMOTE_LAG_MAX_ENTRIES: u64 = 256;
 /// Most members, learners included: more only cost latency.
 pub const MEMBERS_MAX: usize = 16;
-/// A follower that answered the leader this recently counts as live.
+/// A follower that answered the leader this recently counts as live, and so does a leader that its follower
+/// has heard from.
 pub(super) const LIVE_WITHIN: Duration = Duration::from_millis(1500);
 /// How often the leader looks for what was left behind.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -121,7 +123,7 @@ pub enum NotChanged {
     NoQuorum { id: NodeId, live: usize, voters: usize },
     #[error("member {0} is a learner, and cannot lead: promote it first")]
     Learner(NodeId),
-    #[error("member {0} cannot lead: it has not answered of late")]
+    #[error("member {0} cannot lead: it does not answer; `portwarden status` shows who does")]
     Dead(NodeId),
     #[error(
         "member {0} leads, and no other voter is there to lead after it: bring one back first, or stop member {0} and remove it then"
@@ -142,6 +144,8 @@ pub enum NotChanged {
 /// The membership as the leader sees it.
 pub(super) struct Roll {
     metrics: Metrics,
+    /// Who spoke to this node as its leader last, and when.
+    last_led: Option<(NodeId, Instant)>,
 }
 
 impl Roll {
@@ -188,7 +192,8 @@ impl Roll {
         members.iter().filter(|id| self.is_live(**id)).count()
     }
 
-    /// Does somebody lead? Who leads itself has heard from a majority of late, or does so in name alone.
+    /// Does somebody lead, who is there? Who leads itself has heard from a majority of late, or does so in
+    /// name alone; who follows has heard from its leader, which may be dead.
     pub fn has_leader(&self) -> bool {
         let is_backed = |voters: &BTreeSet<NodeId>| self.live(voters) * 2 > voters.len();
         match self.metrics.state {
@@ -196,7 +201,9 @@ impl Roll {
                 let membership = self.metrics.membership_config.membership();
                 membership.get_joint_config().iter().all(is_backed)
             }
-            _ => self.metrics.current_leader.is_some(),
+            _ => self.last_led.is_some_and(|(leader, at)| {
+                self.metrics.current_leader == Some(leader) && at.elapsed() < LIVE_WITHIN
+            }),
         }
     }
 
@@ -208,10 +215,10 @@ impl Roll {
         }
     }
 
-    /// The live voter, other than the leader, that has the most of its log; and what that lacks.
-    pub fn next(&self) -> Option<(u64, NodeId)> {
+    /// The live voters, other than the leader, and what each lacks of its log; who lacks least comes first.
+    pub fn next(&self) -> impl Iterator<Item = (u64, NodeId)> {
         let others = self.voters().into_iter().filter(|id| *id != self.metrics.id);
-        others.filter(|id| self.is_live(*id)).map(|id| (self.lag(id), id)).min()
+        others.filter(|id| self.is_live(*id)).map(|id| (self.lag(id), id)).sorted()
     }
 
     /// The last entry that it has told the leader is on its disk; 0: none, or nobody leads here.
@@ -232,7 +239,7 @@ impl Roll {
 
 impl Node {
     pub(super) fn roll(&self) -> Roll {
-        Roll { metrics: self.inner.metrics() }
+        Roll { metrics: self.inner.metrics(), last_led: self.inner.network.last_led() }
     }
 
     /// On the leader: changes the membership, or says why it stays as it is. One that is as asked
@@ -350,7 +357,7 @@ impl Node {
         }
         if id == self.id() {
             // The next leader removes this one.
-            let to = successor(|| self.roll(), deadline).await?;
+            let to = self.successor(deadline).await?;
             self.hand_over_to(to).await;
             return Err(CallError::NotLeader { leader: Some(to) }.into());
         }
@@ -373,7 +380,7 @@ impl Node {
         if !roll.voters().contains(&id) {
             return Err(NotChanged::Learner(id));
         }
-        if !roll.is_live(id) {
+        if !roll.is_live(id) || !self.answers(id).await {
             return Err(NotChanged::Dead(id));
         }
         // It takes over only once it has every entry: what is on its way will be there.
@@ -388,6 +395,20 @@ impl Node {
             Ok(_) => Ok(()),
             Err(_) => Err(CallError::Unknown("it did not take over in time".into()).into()),
         }
+    }
+
+    /// Does it answer now? The last word of one that has just died is not old yet.
+    async fn answers(&self, id: NodeId) -> bool {
+        let roll = self.roll();
+        let Ok(member) = roll.member(id) else { return false };
+        let answer = self.ask(id, member, ASK_TIMEOUT).await;
+        // One that is starting does not say who it is yet.
+        answer.is_some_and(|answer| !answer.incarnation.is_empty())
+    }
+
+    /// The voter to lead after this node; waits until one has caught up.
+    pub(super) async fn successor(&self, deadline: Deadline) -> Result<NodeId, NotChanged> {
+        successor(|| self.roll(), |id| self.answers(id), deadline).await
     }
 
     async fn raise_level(&self, level: u32, deadline: Deadline) -> Result<(), NotChanged> {
@@ -578,17 +599,34 @@ async fn keeps_majority(
     }
 }
 
-/// The voter to lead after the one that looks; waits until one has caught up.
-async fn successor(look: impl Fn() -> Roll, deadline: Deadline) -> Result<NodeId, NotChanged> {
+/// The voter to lead after the one that looks: of those that have caught up and answer, the one with the
+/// most of the log. Waits for one; a deadline that has passed is one look. (openraft alpha.37 never clears a
+/// transfer: a dead target would stall the group.)
+async fn successor<Answer: Future<Output = bool>>(
+    look: impl Fn() -> Roll,
+    answers: impl Fn(NodeId) -> Answer,
+    deadline: Deadline,
+) -> Result<NodeId, NotChanged> {
     loop {
         let roll = look();
         roll.leads()?;
-        match roll.next() {
-            Some((lag, id)) if lag <= PROMOTE_LAG_MAX_ENTRIES => return Ok(id),
-            _ if Instant::now() + ANSWER_MARGIN < deadline => sleep(CATCH_UP_PAUSE).await,
-            Some((lag, id)) => return Err(NotChanged::Lagging { id, lag }),
-            None => return Err(NotChanged::NoSuccessor(roll.metrics.id)),
+        // It takes over once it has every entry: what is on its way will be there.
+        let (caught_up, behind): (Vec<_>, Vec<_>) =
+            roll.next().partition(|(lag, _)| *lag <= PROMOTE_LAG_MAX_ENTRIES);
+        for (_, id) in &caught_up {
+            if answers(*id).await {
+                return Ok(*id);
+            }
         }
+        if Instant::now() + ANSWER_MARGIN >= deadline {
+            return Err(match behind.first() {
+                Some((lag, id)) if caught_up.is_empty() => {
+                    NotChanged::Lagging { id: *id, lag: *lag }
+                }
+                _ => NotChanged::NoSuccessor(roll.metrics.id),
+            });
+        }
+        sleep(CATCH_UP_PAUSE).await;
     }
 }
 
@@ -657,18 +695,31 @@ mod tests {
         let now = openraft::type_config::alias::InstantOf::<TypeConfig>::now();
         let heard = with_id().map(|((_, live), id)| (id, live.then(|| now.into())));
         metrics.heartbeat = Some(heard.collect());
-        Roll { metrics }
+        Roll { metrics, last_led: None }
     }
 
     fn soon() -> Deadline {
         Instant::now() + Duration::from_secs(2)
     }
 
+    async fn answers(_: NodeId) -> bool {
+        true
+    }
+
     #[tokio::test(start_paused = true)]
     async fn who_has_most_of_the_log_leads_next_and_the_silent_never() {
-        assert_eq!(successor(|| roll([(7, true), (3, true)]), soon()).await, Ok(3));
-        assert_eq!(successor(|| roll([(7, true), (0, false)]), soon()).await, Ok(2));
-        let none = successor(|| roll([(0, false), (0, false)]), soon()).await;
+        assert_eq!(successor(|| roll([(7, true), (3, true)]), answers, soon()).await, Ok(3));
+        assert_eq!(successor(|| roll([(7, true), (0, false)]), answers, soon()).await, Ok(2));
+        let none = successor(|| roll([(0, false), (0, false)]), answers, soon()).await;
+        assert_eq!(none, Err(NotChanged::NoSuccessor(1)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_has_just_died_does_not_lead_next_though_its_last_word_is_young() {
+        let look = || roll([(7, true), (3, true)]);
+        let but_the_third = async |id| id != 3;
+        assert_eq!(successor(look, but_the_third, Instant::now()).await, Ok(2), "in one look");
+        let none = successor(look, async |_| false, Instant::now()).await;
         assert_eq!(none, Err(NotChanged::NoSuccessor(1)));
     }
 
@@ -680,7 +731,7 @@ mod tests {
             roll([(lag.get(), true), (900, true)])
         };
         let began = Instant::now();
-        assert_eq!(successor(looked, soon()).await, Ok(2));
+        assert_eq!(successor(looked, answers, soon()).await, Ok(2));
         assert_eq!(began.elapsed(), CATCH_UP_PAUSE * 9);
     }
 
@@ -688,7 +739,8 @@ mod tests {
     async fn where_none_catches_up_the_lag_is_named_in_time() {
         let deadline = soon();
         let lag = PROMOTE_LAG_MAX_ENTRIES + 1;
-        let refused = successor(|| roll([(lag, true), (900, true)]), deadline).await.unwrap_err();
+        let look = || roll([(lag, true), (900, true)]);
+        let refused = successor(look, answers, deadline).await.unwrap_err();
         assert_eq!(refused, NotChanged::Lagging { id: 2, lag });
         assert!(refused.to_string().contains("member 2 is 257 log entries behind"), "{refused}");
         assert!(Instant::now() < deadline, "there is time left to say so");
@@ -723,11 +775,21 @@ mod tests {
     async fn who_leads_and_hears_from_too_few_leads_in_name_alone() {
         assert!(roll([(0, true), (0, false)]).has_leader());
         assert!(!roll([(0, false), (0, false)]).has_leader());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_follows_has_a_leader_for_as_long_as_it_hears_from_it() {
         let mut follower = roll([(0, false), (0, false)]);
         follower.metrics.state = ServerState::Follower;
         assert!(!follower.has_leader());
         follower.metrics.current_leader = Some(2);
+        assert!(!follower.has_leader(), "it never spoke");
+        follower.last_led = Some((3, Instant::now()));
+        assert!(!follower.has_leader(), "that was another one");
+        follower.last_led = Some((2, Instant::now()));
         assert!(follower.has_leader());
+        tokio::time::advance(LIVE_WITHIN).await;
+        assert!(!follower.has_leader(), "it is silent");
     }
 
     #[tokio::test(start_paused = true)]
@@ -735,9 +797,9 @@ mod tests {
         let mut deposed = roll([(0, false), (0, false)]);
         deposed.metrics.state = ServerState::Follower;
         let (metrics, not_leader) = (deposed.metrics, CallError::NotLeader { leader: None });
-        let look = || Roll { metrics: metrics.clone() };
+        let look = || Roll { metrics: metrics.clone(), last_led: None };
         let began = Instant::now();
-        assert_eq!(successor(look, soon()).await, Err(not_leader.clone().into()));
+        assert_eq!(successor(look, answers, soon()).await, Err(not_leader.clone().into()));
         let left = BTreeSet::from([2, 3]);
         assert_eq!(keeps_majority(look, 1, &left, soon()).await, Err(not_leader.into()));
         assert_eq!(began.elapsed(), Duration::ZERO, "at once");

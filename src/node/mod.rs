@@ -300,7 +300,7 @@ impl Node {
 
     /// Has a leader spoken to it since it was started?
     pub fn took_part(&self) -> bool {
-        self.inner.network.was_led()
+        self.inner.network.last_led().is_some()
     }
 
     fn why_removed(&self) -> String {
@@ -417,7 +417,7 @@ impl Node {
     /// A leader first hands over to a live follower that has all of its log, so that clients do
     /// not wait for an election; called while calls are still being served.
     pub async fn hand_over(&self) {
-        let Some(successor) = self.successor() else { return };
+        let Ok(successor) = self.successor(Instant::now()).await else { return };
         info!(successor, "handing over the lead");
         self.hand_over_to(successor).await;
     }
@@ -431,15 +431,6 @@ impl Node {
         if timeout(HAND_OVER_MAX, handed_over).await.is_err() {
             warn!(successor, "did not take over in time; the others will elect");
         }
-    }
-
-    /// The live voter with the most of this leader's log; `None` where this node does not lead or
-    /// has nobody to lead after it. (openraft alpha.37 never clears a transfer: a dead target would
-    /// stall the group.)
-    fn successor(&self) -> Option<NodeId> {
-        let next = self.roll().next();
-        // It takes over once it has every entry: what is on its way will be there.
-        next.filter(|(lag, _)| *lag <= members::PROMOTE_LAG_MAX_ENTRIES).map(|(_, id)| id)
     }
 
     /// Stops serving peers and ends Raft. What was acknowledged is on disk.

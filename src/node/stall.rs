@@ -44,5 +44,7 @@ pub(super) async fn look_after(node: Node, log: LogStore) {
 /// them hang.
 fn others_go_on(node: &Node) -> bool {
     let roll = node.roll();
-    roll.next().is_some_and(|(_, next)| roll.acknowledged(next) > roll.acknowledged(node.id()))
+    roll.next()
+        .next()
+        .is_some_and(|(_, next)| roll.acknowledged(next) > roll.acknowledged(node.id()))
 }

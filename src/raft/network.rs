@@ -14,7 +14,7 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ use openraft::raft::{
 use openraft::type_config::alias::WatchReceiverOf;
 use openraft::{OptionalSend, RPCTypes};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
@@ -124,7 +124,8 @@ pub struct PeerNetwork {
     dial: Dial,
     refusal: Arc<watch::Sender<Option<String>>>,
     removed: Arc<watch::Sender<bool>>,
-    led: Arc<AtomicBool>,
+    /// Who sent entries or a heartbeat here last, and when.
+    led: Arc<Mutex<Option<(NodeId, Instant)>>>,
     doubted: Arc<Notify>,
     closed: Arc<watch::Sender<bool>>,
     /// Of the last call that was carried to a peer.
@@ -188,13 +189,13 @@ impl PeerNetwork {
         self.removed.subscribe()
     }
 
-    /// Has a leader sent entries or heartbeats here?
-    pub fn was_led(&self) -> bool {
-        self.led.load(Ordering::Relaxed)
+    /// Who sent entries or a heartbeat here last, as a leader does, and when.
+    pub fn last_led(&self) -> Option<(NodeId, Instant)> {
+        *guard(&self.led)
     }
 
-    pub(super) fn note_led(&self) {
-        self.led.store(true, Ordering::Relaxed);
+    pub(super) fn note_led(&self, by: NodeId) {
+        *guard(&self.led) = Some((by, Instant::now()));
     }
 
     /// Returns when there is reason to ask whether the leader lives: a stream of entries has ended, its

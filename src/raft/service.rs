@@ -264,10 +264,13 @@ impl Peer for PeerService {
         let answers = stream::once(async move {
             let Some(first) = messages.message().await? else { return Ok(stream::empty().boxed()) };
             admit_member(&network, first.header.as_ref()).await?;
-            network.note_led();
+            let leader = first.header.as_ref().map(|header| header.from);
             let (reader, gone) = oneshot::channel();
             let stream = HeldStream { network: network.clone(), _reader: reader };
+            let led = network.clone();
             let messages = stream::once(ready(Ok(first))).chain(messages);
+            let messages =
+                messages.inspect_ok(move |_| leader.into_iter().for_each(|l| led.note_led(l)));
             let requests = as_there_is_room(messages, log)
                 .map(|message| message.and_then(|message| read_append(message).map_err(malformed)));
             // What cannot be read ends the stream; the caller sees that answers are missing.

@@ -67,6 +67,23 @@ fn label_sets_do_not_grow_with_the_table() {
     assert_eq!(series(), before);
 }
 
+/// A follower knows whom it followed; that one may be dead. Killed first, the leader cannot say that it hears
+/// from nobody.
+#[test]
+fn who_is_left_of_three_says_that_nobody_leads() {
+    let mut cluster = Cluster::start(3);
+    let (leader, alone) = (cluster.leader(), (cluster.leader() + 1) % 3);
+    let says = |cluster: &Cluster, leaders, status| {
+        let ready = http_get(&cluster.nodes[alone].http(), "/readyz").expect("an answer");
+        let led = cluster.metric(alone, "portwarden_has_leader");
+        (led == Some(leaders) && ready.contains(status)).then_some(())
+    };
+    wait_for("a leader to be shown", || says(&cluster, 1.0, "200 OK"));
+    cluster.kill(leader);
+    cluster.kill((0..3).find(|at| ![leader, alone].contains(at)).expect("the third"));
+    wait_for("none to be shown", || says(&cluster, 0.0, "503 Service Unavailable"));
+}
+
 /// Every alert says in the runbook what it means and what to do.
 #[test]
 fn every_alert_is_in_the_runbook() {
