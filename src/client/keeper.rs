@@ -13,7 +13,9 @@
 //!   it again, as a new leader gives every lease its full time;
 //! - `Gone` is the cluster's word, and final: an id is never used again.
 //!
-//! At most one request of a lease is under way, so that what is queued is bounded by the leases.
+//! At most one request of a lease is under way, and at most [`UNDER_WAY_MAX`] on a stream: what is due beyond
+//! that waits its turn, the longest due first. So a node that answers at all answers everybody, and none is
+//! given up for the length of the queue.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::Pin;
@@ -34,6 +36,8 @@ use crate::proto::v1;
 const PATH: &str = "/portwarden.v1.Leases/KeepAlive";
 /// A lease is renewed when this part of its TTL has passed since the last request.
 const RENEWALS_PER_TTL: u32 = 3;
+/// Requests on a stream that are not answered yet: as many as a node serves of one at a time.
+const UNDER_WAY_MAX: usize = 256;
 /// Least time for an answer; twice as long after each that was overdue, up to that of any attempt.
 const ANSWER_MIN: Duration = Duration::from_millis(500);
 /// Longest sleep: a clock that counts a suspension may have jumped.
@@ -89,7 +93,7 @@ impl Keeper {
         let (orders, taken) = mpsc::unbounded_channel();
         let tour = client.tour();
         let line = Line::down(&client, tour.door(), Duration::ZERO);
-        let book = Book { clock: clock.clone(), leases: BTreeMap::new(), queue: BTreeSet::new() };
+        let book = Book::new(clock.clone());
         tokio::spawn(Work { client: client.clone(), tour, line, overdue: 0, book }.run(taken));
         Keeper { client, clock, orders }
     }
@@ -165,11 +169,12 @@ impl Drop for Holding {
     }
 }
 
-/// The leases, and when each must be looked at next.
+/// The leases, when each must be looked at next, and which of them wait to be asked, since when.
 struct Book {
     clock: Clock,
     leases: BTreeMap<u64, Kept>,
     queue: BTreeSet<(Duration, u64)>,
+    waiting: BTreeSet<(Duration, u64)>,
 }
 
 struct Kept {
@@ -187,8 +192,8 @@ struct Kept {
 enum Next {
     At(Duration),
     UnderWay,
-    /// As soon as there is a line.
-    Waiting,
+    /// As soon as there is a line, and room on it: since it was due.
+    Waiting(Duration),
 }
 
 impl Kept {
@@ -207,21 +212,32 @@ impl Kept {
         };
         match self.next {
             Next::At(due) => end.min(due),
-            Next::UnderWay | Next::Waiting => end,
+            Next::UnderWay | Next::Waiting(_) => end,
         }
     }
 }
 
 impl Book {
+    fn new(clock: Clock) -> Self {
+        let (queue, waiting) = Default::default();
+        Book { clock, leases: BTreeMap::new(), queue, waiting }
+    }
+
     fn put(&mut self, id: u64, mut kept: Kept) {
         kept.look_at = kept.next_look();
         self.queue.insert((kept.look_at, id));
+        if let Next::Waiting(since) = kept.next {
+            self.waiting.insert((since, id));
+        }
         self.leases.insert(id, kept);
     }
 
     fn take(&mut self, id: u64) -> Option<Kept> {
         let kept = self.leases.remove(&id)?;
         self.queue.remove(&(kept.look_at, id));
+        if let Next::Waiting(since) = kept.next {
+            self.waiting.remove(&(since, id));
+        }
         Some(kept)
     }
 
@@ -251,11 +267,10 @@ impl Book {
         }
     }
 
-    /// Leases whose time is over are no longer proven. Those that are to be renewed now are under
-    /// way from here on, and returned with their TTLs; without a line they wait for one.
-    fn look(&mut self, line_is_up: bool) -> Vec<(u64, Duration)> {
+    /// Leases whose time is over are no longer proven. Of those that are to be renewed as many as there is
+    /// room for are under way from here on, and returned with their TTLs; the others wait.
+    fn look(&mut self, room: usize) -> Vec<(u64, Duration)> {
         let now = (self.clock)();
-        let mut renewed = Vec::new();
         while let Some((at, id)) = self.queue.first().copied()
             && at <= now
             && let Some(mut kept) = self.take(id)
@@ -263,17 +278,22 @@ impl Book {
             if matches!(kept.standing, Standing::Held { until } if until <= now) {
                 kept.stands(Standing::Unproven);
             }
-            match kept.next {
-                Next::At(due) if due <= now && line_is_up => {
-                    kept.next = Next::UnderWay;
-                    renewed.push((id, kept.ttl));
-                }
-                Next::At(due) if due <= now => kept.next = Next::Waiting,
-                _ => {}
+            if let Next::At(due) = kept.next
+                && due <= now
+            {
+                kept.next = Next::Waiting(due);
             }
             self.put(id, kept);
         }
-        renewed
+        let asked: Vec<u64> = self.waiting.iter().take(room).map(|(_, id)| *id).collect();
+        asked.into_iter().filter_map(|id| self.asked(id)).collect()
+    }
+
+    fn asked(&mut self, id: u64) -> Option<(u64, Duration)> {
+        let kept = self.take(id)?;
+        let ttl = kept.ttl;
+        self.put(id, Kept { next: Next::UnderWay, ..kept });
+        Some((id, ttl))
     }
 
     /// When [`Book::look`] has something to do next.
@@ -294,21 +314,11 @@ impl Book {
         self.put(id, Kept { ttl, next: Next::At(sent + ttl / RENEWALS_PER_TTL), ..kept });
     }
 
-    /// What was under way on a line that is gone waits for the next one.
-    fn line_went_down(&mut self, under_way: impl IntoIterator<Item = u64>) {
-        for id in under_way {
+    /// What was under way on a line that is gone waits for the next one, each since it was sent.
+    fn line_went_down(&mut self, under_way: impl IntoIterator<Item = (u64, Duration)>) {
+        for (id, sent) in under_way {
             let Some(kept) = self.take(id) else { continue };
-            self.put(id, Kept { next: Next::Waiting, ..kept });
-        }
-    }
-
-    /// Everything is asked at once: how long the line was down is not told.
-    fn line_came_up(&mut self) {
-        let now = (self.clock)();
-        let ids: Vec<u64> = self.leases.keys().copied().collect();
-        for id in ids {
-            let Some(kept) = self.take(id) else { continue };
-            self.put(id, Kept { next: Next::At(now), ..kept });
+            self.put(id, Kept { next: Next::Waiting(sent), ..kept });
         }
     }
 }
@@ -324,8 +334,19 @@ enum Line {
 struct Up {
     requests: mpsc::UnboundedSender<v1::KeepAliveRequest>,
     answers: Streaming<v1::KeepAliveResponse>,
-    /// Oldest first: when it was sent, by the book's clock, and when its answer is overdue.
-    under_way: VecDeque<(u64, Duration, Instant)>,
+    /// Oldest first.
+    under_way: VecDeque<Sent>,
+    /// When the last answer came.
+    answered: Instant,
+}
+
+struct Sent {
+    id: u64,
+    /// By the book's clock.
+    sent: Duration,
+    at: Instant,
+    /// Its answer is overdue when none has come for so long since it was sent.
+    wait: Duration,
 }
 
 enum News {
@@ -347,7 +368,8 @@ impl Line {
             sleep(pause).await;
             let (requests, taken) = mpsc::unbounded_channel();
             let answers = client.open(PATH, &door, UnboundedReceiverStream::new(taken)).await?;
-            Ok(Box::new(Up { requests, answers, under_way: VecDeque::new() }))
+            let (under_way, answered) = (VecDeque::new(), Instant::now());
+            Ok(Box::new(Up { requests, answers, under_way, answered }))
         }))
     }
 
@@ -366,7 +388,7 @@ impl Line {
 impl Up {
     async fn next(&mut self) -> News {
         let broken = |why: &str| News::Broken(Verdict::Doubtful { why: why.into() });
-        let overdue = self.under_way.front().map(|(.., at)| *at);
+        let overdue = self.under_way.front().map(|front| self.answered.max(front.at) + front.wait);
         let late = async move {
             match overdue {
                 Some(at) => tokio::time::sleep_until(at).await,
@@ -378,10 +400,15 @@ impl Up {
             answer = self.answers.message() => match answer {
                 Err(status) => News::Broken(judge(status)),
                 Ok(None) => broken("the stream has ended"),
-                Ok(Some(v1::KeepAliveResponse { id, ttl_ms })) => match self.under_way.pop_front() {
-                    Some((asked, sent, _)) if asked == id => News::Answer { id, sent, ttl_ms },
-                    _ => broken("an answer to something that was not asked"),
-                },
+                Ok(Some(v1::KeepAliveResponse { id, ttl_ms })) => {
+                    self.answered = Instant::now();
+                    match self.under_way.pop_front() {
+                        Some(asked) if asked.id == id => {
+                            News::Answer { id, sent: asked.sent, ttl_ms }
+                        }
+                        _ => broken("an answer to something that was not asked"),
+                    }
+                }
             },
             () = late => News::Overdue,
         }
@@ -424,10 +451,7 @@ impl Work {
 
     fn heed(&mut self, news: News) {
         match news {
-            News::Opened(up) => {
-                self.line = Line::Up(up);
-                self.book.line_came_up();
-            }
+            News::Opened(up) => self.line = Line::Up(up),
             News::Answer { id, sent, ttl_ms } => {
                 self.tour.answered();
                 self.overdue = 0;
@@ -451,19 +475,22 @@ impl Work {
         let pause = self.tour.move_on(asked_pause);
         let next = Line::down(&self.client, self.tour.door(), pause);
         if let Line::Up(up) = std::mem::replace(&mut self.line, next) {
-            self.book.line_went_down(up.under_way.into_iter().map(|(id, ..)| id));
+            self.book.line_went_down(up.under_way.into_iter().map(|sent| (sent.id, sent.sent)));
         }
     }
 
     fn renew(&mut self) {
-        let due = self.book.look(matches!(self.line, Line::Up(_)));
-        let Line::Up(up) = &mut self.line else { return };
-        let (sent, now) = ((self.book.clock)(), Instant::now());
+        let Line::Up(up) = &mut self.line else {
+            self.book.look(0);
+            return;
+        };
+        let due = self.book.look(UNDER_WAY_MAX.saturating_sub(up.under_way.len()));
+        let (sent, at) = ((self.book.clock)(), Instant::now());
         let (longest, overdue) = (self.client.shared.attempt_timeout, self.overdue.min(8));
         for (id, ttl) in due {
             // Another node is to be asked while there is still time for it to answer.
             let wait = (ttl / RENEWALS_PER_TTL).max(ANSWER_MIN).saturating_mul(1 << overdue);
-            up.under_way.push_back((id, sent, now + wait.min(longest)));
+            up.under_way.push_back(Sent { id, sent, at, wait: wait.min(longest) });
             // Where nobody takes it any more, the stream tells in a moment.
             let _ = up.requests.send(v1::KeepAliveRequest { id });
         }
@@ -477,13 +504,14 @@ mod tests {
     use super::*;
 
     const TTL: Duration = Duration::from_secs(9);
+    const ALL: usize = UNDER_WAY_MAX;
 
     /// A book whose clock shows the seconds that are set.
     fn book() -> (Book, Arc<AtomicU64>) {
         let seconds = Arc::new(AtomicU64::new(0));
         let shown = seconds.clone();
         let clock: Clock = Arc::new(move || Duration::from_secs(shown.load(Ordering::Relaxed)));
-        (Book { clock, leases: BTreeMap::new(), queue: BTreeSet::new() }, seconds)
+        (Book::new(clock), seconds)
     }
 
     fn keep(book: &mut Book, id: u64, known: Standing) -> watch::Receiver<Standing> {
@@ -500,10 +528,10 @@ mod tests {
     fn a_lease_is_renewed_each_third_of_its_time_once_at_a_time() {
         let (mut book, clock) = book();
         let seen = keep(&mut book, 7, held(9));
-        assert!(book.look(true).is_empty());
+        assert!(book.look(ALL).is_empty());
         clock.store(3, Ordering::Relaxed);
-        assert_eq!(book.look(true), [(7, TTL)]);
-        assert!(book.look(true).is_empty(), "it is under way");
+        assert_eq!(book.look(ALL), [(7, TTL)]);
+        assert!(book.look(ALL).is_empty(), "it is under way");
         clock.store(5, Ordering::Relaxed);
         book.answered(7, Duration::from_secs(3), 9_000);
         assert_eq!(*seen.borrow(), held(12), "counted from when it was sent");
@@ -515,14 +543,14 @@ mod tests {
         let (mut book, clock) = book();
         let seen = keep(&mut book, 7, held(9));
         clock.store(3, Ordering::Relaxed);
-        assert_eq!(book.look(true), [(7, TTL)]);
+        assert_eq!(book.look(ALL), [(7, TTL)]);
         clock.store(9, Ordering::Relaxed);
-        book.look(true);
+        book.look(ALL);
         assert_eq!(*seen.borrow(), Standing::Unproven);
         clock.store(12, Ordering::Relaxed);
         book.answered(7, Duration::from_secs(3), 9_000);
         assert_eq!(*seen.borrow(), Standing::Unproven, "what it proves is over already");
-        assert_eq!(book.look(true), [(7, TTL)]);
+        assert_eq!(book.look(ALL), [(7, TTL)]);
         book.answered(7, Duration::from_secs(12), 9_000);
         assert_eq!(*seen.borrow(), held(21));
     }
@@ -533,16 +561,34 @@ mod tests {
         for id in [7, 8] {
             keep(&mut book, id, Standing::Unproven);
         }
-        assert!(book.look(false).is_empty(), "there is no line yet");
+        assert!(book.look(0).is_empty(), "there is no line yet");
         assert_eq!(book.next_look(), Some(Duration::MAX), "and nothing to do until there is");
-        book.line_came_up();
-        assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
+        assert_eq!(book.look(ALL), [(7, TTL), (8, TTL)]);
         book.answered(7, Duration::ZERO, 9_000);
-        book.line_went_down([8]);
         clock.store(1, Ordering::Relaxed);
-        assert!(book.look(true).is_empty());
-        book.line_came_up();
-        assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
+        book.line_went_down([(8, Duration::ZERO)]);
+        assert_eq!(book.look(ALL), [(8, TTL)], "7 was answered, and is not due");
+    }
+
+    /// Of more than a node answers in the time of one, all get their turn, whatever their ids.
+    #[test]
+    fn what_is_due_beyond_the_room_waits_and_the_longest_due_is_asked_first() {
+        let (mut book, clock) = book();
+        keep(&mut book, 9, held(9));
+        clock.store(3, Ordering::Relaxed);
+        for id in [5, 6, 7] {
+            keep(&mut book, id, held(10));
+        }
+        assert_eq!(book.look(0), []);
+        clock.store(4, Ordering::Relaxed);
+        assert_eq!(book.look(2), [(9, TTL), (5, TTL)]);
+        clock.store(5, Ordering::Relaxed);
+        // The line is lost with one of them answered: the other waits behind those that have not been asked.
+        book.answered(9, Duration::from_secs(4), 9_000);
+        book.line_went_down([(5, Duration::from_secs(5))]);
+        assert_eq!(book.look(2), [(6, TTL), (7, TTL)]);
+        assert_eq!(book.look(1), [(5, TTL)]);
+        assert_eq!(book.look(ALL), []);
     }
 
     #[test]
@@ -550,19 +596,19 @@ mod tests {
         let (mut book, _) = book();
         let seen = keep(&mut book, 7, Standing::Unproven);
         let other = keep(&mut book, 8, Standing::Unproven);
-        assert_eq!(book.look(true), [(7, TTL), (8, TTL)]);
+        assert_eq!(book.look(ALL), [(7, TTL), (8, TTL)]);
         book.answered(7, Duration::ZERO, 0);
         assert_eq!(*seen.borrow(), Standing::Gone);
         book.obey(Order::Forget { id: 8, standing: other });
         book.answered(8, Duration::ZERO, 9_000);
-        assert!(book.leases.is_empty() && book.queue.is_empty());
+        assert!(book.leases.is_empty() && book.queue.is_empty() && book.waiting.is_empty());
     }
 
     #[test]
     fn a_lease_that_is_held_twice_is_kept_once_and_until_both_are_gone() {
         let (mut book, _) = book();
         let seen = [(); 2].map(|()| keep(&mut book, 7, Standing::Unproven));
-        assert_eq!(book.look(true), [(7, TTL)]);
+        assert_eq!(book.look(ALL), [(7, TTL)]);
         book.answered(7, Duration::ZERO, 9_000);
         for seen in &seen {
             assert_eq!(*seen.borrow(), held(9));
@@ -574,7 +620,7 @@ mod tests {
             assert!(book.leases.contains_key(&7));
         }
         book.obey(Order::Forget { id: 7, standing: late });
-        assert!(book.leases.is_empty() && book.queue.is_empty());
+        assert!(book.leases.is_empty() && book.queue.is_empty() && book.waiting.is_empty());
     }
 
     #[tokio::test]
