@@ -8,6 +8,7 @@ mod causes;
 pub mod cli;
 pub mod client;
 pub mod core;
+mod essential;
 mod lock;
 pub mod node;
 #[cfg(all(planted, not(debug_assertions)))]

@@ -19,6 +19,7 @@ use super::{
     compaction, members, observers, proposer, reads, setback, space, stall, survey, sweeper,
     telemetry, timers, watch,
 };
+use crate::essential::spawn_essential;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::raft::{
@@ -146,8 +147,8 @@ impl Node {
         network.follow(raft.metrics(), view.clone());
         let (proposer, packing) = proposer::Proposer::new(raft.clone());
         let (reads, rounds) = reads::Reads::new(raft.clone(), view.clone());
-        tokio::spawn(packing);
-        tokio::spawn(rounds);
+        spawn_essential("the proposer", packing);
+        spawn_essential("the rounds of reads", rounds);
 
         let upkeep = config.upkeep.clone();
         let backup_plan = config.backups.clone();
@@ -184,29 +185,35 @@ impl Node {
         }
         cell.set(raft);
         let (hub, told) = (node.hub().clone(), node.inner.network.clone());
-        tokio::spawn(async move {
+        spawn_essential("the hub of watchers", async move {
             tokio::select! {
                 () = hub.run() => {}
                 () = told.closed() => {}
             }
         });
-        tokio::spawn(watch_recovery(node.clone()));
-        tokio::spawn(telemetry::report(node.clone()));
-        tokio::spawn(stall::look_after(node.clone(), log.clone()));
-        tokio::spawn(survey::report(node.clone()));
-        tokio::spawn(members::tidy(node.clone()));
-        tokio::spawn(absence::watch(node.clone()));
-        tokio::spawn(timers::run(node.clone()));
-        tokio::spawn(compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes));
+        spawn_essential("the watch over recovery", watch_recovery(node.clone()));
+        spawn_essential("telemetry", telemetry::report(node.clone()));
+        spawn_essential("the watch over the disk", stall::look_after(node.clone(), log.clone()));
+        spawn_essential("the survey", survey::report(node.clone()));
+        spawn_essential("the care of members", members::tidy(node.clone()));
+        spawn_essential("the watch over the leader", absence::watch(node.clone()));
+        spawn_essential("the timers", timers::run(node.clone()));
+        spawn_essential(
+            "compaction",
+            compaction::bound_bytes(node.clone(), log, upkeep.snapshot_every_bytes),
+        );
         if let Some(plan) = backup_plan {
-            tokio::spawn(backups::run(node.clone(), plan));
+            spawn_essential("the backups", backups::run(node.clone(), plan));
         }
         if upkeep.low_space_bytes > 0 {
-            tokio::spawn(space::look_after(node.clone()));
-            tokio::spawn(space::ask_others(node.clone()));
+            spawn_essential("the watch over space", space::look_after(node.clone()));
+            spawn_essential("the watch over others' space", space::ask_others(node.clone()));
         }
         if upkeep.checkpoint_every > 0 {
-            tokio::spawn(agreement::lead(node.clone(), upkeep.checkpoint_every));
+            spawn_essential(
+                "the comparison of replicas",
+                agreement::lead(node.clone(), upkeep.checkpoint_every),
+            );
         }
         Ok(node)
     }

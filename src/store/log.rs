@@ -345,7 +345,8 @@ impl LogStore {
                 let tail_from = newest.first().map_or(end, |record| record.at.index);
                 (index.epoch, first..tail_from, newest)
             };
-            let read = read_disk(&self.shared.path, &*self.shared.disk, on_disk, max_bytes);
+            let path = &self.shared.path;
+            let read = catching(path, || read_disk(path, &*self.shared.disk, on_disk, max_bytes));
             // Something was taken away meanwhile: what was read may be of two moments.
             if self.index().epoch != epoch {
                 continue;

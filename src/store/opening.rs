@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{StoreError, dir};
+use crate::essential::panic_text;
 
 /// sled's page cache, in bytes: recent entries are in memory here already.
 const SLED_CACHE_BYTES: u64 = 32 << 20;
@@ -74,9 +75,7 @@ pub(super) fn catching<T>(
 ) -> Result<T, StoreError> {
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
     caught.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no more is known");
-        Err(StoreError::damaged(path, format!("it cannot be read: {text}")))
+        Err(StoreError::damaged(path, format!("it cannot be read: {}", panic_text(&*panic))))
     })
 }
 
