@@ -95,7 +95,6 @@ impl DataDir {
         fs::create_dir_all(path).map_err(StoreError::io(path, "cannot make the directory"))?;
         let whole = path.canonicalize().map_err(StoreError::io(path, "cannot be found"))?;
         sync_dir(whole.parent().unwrap_or(&whole))?;
-        super::space::make_room(path)?;
         let lock = Arc::new(Lock::new(lock(&path.join("LOCK"))?));
         let file = path.join(IDENTITY);
         let identity = match fs::read_to_string(&file) {
@@ -261,6 +260,10 @@ fn take_lock(path: &Path) -> Result<File, StoreError> {
         Err(TryLockError::Error(error)) => {
             return Err(StoreError::io(path, "cannot be locked")(error));
         }
+    }
+    // Before anything is written, and not over another's head.
+    if let Some(dir) = path.parent() {
+        super::space::make_room(dir)?;
     }
     let write = |file: &mut File| {
         file.set_len(0)?;

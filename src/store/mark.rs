@@ -95,7 +95,14 @@ impl Mark {
             .map_err(StoreError::io(path, "cannot be opened"))?;
         // Written whole once, so that later writes change no metadata.
         let size = file.metadata().map_err(StoreError::io(path, "cannot be read"))?.len();
-        if size == 0 {
+        // One that was cut off while it was made has nothing in it yet.
+        let is_new = size < 2 * SLOT_BYTES && {
+            let mut made = vec![0; size as usize];
+            let read = file.read_exact_at(&mut made, 0);
+            read.map_err(StoreError::io(path, "cannot be read"))?;
+            made.iter().all(|byte| *byte == 0)
+        };
+        if is_new {
             let fill = || {
                 file.write_all_at(&[0; 2 * SLOT_BYTES as usize], 0)?;
                 file.sync_all()
@@ -267,6 +274,17 @@ mod tests {
         assert!(error.contains("no slot of it can be read"), "{error}");
         file.set_len(100).unwrap();
         assert!(read().unwrap_err().to_string().contains("it has 100 bytes"));
+    }
+
+    #[test]
+    fn one_that_was_cut_off_while_it_was_made_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mark");
+        for made in [0, 100, SLOT_BYTES as usize] {
+            std::fs::write(&path, vec![0; made]).unwrap();
+            assert_eq!(Mark::open(&path).unwrap().1, Marked::default());
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), 2 * SLOT_BYTES);
+        }
     }
 
     #[test]

@@ -472,7 +472,11 @@ fn set_aside(path: &Path, why: &StoreError) -> Result<(), StoreError> {
 fn remove(files: &[SnapshotFile]) -> Result<(), StoreError> {
     for file in files {
         let path = &file.0.path;
-        fs::remove_file(path).map_err(StoreError::io(path, "cannot be removed"))?;
+        match fs::remove_file(path) {
+            // Somebody was before us.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            removed => removed.map_err(StoreError::io(path, "cannot be removed"))?,
+        }
     }
     Ok(())
 }

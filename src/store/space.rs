@@ -85,7 +85,7 @@ fn set_aside(file: &mut File, bytes: u64, allocated: rustix::io::Result<()>) -> 
     }
 }
 
-/// Gives the reserve up if the disk is full. Called before anything is written.
+/// Gives the reserve up if the disk is full. Called before anything is written, by who has the lock.
 pub(super) fn make_room(dir: &Path) -> Result<(), StoreError> {
     let held = held_bytes(dir);
     if held > 0 && free_bytes(dir)? < held {
