@@ -11,6 +11,7 @@
 
 use std::time::Duration;
 
+use itertools::Itertools as _;
 use tokio::time::{sleep, timeout};
 use tonic::Code;
 use tracing::{debug, info, warn};
@@ -143,18 +144,12 @@ impl Hold {
         Ok(())
     }
 
-    /// After a refusal: is it still there under the same uid? Then it has another version, or the
-    /// lease has just ended.
+    /// After a refusal: is it still there under the same uid, with the same ports? Then it has another
+    /// version, or the lease has just ended.
     async fn look(&mut self, refused: &ClientError) -> Result<(), Lost> {
-        match find(&self.client, &self.held.name, &self.held.uid).await {
-            Ok(Some(found)) => self.held = found,
-            Ok(None) => {
-                let why = format!("{refused}; {} is another's now", self.held.name);
-                return Err(Lost::Gone(why));
-            }
-            Err(error) if error.code() == Some(Code::NotFound) => {
-                return Err(Lost::Gone(error.to_string()));
-            }
+        match still_held(&self.client, &self.held).await {
+            Ok(Ok(found)) => self.held = found,
+            Ok(Err(lost)) => return Err(Lost::Gone(format!("{refused}; {lost}"))),
             Err(error) => debug!(%error, "the allocation cannot be looked up yet"),
         }
         Ok(())
@@ -184,20 +179,17 @@ impl Hold {
         }
     }
 
-    /// Resolves when what it holds is no longer there under its uid, by an operator's word say: the
-    /// lease need not have ended. Asked as often as the lease is kept alive.
+    /// Resolves when what it holds is no longer there under its uid, by an operator's word say, or has
+    /// other ports than the program was given: the lease need not have ended. Asked as often as the lease is
+    /// kept alive.
     pub fn gone(&self) -> impl Future<Output = Lost> + use<> {
-        let (client, every) = (self.client.clone(), self.lease.ttl() / 3);
-        let (name, uid) = (self.held.name.clone(), self.held.uid.clone());
+        let (client, every, held) = (self.client.clone(), self.lease.ttl() / 3, self.held.clone());
         async move {
             loop {
                 sleep(every).await;
-                match find(&client, &name, &uid).await {
-                    Ok(Some(_)) => {}
-                    Ok(None) => return Lost::Gone(format!("{name} is another's now")),
-                    Err(error) if error.code() == Some(Code::NotFound) => {
-                        return Lost::Gone(error.to_string());
-                    }
+                match still_held(&client, &held).await {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(lost)) => return Lost::Gone(lost),
                     Err(error) => debug!(%error, "whether it is still held is not known"),
                 }
             }
@@ -229,6 +221,32 @@ pub async fn release(client: &Client, lease: &Holding, held: &v1::Allocation) {
     }
     if let Err(error) = client.lease_revoke(lease.id()).await {
         debug!(%error, "the lease is left to expire");
+    }
+}
+
+/// What is held, as it is now; or why it is not any more. The program was given these ports: with others the
+/// table would say that it listens where it does not.
+async fn still_held(
+    client: &Client,
+    held: &v1::Allocation,
+) -> Result<Result<v1::Allocation, String>, ClientError> {
+    let name = &held.name;
+    match find(client, name, &held.uid).await {
+        Ok(Some(found)) if found.ports == held.ports => Ok(Ok(found)),
+        Ok(Some(found)) => {
+            let (had, has) = (numbers(held), numbers(&found));
+            Ok(Err(format!("{name} has {has} now, and its program was given {had}")))
+        }
+        Ok(None) => Ok(Err(format!("{name} is another's now"))),
+        Err(error) if error.code() == Some(Code::NotFound) => Ok(Err(error.to_string())),
+        Err(error) => Err(error),
+    }
+}
+
+fn numbers(of: &v1::Allocation) -> String {
+    match of.ports.as_slice() {
+        [] => "no ports".into(),
+        ports => format!("ports {}", ports.iter().map(|port| port.number).join(", ")),
     }
 }
 
@@ -294,6 +312,24 @@ mod tests {
             },
         );
         assert!(matches!(gone.await, Lost::Gone(_)));
+    }
+
+    /// As after a conflict that another reported, or in a cluster that was begun from a backup of before one.
+    #[tokio::test]
+    async fn a_program_whose_ports_were_swapped_under_it_is_not_confirmed_on_others() {
+        let (_, client) = node().await;
+        let (keeper, lease, held) = granted(&client, Duration::from_secs(3)).await;
+        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, held.clone());
+        hold.confirm(None).await.unwrap();
+        let gone = hold.gone();
+        let taken = held.ports[0].number;
+        let version = hold.held.version;
+        client.report_conflict("b", held.token, version, taken).await.unwrap();
+        let Lost::Gone(why) = gone.await else { panic!("not the lease") };
+        assert!(why.contains(&format!("was given ports {taken}")), "{why}");
+        let Err(Lost::Gone(_)) = hold.confirm(None).await else { panic!("it was confirmed") };
+        let found = client.get("b", None).await.unwrap().allocation.unwrap();
+        assert_eq!(found.phase(), v1::Phase::Reserved);
     }
 
     #[tokio::test]
