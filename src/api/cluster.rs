@@ -1,6 +1,8 @@
 //! `portwarden.v1.Cluster`: what this node knows of the Raft group, answered by every node itself, and
 //! changes of its membership, made by the leader.
 
+use std::future::ready;
+
 use futures::StreamExt as _;
 use futures::stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -220,7 +222,12 @@ impl v1::cluster_server::Cluster for Api {
             Ok(data) => Ok(v1::SnapshotChunk { data, ..Default::default() }),
             Err(error) => Err(errors::not_ready(&format!("the backup broke off: {error}"))),
         });
-        let chunks = stream::once(std::future::ready(Ok(head))).chain(pieces);
-        Ok(Response::new(Box::pin(chunks.take_until(self.stopping()))))
+        let chunks = stream::once(ready(Ok(head))).chain(pieces);
+        // What just ends would pass for the whole table.
+        let stopping = stream::once(ready(Err(errors::not_ready("this node is stopping"))));
+        let whole = chunks.map(Some).chain(stream::once(ready(None)));
+        let until_stopping = whole.take_until(self.stopping()).chain(stopping.map(Some));
+        let chunks = until_stopping.take_while(|chunk| ready(chunk.is_some())).filter_map(ready);
+        Ok(Response::new(Box::pin(chunks)))
     }
 }

@@ -13,16 +13,20 @@ use super::{Globals, log_to_stderr, parse, stopped, usage};
 use crate::api::assembly::{Listeners, Server};
 use crate::node::backups::BackupPlan;
 use crate::node::{Entry, Lifecycle, NodeConfig, NodeId, Upkeep};
+use crate::store::{FATAL_EXIT, exit_at_once};
 
 const DEFAULT_LISTEN: &str = "127.0.0.1:7601";
 const DEFAULT_LISTEN_PEER: &str = "127.0.0.1:7701";
 /// What Raft says at `info` is for its own developers; that a member cannot be reached, it says several
-/// times a second, and `raft::network` when that begins and ends.
+/// times a second, also of each vote that it asks for, and `raft::network` when that begins and ends.
 const DEFAULT_LOG_LEVEL: &str = "info,openraft=warn,openraft::core::heartbeat=error,\
+                                 openraft::core::raft_core=error,\
                                  openraft::replication=error,\
                                  openraft::engine::handler::replication_handler=error";
 const BACKUP_EVERY: Duration = Duration::from_secs(3600);
 const BACKUP_KEEP: usize = 24;
+/// How long a node may take to hand over, to let open calls end, and to end Raft.
+const STOP_MAX: Duration = Duration::from_secs(20);
 /// How long a node that was removed says so before it stops.
 const REMOVED_GRACE: Duration = Duration::from_secs(3);
 /// Log entries after which a snapshot is written.
@@ -188,10 +192,21 @@ pub(super) async fn until_stopped(servers: Vec<Server>) -> anyhow::Result<ExitCo
         () = stopped => {}
     }
     info!("stopping");
-    for server in servers {
-        server.stop().await;
+    let asked_again = super::stopped()?;
+    let stop = async {
+        for server in servers {
+            server.stop().await;
+        }
+    };
+    // As safe as `kill -9`, and as quick: what was acknowledged is on the disks of a majority.
+    tokio::select! {
+        () = stop => Ok(ExitCode::SUCCESS),
+        () = asked_again => exit_at_once(1, "asked again to stop: it ends at once"),
+        () = tokio::time::sleep(STOP_MAX) => {
+            let limit = STOP_MAX.as_secs();
+            exit_at_once(FATAL_EXIT, &format!("not stopped within {limit} s, its disk may hang: it ends at once"))
+        }
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 impl Args {
