@@ -13,7 +13,7 @@
 //!   it again, as a new leader gives every lease its full time;
 //! - `Gone` is the cluster's word, and final: an id is never used again.
 //!
-//! At most one request of a lease is under way, and at most [`UNDER_WAY_MAX`] on a stream: what is due beyond
+//! At most one request of a lease is under way, and at most [`ASKED_AT_ONCE`] on a stream: what is due beyond
 //! that waits its turn, the longest due first. So a node that answers at all answers everybody, and none is
 //! given up for the length of the queue.
 
@@ -37,7 +37,7 @@ const PATH: &str = "/portwarden.v1.Leases/KeepAlive";
 /// A lease is renewed when this part of its TTL has passed since the last request.
 const RENEWALS_PER_TTL: u32 = 3;
 /// Requests on a stream that are not answered yet: as many as a node serves of one at a time.
-const UNDER_WAY_MAX: usize = 256;
+const ASKED_AT_ONCE: usize = 256;
 /// Least time for an answer; twice as long after each that was overdue, up to that of any attempt.
 const ANSWER_MIN: Duration = Duration::from_millis(500);
 /// Longest sleep: a clock that counts a suspension may have jumped.
@@ -484,7 +484,7 @@ impl Work {
             self.book.look(0);
             return;
         };
-        let due = self.book.look(UNDER_WAY_MAX.saturating_sub(up.under_way.len()));
+        let due = self.book.look(ASKED_AT_ONCE.saturating_sub(up.under_way.len()));
         let (sent, at) = ((self.book.clock)(), Instant::now());
         let (longest, overdue) = (self.client.shared.attempt_timeout, self.overdue.min(8));
         for (id, ttl) in due {
@@ -504,7 +504,7 @@ mod tests {
     use super::*;
 
     const TTL: Duration = Duration::from_secs(9);
-    const ALL: usize = UNDER_WAY_MAX;
+    const ALL: usize = ASKED_AT_ONCE;
 
     /// A book whose clock shows the seconds that are set.
     fn book() -> (Book, Arc<AtomicU64>) {

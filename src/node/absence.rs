@@ -1,7 +1,7 @@
 //! When the leader's process is gone, the others need not wait until its silence is long enough.
 //!
 //! The kernel closes the connections of a process that ends. A follower asks at the leader's address
-//! when its stream of entries has ended, when a peer wants a pre-vote, and every [`ASK_EVERY`], for it
+//! when its stream of entries has broken off, when a peer wants a pre-vote, and every [`ASK_EVERY`], for it
 //! may have had no stream. Where the host says that nobody listens, or another process answers, the
 //! leader that it followed is gone, and it no longer refuses a vote for that leader's sake. Then the
 //! voters stand for election in turn, one [`TURN`] apart in the order of their ids, with a pre-vote
@@ -19,6 +19,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::Node;
+use crate::raft::Vote;
 
 /// What a leader that is gone costs at most, where nothing else told of it.
 const ASK_EVERY: Duration = Duration::from_millis(300);
@@ -29,6 +30,7 @@ const ATTEMPTS: u32 = 8;
 
 pub(super) async fn watch(node: Node) {
     let network = &node.inner.network;
+    let mut told = None;
     loop {
         tokio::select! {
             () = network.closed() => return,
@@ -36,12 +38,13 @@ pub(super) async fn watch(node: Node) {
             () = sleep(ASK_EVERY) => {}
         }
         network.look_whether_removed();
-        succeed(&node).await;
+        succeed(&node, &mut told).await;
     }
 }
 
-/// Nothing where this node follows nobody, or whom it follows lives.
-async fn succeed(node: &Node) {
+/// Nothing where this node follows nobody, or whom it follows lives. Says of each leader once that it is
+/// gone: without a majority it stays the last one.
+async fn succeed(node: &Node, told: &mut Option<Vote>) {
     let raft = &node.inner.raft;
     let seen = raft.metrics().borrow_watched().clone();
     let Some(leader) = seen.current_leader.filter(|leader| *leader != node.id()) else { return };
@@ -50,7 +53,9 @@ async fn succeed(node: &Node) {
     if !node.inner.network.is_gone(leader, &member.peer).await {
         return;
     }
-    info!(leader, "the leader's process is gone");
+    if told.replace(seen.vote) != Some(seen.vote) {
+        info!(leader, "the leader's process is gone");
+    }
     // As if the leader had said so: to nobody's favour, so that all this does is end its lease.
     let request = TransferLeaderRequest::new(seen.vote, leader, None);
     match raft.handle_transfer_leader(request).await {

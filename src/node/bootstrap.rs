@@ -21,6 +21,8 @@ use crate::raft::{JoinError, Member, NodeId, PeerNetwork, Raft};
 /// Between rounds of asking.
 const PROBE_PAUSE: Duration = Duration::from_millis(200);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Leaders that a node which joins is sent on to in one round: two may name each other.
+const HOPS_A_ROUND: u32 = 4;
 /// Between the questions of a node that waits to be spoken to.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// After so many rounds the log says again who is missing.
@@ -182,6 +184,7 @@ pub(super) async fn join(
 ) -> Result<(), StartError> {
     let mut asked = peer.to_string();
     let mut round: u32 = 0;
+    let mut hops = 0;
     loop {
         let request = peer::JoinRequest {
             header: None,
@@ -194,11 +197,14 @@ pub(super) async fn join(
                 info!(at = asked, "this node was taken in as a learner");
                 return Ok(());
             }
-            Ok(answer) if answer.leader_peer != asked => {
+            Ok(answer) if answer.leader_peer != asked && hops < HOPS_A_ROUND => {
                 asked = answer.leader_peer;
+                hops += 1;
                 continue;
             }
-            Ok(_) => "it names itself the leader, and does not lead".to_string(),
+            Ok(answer) => {
+                format!("it names {} the leader, which does not lead", answer.leader_peer)
+            }
             Err(JoinError::Refused(why)) => {
                 return Err(StartError::CannotJoin { id: config.id, why });
             }
@@ -209,7 +215,7 @@ pub(super) async fn join(
         }
         round += 1;
         // The leader may be another one by now.
-        asked = peer.to_string();
+        (asked, hops) = (peer.to_string(), 0);
         sleep(ASK_AGAIN).await;
     }
 }

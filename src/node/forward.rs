@@ -108,9 +108,9 @@ impl Hooks {
 
 #[tonic::async_trait]
 impl PeerHooks for Hooks {
-    async fn forward(&self, request: peer::ForwardRequest) -> peer::ForwardResponse {
-        let remaining = Duration::from_millis(request.remaining_ms).min(FORWARDED_MAX);
-        let deadline = Instant::now() + remaining;
+    async fn forward(&self, request: peer::ForwardRequest, came: Instant) -> peer::ForwardResponse {
+        // What it took to find out who calls is of the caller's time too.
+        let deadline = came + Duration::from_millis(request.remaining_ms).min(FORWARDED_MAX);
         let peer::ForwardRequest { header, method, request, request_id, call, .. } = &request;
         tokio::task::yield_now().await;
         let session = header.as_ref().map_or("", |header| &header.from_session);
@@ -174,6 +174,35 @@ mod tests {
         assert_eq!(left(), 0, "nothing is left of a deadline that is past");
     }
 
+    /// When the call that came last must be done.
+    #[derive(Default)]
+    struct Due(std::sync::Mutex<Option<Deadline>>);
+
+    #[tonic::async_trait]
+    impl LocalCalls for Due {
+        async fn call(
+            &self,
+            _: &str,
+            _: &[u8],
+            _: &str,
+            deadline: Deadline,
+        ) -> Result<Vec<u8>, tonic::Status> {
+            *self.0.lock().unwrap() = Some(deadline);
+            Ok(Vec::new())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_counts_from_when_the_call_came_and_not_from_when_its_caller_was_known() {
+        let due = Arc::new(Due::default());
+        let hooks = Hooks::new(Arc::new(OnceLock::from(due.clone() as Arc<dyn LocalCalls>)));
+        let came = Instant::now();
+        let asked = forwarded("/m", vec![], came + Duration::from_secs(5));
+        tokio::time::advance(Duration::from_secs(3)).await;
+        hooks.forward(asked, came).await;
+        assert_eq!(*due.0.lock().unwrap(), Some(came + Duration::from_secs(5)));
+    }
+
     #[derive(Default)]
     struct Counting(AtomicUsize);
 
@@ -200,9 +229,9 @@ mod tests {
             Some(peer::Header { from_session: session.into(), ..Default::default() })
         };
         let forward = |session: &str, call| {
-            let soon = Instant::now() + Duration::from_secs(9);
-            let asked = forwarded("/m", vec![], soon);
-            hooks.forward(peer::ForwardRequest { header: header(session), call, ..asked })
+            let now = Instant::now();
+            let asked = forwarded("/m", vec![], now + Duration::from_secs(9));
+            hooks.forward(peer::ForwardRequest { header: header(session), call, ..asked }, now)
         };
         let gives_up =
             async { hooks.give_up(&peer::GiveUpRequest { header: header("a"), call: 7 }) };

@@ -33,7 +33,6 @@ pub fn raft_config(snapshot_every_entries: u64) -> Result<Arc<Config>, String> {
         // told, and a member that is behind by less is sent entries.
         max_in_snapshot_log_to_keep: snapshot_every_entries,
         purge_batch_size: (snapshot_every_entries / 8).clamp(1, 1024),
-        replication_lag_threshold: snapshot_every_entries.saturating_mul(2),
         backoff: "50ms 100ms 200ms ..1s".into(),
         // A member that lost its log must not be believed; default is off, said for safety.
         allow_log_reversion: Some(false),

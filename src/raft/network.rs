@@ -198,7 +198,7 @@ impl PeerNetwork {
         *guard(&self.led) = Some((by, Instant::now()));
     }
 
-    /// Returns when there is reason to ask whether the leader lives: a stream of entries has ended, its
+    /// Returns when there is reason to ask whether the leader lives: a stream of entries has broken off, its
     /// process perhaps with it, or a peer wants to be elected. One may wait.
     pub async fn doubted(&self) {
         self.doubted.notified().await;

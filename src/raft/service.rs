@@ -5,7 +5,9 @@
 //! with FAILED_PRECONDITION, which beside it only `join` answers with.
 
 use std::future::ready;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use fail::fail_point;
@@ -62,8 +64,12 @@ impl RaftCell {
 /// What the node answers on the peer listener besides Raft's own calls. Headers are checked before.
 #[tonic::async_trait]
 pub trait PeerHooks: Send + Sync + 'static {
-    /// A client's call that another node carried here.
-    async fn forward(&self, request: proto::ForwardRequest) -> proto::ForwardResponse;
+    /// A client's call that another node carried here; it came at `came`.
+    async fn forward(
+        &self,
+        request: proto::ForwardRequest,
+        came: Instant,
+    ) -> proto::ForwardResponse;
 
     /// Nobody waits any more for a call that was, or will be, carried here.
     fn give_up(&self, request: &proto::GiveUpRequest);
@@ -212,13 +218,17 @@ async fn check_session(network: &PeerNetwork, header: &proto::Header) -> Result<
 /// A peer's stream of entries, for as long as it is there.
 struct HeldStream {
     network: PeerNetwork,
+    /// The peer has sent all that it meant to: each heartbeat is a stream of its own.
+    all_sent: Arc<AtomicBool>,
     /// Dropped, it ends what still reads the stream.
     _reader: oneshot::Sender<()>,
 }
 
 impl Drop for HeldStream {
     fn drop(&mut self) {
-        self.network.doubt_leader();
+        if !self.all_sent.load(Ordering::Relaxed) {
+            self.network.doubt_leader();
+        }
     }
 }
 
@@ -266,9 +276,14 @@ impl Peer for PeerService {
             admit_member(&network, first.header.as_ref()).await?;
             let leader = first.header.as_ref().map(|header| header.from);
             let (reader, gone) = oneshot::channel();
-            let stream = HeldStream { network: network.clone(), _reader: reader };
-            let led = network.clone();
-            let messages = stream::once(ready(Ok(first))).chain(messages);
+            let all_sent = Arc::<AtomicBool>::default();
+            let (led, ended) = (network.clone(), all_sent.clone());
+            let stream = HeldStream { network: network.clone(), all_sent, _reader: reader };
+            let end = stream::poll_fn(move |_| {
+                ended.store(true, Ordering::Relaxed);
+                Poll::Ready(None)
+            });
+            let messages = stream::once(ready(Ok(first))).chain(messages).chain(end);
             let messages =
                 messages.inspect_ok(move |_| leader.into_iter().for_each(|l| led.note_led(l)));
             let requests = as_there_is_room(messages, log)
@@ -362,10 +377,10 @@ impl Peer for PeerService {
         &self,
         request: Request<proto::ForwardRequest>,
     ) -> Answer<proto::ForwardResponse> {
-        let message = request.into_inner();
+        let (message, came) = (request.into_inner(), Instant::now());
         self.admit_member(message.header.as_ref()).await?;
         fail_point!("forward-received", |_| Err(Status::unavailable("a failpoint")));
-        let answer = self.hooks.forward(message).await;
+        let answer = self.hooks.forward(message, came).await;
         fail_point!("forward-executed", |_| Err(Status::unavailable("a failpoint")));
         Ok(Response::new(answer))
     }

@@ -38,7 +38,11 @@ struct Hooks;
 
 #[tonic::async_trait]
 impl PeerHooks for Hooks {
-    async fn forward(&self, request: proto::ForwardRequest) -> proto::ForwardResponse {
+    async fn forward(
+        &self,
+        request: proto::ForwardRequest,
+        _: tokio::time::Instant,
+    ) -> proto::ForwardResponse {
         let echo = proto::forward_response::Result::Response(request.request);
         proto::ForwardResponse { result: Some(echo) }
     }
