@@ -2,7 +2,9 @@
 //!
 //! When so many bytes were appended since the last snapshot, the next one is written; and when it
 //! is there, the log before the one before it goes, however few entries that is. So the log holds
-//! at most two such spans and what comes while a snapshot is being written.
+//! at most two such spans and what comes while a snapshot is being written. A member that takes entries
+//! more slowly than they come would keep all that it has not taken: one that lacks what the last two
+//! snapshots have is sent a snapshot.
 
 use std::time::Duration;
 
@@ -14,7 +16,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 pub(super) async fn bound_bytes(node: Node, log: LogStore, every_bytes: u64) {
     let mut every = ticks(LOOK_EVERY);
     let snapshot_index = || node.inner.metrics().snapshot.map(|at| at.index);
-    let mut newest = snapshot_index();
+    let (mut newest, mut before) = (snapshot_index(), None);
     let mut since = 0;
     let mut asked = false;
     while node.runs() {
@@ -24,6 +26,13 @@ pub(super) async fn bound_bytes(node: Node, log: LogStore, every_bytes: u64) {
             if let (true, Some(older)) = (asked, newest) {
                 let _ = node.inner.raft.trigger().purge_log(older).await; // fails when Raft ends
             }
+            if let Some(left) = before {
+                // Or it would be sent the same entries for ever: what is to go is there no more once nobody
+                // is being sent it.
+                let _ = node.inner.raft.trigger().purge_log(left).await; // as above
+                node.inner.network.leave_behind(left);
+            }
+            before = newest;
             // What was appended while it was written counts towards the next one.
             if !asked {
                 since = log.appended_bytes();

@@ -130,6 +130,8 @@ pub struct PeerNetwork {
     closed: Arc<watch::Sender<bool>>,
     /// Of the last call that was carried to a peer.
     call: Arc<AtomicU64>,
+    /// Members that lack an entry before this one are sent a snapshot.
+    left_behind: Arc<AtomicU64>,
     /// Peers that take no entries now, and what was said of why.
     failing: Arc<Mutex<BTreeMap<NodeId, BTreeSet<String>>>>,
 }
@@ -150,6 +152,7 @@ impl PeerNetwork {
             doubted: Arc::default(),
             closed: Arc::new(watch::channel(false).0),
             call: Arc::default(),
+            left_behind: Arc::default(),
             failing: Arc::default(),
         }
     }
@@ -196,6 +199,12 @@ impl PeerNetwork {
 
     pub(super) fn note_led(&self, by: NodeId) {
         *guard(&self.led) = Some((by, Instant::now()));
+    }
+
+    /// From now on a member that lacks an entry before this one is sent a snapshot in place of the log, once it
+    /// has said so. openraft keeps the log for whoever is being sent entries, however slowly they are taken.
+    pub fn leave_behind(&self, index: u64) {
+        self.left_behind.fetch_max(index, Ordering::Relaxed);
     }
 
     /// Returns when there is reason to ask whether the leader lives: a stream of entries has broken off, its
@@ -647,6 +656,13 @@ impl Answers<'_> {
                     if sent.has_entries {
                         let seconds = sent.at.elapsed().as_secs_f64();
                         histogram!("portwarden_replicate_seconds").record(seconds);
+                    }
+                    let matched = match &read {
+                        Ok(Ok(at)) => at.as_ref().map_or(0, |at| at.index),
+                        _ => 0,
+                    };
+                    if matched < client.network.left_behind.load(Ordering::Relaxed) {
+                        return broke("is behind by more than the log should keep");
                     }
                     client.network.takes(client.target);
                     self.came.push_back((sent, read));

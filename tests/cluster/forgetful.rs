@@ -10,7 +10,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use portwarden::client::{Client, ClientError};
 use portwarden::proto::v1;
@@ -372,6 +372,42 @@ fn a_leader_whose_disk_hangs_hands_over_and_nothing_fails() {
     });
     bench.check(&books);
     assert_eq!(books.unknown.load(Ordering::Acquire), 0);
+}
+
+/// It answers all the time, and takes less than comes: the log would be kept for it, and grow without bound.
+#[test]
+fn a_follower_that_takes_less_than_comes_is_sent_a_snapshot_and_the_log_goes() {
+    let Some(mut bench) = Bench::start() else { return };
+    let books = Books::default();
+    let (handle, leader) = (bench.runtime.handle().clone(), bench.cluster.leader());
+    let slow = (leader + 1) % 3;
+    std::thread::scope(|scope| {
+        for me in 0..CLIENTS {
+            let (handle, client) = (handle.clone(), bench.client.clone());
+            let books = &books;
+            scope.spawn(move || handle.block_on(write_until_done(client, me, 1, books)));
+        }
+        let run = || {
+            bench.wait_for_acknowledged(&books, 10);
+            bench.disks[slow].slow(Duration::from_secs(2));
+            wait_for("it to be sent a snapshot", || {
+                bench.cluster.log(slow).contains("a peer sends its snapshot").then_some(())
+            });
+            bench.disks[slow].slow(Duration::ZERO);
+            let index = |at, name| bench.cluster.metric(at, name).unwrap_or_default();
+            let sent = index(leader, "portwarden_log_last_index");
+            wait_for("the log to go", || {
+                (index(leader, "portwarden_log_purged_index") > sent).then_some(())
+            });
+            wait_for("it to catch up", || {
+                (index(slow, "portwarden_log_applied_index") > sent).then_some(())
+            });
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        books.done.store(true, Ordering::Release);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    bench.check(&books);
 }
 
 /// The test above would notice: disks that answer syncs and do nothing lose what was acknowledged.
