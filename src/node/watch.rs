@@ -9,7 +9,7 @@
 //! - `apply` waits for no watcher: it leaves word of what changed and goes on, and only hands it on
 //!   itself where too much lies there. What is kept is persistent (to begin costs O(1)), and a
 //!   watcher's queue takes references. One that falls [`LAG_MAX_EVENTS`] behind is cut off
-//!   ([`End::Slow`]).
+//!   ([`End::Slow`]), and what waited for it is gone: it could take its time over that too.
 //! - Who watches one worker costs nothing while other workers change, and is told of those revisions
 //!   alone that concern it.
 //! - Once the table was replaced by a peer's snapshot, what came between is not known: everybody is
@@ -18,7 +18,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -146,7 +146,15 @@ struct Book {
 struct Watcher {
     worker: Option<WorkerName>,
     queue: mpsc::UnboundedSender<Result<Word, End>>,
-    waiting: Arc<AtomicUsize>,
+    waiting: Arc<Waiting>,
+}
+
+/// What a watcher and its subscription both know.
+#[derive(Default)]
+struct Waiting {
+    events: AtomicUsize,
+    /// It fell too far behind.
+    too_much: AtomicBool,
 }
 
 /// One watcher's end: what was kept first, then what comes. Leaves when it is dropped.
@@ -155,7 +163,7 @@ pub struct Subscription {
     id: u64,
     kept: Vector<Batch>,
     queue: mpsc::UnboundedReceiver<Result<Word, End>>,
-    waiting: Arc<AtomicUsize>,
+    waiting: Arc<Waiting>,
 }
 
 fn events(groups: &[Group]) -> impl Iterator<Item = &Event> {
@@ -199,7 +207,7 @@ impl Hub {
             return Err(NoWatch::TooMany);
         }
         let (queue, arriving) = mpsc::unbounded_channel();
-        let waiting = Arc::new(AtomicUsize::new(0));
+        let waiting = Arc::<Waiting>::default();
         let id = book.next_id;
         book.next_id += 1;
         match &worker {
@@ -305,7 +313,8 @@ impl Book {
         let mut slow = Vec::new();
         for id in to {
             let Some(watcher) = self.watchers.get(id) else { continue };
-            if watcher.waiting.fetch_add(events, Relaxed) + events > LAG_MAX_EVENTS {
+            if watcher.waiting.events.fetch_add(events, Relaxed) + events > LAG_MAX_EVENTS {
+                watcher.waiting.too_much.store(true, Relaxed);
                 slow.push(*id);
             } else {
                 let _ = watcher.queue.send(Ok(Word::Told(told.clone()))); // it may have left
@@ -386,13 +395,19 @@ impl ApplyObserver for Hub {
 impl Subscription {
     /// The next word; waits for it.
     pub async fn next(&mut self) -> Result<Word, End> {
+        if self.waiting.too_much.load(Relaxed) {
+            self.kept.clear();
+            self.queue.close();
+            while self.queue.try_recv().is_ok() {}
+            return Err(End::Slow);
+        }
         if let Some(batch) = self.kept.pop_front() {
             return Ok(Word::Told(Told::new(batch)));
         }
         // The queue ends only after it said why.
         let next = self.queue.recv().await.unwrap_or(Err(End::Gap));
         if let Ok(Word::Told(told)) = &next {
-            self.waiting.fetch_sub(events_of(&told.batch), Relaxed);
+            self.waiting.events.fetch_sub(events_of(&told.batch), Relaxed);
         }
         next
     }
@@ -561,7 +576,7 @@ mod tests {
             assert_eq!(heard(&mut fast), [[revision]]);
         }
         let (told, end) = all(&mut slow);
-        assert_eq!((told.len(), end), (LAG_MAX_EVENTS, Some(End::Slow)));
+        assert_eq!((told.len(), end), (0, Some(End::Slow)), "nothing more to take its time over");
         assert_eq!(hub.watchers(), 1);
     }
 
