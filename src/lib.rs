@@ -7,6 +7,7 @@ pub mod blocking;
 mod causes;
 pub mod cli;
 pub mod client;
+pub mod connections;
 pub mod core;
 mod essential;
 mod lock;

@@ -4,12 +4,13 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use axum::http::StatusCode;
 use axum::routing::get;
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket};
@@ -19,8 +20,8 @@ use tokio::time::{Instant, interval, timeout_at};
 use tonic::transport::server::Connected;
 use tracing::{error, info};
 
-use super::connections::make_room;
-use super::{Api, Readiness, describe_metrics, serve, tcp_incoming};
+use super::{Api, Readiness, describe_metrics, serve};
+use crate::connections::{Connection, Kind, tcp_incoming};
 use crate::node::{Node, NodeConfig, StartError, telemetry};
 
 /// How long open calls may take to end when a server stops.
@@ -79,6 +80,41 @@ fn listen_for_clients(socket: TcpSocket) -> io::Result<TcpListener> {
     socket.listen(BACKLOG).map_err(cannot_listen("clients", addr))
 }
 
+/// The HTTP listener, with its connections counted.
+struct HttpListener {
+    addr: io::Result<SocketAddr>,
+    incoming: Pin<Box<dyn Stream<Item = io::Result<Connection>> + Send>>,
+}
+
+impl HttpListener {
+    fn over(listener: TcpListener) -> Self {
+        let addr = listener.local_addr();
+        let incoming = Box::pin(tcp_incoming(listener, Kind::Http, Kind::Http.most()));
+        HttpListener { addr, incoming }
+    }
+}
+
+impl axum::serve::Listener for HttpListener {
+    type Io = Connection;
+    type Addr = Option<SocketAddr>;
+
+    async fn accept(&mut self) -> (Connection, Option<SocketAddr>) {
+        loop {
+            if let Some(Ok(connection)) = self.incoming.next().await {
+                let from = connection.connect_info().remote_addr();
+                return (connection, from);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Option<SocketAddr>> {
+        match &self.addr {
+            Ok(addr) => Ok(Some(*addr)),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+        }
+    }
+}
+
 /// A running server.
 pub struct Server {
     pub node: Node,
@@ -95,11 +131,13 @@ impl Server {
         let Listeners { clients, peers, http: http_listener } = listeners;
         let node = Node::start(config, peers).await?;
         let clients = listen_for_clients(clients).map_err(StartError::Listen)?;
-        let mut server = Server::of(node, tcp_incoming(clients, make_room())).await;
+        let clients = tcp_incoming(clients, Kind::Client, Kind::Client.most());
+        let mut server = Server::of(node, clients).await;
         if let Some(listener) = http_listener {
             let app = http(server.node.clone(), metrics);
             let stopped = stopped(server.stop.subscribe());
-            let served = axum::serve(listener, app).with_graceful_shutdown(stopped);
+            let served =
+                axum::serve(HttpListener::over(listener), app).with_graceful_shutdown(stopped);
             server.tasks.push(tokio::spawn(async move {
                 if let Err(e) = served.await {
                     error!("the HTTP listener failed: {e}");

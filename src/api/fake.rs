@@ -9,7 +9,8 @@ use tonic::Status;
 
 use super::convert;
 use super::dispatch::{Api, Backend, Backup};
-use super::{Readiness, serve, tcp_incoming};
+use super::{Readiness, serve};
+use crate::connections::{Kind, tcp_incoming};
 use crate::core::{Command, LeaseId, Millis, Origin, Revision, Specs, State, WorkerName, apply};
 use crate::node::members::{MemberChange, NotChanged};
 use crate::node::sweeper::{Heard, Sample, Unheard};
@@ -176,6 +177,6 @@ pub(crate) async fn listen(
     let address = listener.local_addr().unwrap().to_string();
     let readiness = Readiness::new().await;
     readiness.set(true).await;
-    tokio::spawn(serve(api, readiness, tcp_incoming(listener, 100), shutdown));
+    tokio::spawn(serve(api, readiness, tcp_incoming(listener, Kind::Client, 100), shutdown));
     address
 }

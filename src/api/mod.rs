@@ -13,7 +13,6 @@ mod ahead;
 mod allocator;
 pub mod assembly;
 mod cluster;
-mod connections;
 mod convert;
 mod dispatch;
 mod errors;
@@ -33,7 +32,6 @@ mod watch;
 mod workers;
 
 pub use address::check_host_port;
-pub use connections::{CONNECTIONS_MAX, tcp_incoming};
 pub(crate) use convert::worker_spec;
 pub use dispatch::{Api, Backend, CALLS_IN_FLIGHT_MAX};
 pub use observe::{TIMEOUT_DEFAULT, TIMEOUT_MAX, code_name, describe_metrics};

@@ -24,13 +24,15 @@ const MARGIN_MAX: Duration = Duration::from_millis(100);
 const REQUEST_ID_MAX_BYTES: usize = 128;
 
 /// Methods whose callers lose something where they are turned away.
-const URGENT: [&str; 6] = [
+const URGENT: [&str; 7] = [
     "/portwarden.v1.Allocator/Confirm",
     "/portwarden.v1.Allocator/Attach",
     "/portwarden.v1.Allocator/Release",
     "/portwarden.v1.Allocator/ReportConflict",
     "/portwarden.v1.Leases/KeepAlive",
     "/portwarden.v1.Leases/Revoke",
+    // An agent that is not heard in time is taken for lost, with its worker.
+    "/portwarden.v1.Workers/Report",
 ];
 
 const RPC_SECONDS: &str = "portwarden_rpc_seconds";
@@ -58,13 +60,15 @@ impl Api {
     where
         F: Future<Output = Result<T, Status>>,
     {
-        self.observed_for(time_given(metadata), method, metadata, call).await
+        let urgent = URGENT.contains(&method);
+        self.observed_for(time_given(metadata), urgent, method, metadata, call).await
     }
 
-    /// The same, with the time that it is given.
+    /// The same, with the time that it is given; `urgent`: its caller loses something where it is turned away.
     pub(super) async fn observed_for<T, F>(
         &self,
         time: Duration,
+        urgent: bool,
         method: &'static str,
         metadata: &MetadataMap,
         call: impl FnOnce(Deadline) -> F,
@@ -74,7 +78,7 @@ impl Api {
     {
         let mut timer = Timer { method, code: "CANCELLED", started: Instant::now() };
         self.inner.node.check().map_err(errors::call)?;
-        let Some(_permit) = self.enter(method) else {
+        let Some(_permit) = self.enter(urgent) else {
             timer.code = code_name(Code::ResourceExhausted);
             return Err(Api::overloaded());
         };
@@ -93,10 +97,10 @@ impl Api {
     }
 
     /// Room for one more call; what is urgent has some of its own, for when there is no other.
-    fn enter(&self, method: &str) -> Option<SemaphorePermit<'_>> {
+    fn enter(&self, urgent: bool) -> Option<SemaphorePermit<'_>> {
         let Inner { in_flight, urgent_in_flight, node, .. } = &*self.inner;
         let room = in_flight.try_acquire().ok();
-        if room.is_some() || !URGENT.contains(&method) {
+        if room.is_some() || !urgent {
             return room;
         }
         let room = urgent_in_flight.try_acquire().ok();

@@ -146,6 +146,16 @@ fn step(asked: &v1::SessionCommand) -> Result<Step, Status> {
     }
 }
 
+/// As a unary call of it would be.
+fn is_urgent(asked: &v1::SessionCommand) -> bool {
+    match asked.command {
+        Some(
+            Asked::Confirm(_) | Asked::Attach(_) | Asked::Release(_) | Asked::ReportConflict(_),
+        ) => true,
+        Some(Asked::Allocate(_) | Asked::Get(_)) | None => false,
+    }
+}
+
 /// The error, where another node leads and nothing was done here: all of it may be sent there.
 fn all_elsewhere(
     applied: &[Result<Written, CallError>],
@@ -246,7 +256,7 @@ impl Api {
     }
 
     /// An error ends the stream.
-    async fn serve_message(
+    pub(super) async fn serve_message(
         self,
         metadata: MetadataMap,
         message: Result<v1::SessionRequest, Status>,
@@ -257,9 +267,10 @@ impl Api {
             0 => TIMEOUT_DEFAULT,
             ms => Duration::from_millis(ms.into()),
         };
+        let urgent = message.commands.iter().any(is_urgent);
         let ids: Vec<u64> = message.commands.iter().map(|asked| asked.id).collect();
         let call = |deadline| self.dispatch::<Session>(message, deadline);
-        let response = self.observed_for(time, Session::PATH, &metadata, call).await;
+        let response = self.observed_for(time, urgent, Session::PATH, &metadata, call).await;
         Ok(response.map(Response::into_inner).unwrap_or_else(|status| v1::SessionResponse {
             answers: ids.into_iter().map(|id| answered(id, Err(status.clone()))).collect(),
         }))

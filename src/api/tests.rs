@@ -669,6 +669,19 @@ async fn as_many_calls_as_there_may_be_are_served_and_one_more_is_not() {
     };
     let answer = api.release(release()).await.unwrap_err();
     assert_eq!(answer.code(), Code::FailedPrecondition, "it came to the table");
+    let on_a_session = async |command| {
+        let commands = vec![v1::SessionCommand { id: 1, command: Some(command) }];
+        let message = v1::SessionRequest { commands, ..Default::default() };
+        let answered = api.clone().serve_message(Default::default(), Ok(message)).await.unwrap();
+        let Some(v1::session_answer::Answer::Error(refused)) = &answered.answers[0].answer else {
+            panic!("{answered:?}")
+        };
+        Code::from(refused.code)
+    };
+    let asked = v1::session_command::Command::Get(get("a").into_inner());
+    assert_eq!(on_a_session(asked).await, Code::ResourceExhausted);
+    let asked = v1::session_command::Command::Release(release().into_inner());
+    assert_eq!(on_a_session(asked).await, Code::FailedPrecondition, "it came to the table");
     let urgent = api.inner.urgent_in_flight.try_acquire_many(URGENT_CALLS_MAX as u32).unwrap();
     assert_eq!(*fake.turned_away.lock().unwrap(), 0);
     let refused = api.release(release()).await.unwrap_err();

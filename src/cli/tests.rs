@@ -304,11 +304,12 @@ fn a_list_says_how_long_ago_and_why_it_lingers() {
 
 /// A node in memory, served over TCP until the test ends.
 async fn node() -> (std::sync::Arc<crate::api::fake::Fake>, String) {
-    use crate::api::{Readiness, serve, tcp_incoming};
+    use crate::api::{Readiness, serve};
+    use crate::connections::{Kind, tcp_incoming};
     let (fake, api) = crate::api::fake::fake();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let incoming = tcp_incoming(listener, 100);
+    let incoming = tcp_incoming(listener, Kind::Client, 100);
     tokio::spawn(serve(api, Readiness::new().await, incoming, std::future::pending()));
     (fake, address)
 }

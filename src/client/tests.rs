@@ -15,7 +15,8 @@ use super::{
     Client, ClientError, Filter, Follow, Keeper, News, Options, Session, Standing, StartError, Try,
 };
 use crate::api::fake::{Fake, allocate, claim, fake, listen, spec, table};
-use crate::api::{Readiness, serve, tcp_incoming};
+use crate::api::{Readiness, serve};
+use crate::connections::{Kind, tcp_incoming};
 use crate::core;
 use crate::node::{CallError, MemberReport};
 use crate::proto::v1;
@@ -306,7 +307,12 @@ async fn what_nobody_waits_for_any_more_is_not_sent_on_a_session() {
     let (fake, api) = fake();
     let readiness = Readiness::new().await;
     readiness.set(true).await;
-    tokio::spawn(serve(api, readiness, tcp_incoming(silent, 100), std::future::pending()));
+    tokio::spawn(serve(
+        api,
+        readiness,
+        tcp_incoming(silent, Kind::Client, 100),
+        std::future::pending(),
+    ));
     let granted = session.allocate(vec![claim("b")]).await.unwrap().allocations;
     assert_eq!(granted[0].name, "b");
     assert_eq!(*fake.proposed.lock().unwrap(), 1);
@@ -507,7 +513,12 @@ async fn calls_that_are_given_up_in_masses_break_no_other() {
     assert!(join_all(given_up).await.iter().all(Result::is_err));
     let readiness = Readiness::new().await;
     readiness.set(true).await;
-    tokio::spawn(serve(fake().1, readiness, tcp_incoming(listener, 100), std::future::pending()));
+    tokio::spawn(serve(
+        fake().1,
+        readiness,
+        tcp_incoming(listener, Kind::Client, 100),
+        std::future::pending(),
+    ));
     patient.await.unwrap().unwrap();
 }
 

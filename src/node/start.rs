@@ -9,7 +9,7 @@ use openraft::async_runtime::watch::WatchReceiver;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tonic::transport::server::{Connected, TcpIncoming};
+use tonic::transport::server::Connected;
 use tracing::error;
 
 use super::config::{Entry, NodeConfig};
@@ -19,6 +19,7 @@ use super::{
     compaction, members, observers, proposer, reads, setback, space, stall, survey, sweeper,
     telemetry, timers, watch,
 };
+use crate::connections::{Kind, tcp_incoming};
 use crate::essential::spawn_essential;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
@@ -66,8 +67,7 @@ impl Node {
     /// the background. The node answers calls as soon as a leader is known.
     pub async fn start(config: NodeConfig, listener: TcpListener) -> Result<Node, StartError> {
         let data = DataDir::open(&config.data_dir, config.id)?;
-        // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let incoming = tcp_incoming(listener, Kind::Peer, Kind::Peer.most());
         Node::start_over(config, data, incoming, Dial::default()).await
     }
 

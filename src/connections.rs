@@ -1,0 +1,234 @@
+//! Connections that come in, counted: each costs a file descriptor, and a node that has none left
+//! cannot write its log.
+//!
+//! A connection beyond the bound is closed at once, so that a client goes to another node; one that stays
+//! silent is closed too, or whoever opens many and says nothing would keep all others out. When accepting
+//! fails, the next attempt waits a little instead of spinning.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::stream::{self, Stream};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep};
+use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+use tracing::warn;
+
+/// Connections of clients that one node serves at a time, where it may open twice as many files.
+pub const CONNECTIONS_MAX: usize = 8192;
+/// Connections of peers: every member has a few.
+pub const PEER_CONNECTIONS_MAX: usize = 1024;
+/// Connections to the HTTP listener.
+pub const HTTP_CONNECTIONS_MAX: usize = 256;
+/// HTTP/2 has its own way to find out who is gone once it has begun. HTTP/1 never has.
+const SILENT_FIRST: Duration = Duration::from_secs(20);
+const SILENT_BETWEEN: Duration = Duration::from_secs(120);
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+/// After a failure to accept, which lasts while descriptors or memory are short.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Of what a connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Client,
+    Peer,
+    Http,
+}
+
+impl Kind {
+    /// Most that may be open at a time. Half of the files that there may be are for the log, whatever comes.
+    pub fn most(self) -> usize {
+        let files = make_room();
+        match self {
+            Kind::Client => CONNECTIONS_MAX.min(files / 2),
+            Kind::Peer => PEER_CONNECTIONS_MAX.min(files / 8),
+            Kind::Http => HTTP_CONNECTIONS_MAX.min(files / 16),
+        }
+    }
+
+    /// How long one may say nothing: at its beginning, and afterwards.
+    fn silence(self) -> (Duration, Option<Duration>) {
+        match self {
+            Kind::Client | Kind::Peer => (SILENT_FIRST, None),
+            Kind::Http => (SILENT_FIRST, Some(SILENT_BETWEEN)),
+        }
+    }
+}
+
+/// Lets this process open as many files as it ever may (the usual 1024 are soon used up), and says how many.
+fn make_room() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    // Where this fails, what there is has to do.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    getrlimit(Resource::Nofile).current.map_or(usize::MAX, |files| files as usize)
+}
+
+/// Accepts TCP connections, at most `max` at a time.
+pub fn tcp_incoming(
+    listener: TcpListener,
+    kind: Kind,
+    max: usize,
+) -> impl Stream<Item = io::Result<Connection>> {
+    // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
+    let incoming =
+        TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE_IDLE));
+    let free = Arc::new(Semaphore::new(max));
+    stream::unfold((incoming, free), move |(mut incoming, free)| async move {
+        loop {
+            match incoming.next().await? {
+                Ok(tcp) => {
+                    if let Ok(permit) = free.clone().try_acquire_owned() {
+                        let (first, between) = kind.silence();
+                        let silent = Some(Box::pin(sleep(first)));
+                        let connection = Connection { tcp, silent, between, _permit: permit };
+                        return Some((Ok(connection), (incoming, free)));
+                    }
+                }
+                Err(error) => {
+                    warn!(?kind, "cannot accept a connection: {error}");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    })
+}
+
+/// One of those that may be open at a time.
+pub struct Connection {
+    tcp: TcpStream,
+    /// Until then it must have said something.
+    silent: Option<Pin<Box<Sleep>>>,
+    between: Option<Duration>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = TcpConnectInfo;
+
+    fn connect_info(&self) -> TcpConnectInfo {
+        self.tcp.connect_info()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let read = Pin::new(&mut this.tcp).poll_read(cx, buf);
+        let Some(silent) = &mut this.silent else { return read };
+        if read.is_ready() {
+            match this.between {
+                Some(between) => silent.as_mut().reset(Instant::now() + between),
+                None => this.silent = None,
+            }
+            return read;
+        }
+        match silent.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.tcp.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    async fn listener() -> (TcpListener, std::net::SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        (listener, addr)
+    }
+
+    #[tokio::test]
+    async fn one_more_than_there_may_be_is_closed_and_makes_room_for_none() {
+        let (listener, addr) = listener().await;
+        let mut incoming = Box::pin(tcp_incoming(listener, Kind::Http, 1));
+        let _first = TcpStream::connect(addr).await.unwrap();
+        let held = incoming.next().await.unwrap().unwrap();
+        let mut more = TcpStream::connect(addr).await.unwrap();
+        let closed = async { more.read(&mut [0]).await.unwrap_or(0) };
+        tokio::select! {
+            _ = incoming.next() => panic!("it was taken"),
+            read = closed => assert_eq!(read, 0),
+        }
+        drop(held);
+        let _next = TcpStream::connect(addr).await.unwrap();
+        assert!(incoming.next().await.unwrap().is_ok());
+    }
+
+    /// What a connection that said `said` ends with once it is silent.
+    async fn silent(kind: Kind, said: &[u8]) -> io::Result<usize> {
+        let (listener, addr) = listener().await;
+        let mut incoming = Box::pin(tcp_incoming(listener, kind, 1));
+        let mut caller = TcpStream::connect(addr).await.unwrap();
+        let mut connection = incoming.next().await.unwrap().unwrap();
+        caller.write_all(said).await.unwrap();
+        connection.read_exact(&mut vec![0; said.len()]).await.unwrap();
+        tokio::time::pause();
+        let limit = SILENT_FIRST + SILENT_BETWEEN * 2;
+        tokio::time::timeout(limit, connection.read(&mut [0])).await.unwrap_or(Ok(usize::MAX))
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_is_cut_off_and_over_http_2_only_at_the_beginning() {
+        for (kind, said, cut_off) in [
+            (Kind::Client, "", true),
+            (Kind::Peer, "", true),
+            (Kind::Http, "", true),
+            (Kind::Http, "GET", true),
+            (Kind::Client, "PRI", false),
+            (Kind::Peer, "PRI", false),
+        ] {
+            let end = silent(kind, said.as_bytes()).await;
+            tokio::time::resume();
+            match end {
+                Err(error) if cut_off => assert_eq!(error.kind(), io::ErrorKind::TimedOut),
+                Ok(usize::MAX) if !cut_off => {}
+                end => panic!("{kind:?} after {said:?}: {end:?}"),
+            }
+        }
+    }
+}
