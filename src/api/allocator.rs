@@ -331,8 +331,8 @@ impl Read for List {
     }
 
     fn answer(api: &Api, view: &State, query: &ListQuery) -> Result<v1::ListResponse, Status> {
-        let after = query.token.as_ref().map(|token| InstanceName::parse(&token.after));
-        let after = after.transpose().map_err(errors::invalid)?;
+        let after = query.token.as_ref().map(|token| token.place(InstanceName::parse));
+        let after = after.transpose()?;
         let shown = |allocation: &core::Allocation| {
             query.matches(allocation).then(|| convert::allocation(allocation, view))
         };

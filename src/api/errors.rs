@@ -234,7 +234,11 @@ pub fn outcome_unknown(why: &str) -> Status {
     reasoned(Code::Unknown, text, reason::OUTCOME_UNKNOWN)
 }
 
+/// Answers that something is too much now, whatever it is: calls, commands, reads, backups or watchers.
+pub const OVERLOADED_TOTAL: &str = "portwarden_overloaded_total";
+
 pub fn overloaded(retry_after: Duration) -> Status {
+    metrics::counter!(OVERLOADED_TOTAL).increment(1);
     let mut details = ErrorDetails::with_error_info(reason::OVERLOADED, DOMAIN, HashMap::new());
     details.set_retry_info(Some(retry_after));
     let text = format!(

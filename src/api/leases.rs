@@ -127,10 +127,7 @@ impl Read for List {
         view: &State,
         query: &ListQuery,
     ) -> Result<v1::ListLeasesResponse, Status> {
-        let number = |token: &PageToken| {
-            let malformed = || Invalid::new("page_token", &token.after, "a token of this listing");
-            token.after.parse().map(LeaseId).map_err(|_| errors::invalid(malformed()))
-        };
+        let number = |token: &PageToken| token.place(|after| after.parse().map(LeaseId));
         let after = query.token.as_ref().map(number).transpose()?;
         let leases: Vec<_> = view.leases_after(after).take(query.size + 1).collect();
         let named: Vec<_> = leases.iter().map(|lease| (lease.id.to_string(), lease)).collect();

@@ -44,6 +44,11 @@ pub fn describe_metrics() {
         metrics::Unit::Seconds,
         "Time from a call's arrival to its answer, by method and gRPC code"
     );
+    metrics::describe_counter!(
+        errors::OVERLOADED_TOTAL,
+        "Calls, and commands on sessions, that were refused because too much was under way"
+    );
+    metrics::counter!(errors::OVERLOADED_TOTAL).absolute(0);
     let _registered = metrics::histogram!(
         RPC_SECONDS, "method" => "/portwarden.v1.Allocator/Allocate", "code" => code_name(Code::Ok)
     );

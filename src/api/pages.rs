@@ -118,6 +118,12 @@ impl PageToken {
         Ok(Some(token))
     }
 
+    /// Where the listing goes on.
+    pub fn place<T, E>(&self, parse: impl FnOnce(&str) -> Result<T, E>) -> Result<T, Status> {
+        let malformed = || Invalid::new("page_token", &self.after, "a token of this listing");
+        parse(&self.after).map_err(|_| errors::invalid(malformed()))
+    }
+
     pub fn text(&self) -> String {
         format!("{}.{}", self.revision, self.after)
     }

@@ -205,8 +205,8 @@ impl Read for List {
         view: &State,
         query: &ListQuery,
     ) -> Result<v1::ListWorkersResponse, Status> {
-        let after = query.token.as_ref().map(|token| WorkerName::parse(&token.after));
-        let after = after.transpose().map_err(errors::invalid)?;
+        let after = query.token.as_ref().map(|token| token.place(WorkerName::parse));
+        let after = after.transpose()?;
         let workers = view.workers_after(after.as_ref()).map(|worker| {
             let shown = query.selector.matches(&worker.spec.labels);
             (worker.name.as_str(), shown.then(|| convert::worker(worker)))

@@ -93,9 +93,7 @@ pub(super) fn describe(error: &anyhow::Error) -> (u8, String) {
         return (client_exit_code(error), describe_call(error, None));
     }
     match error.downcast_ref::<CliError>() {
-        Some(CliError::Usage(text)) => {
-            (USAGE, format!("error: {text}\nhint: see `portwarden help`\n"))
-        }
+        Some(CliError::Usage(text)) => (USAGE, format!("error: {text}\n")),
         Some(CliError::Precondition(text)) => (CONFLICT, format!("error: {text}\n")),
         Some(error @ CliError::NothingElseFits { .. }) => (
             NOTHING_FITS,
@@ -163,7 +161,8 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
         }
         ClientError::Unavailable { .. } => {
             return Some(
-                "nothing was changed; check that the nodes at --endpoints run and have a majority"
+                "nothing was changed; check that the nodes at --endpoints run and have a majority: \
+                 `portwarden status` shows it (and a --min-revision may not be there yet)"
                     .into(),
             );
         }

@@ -75,11 +75,16 @@ impl From<v1::ExplainResponse> for Explanation {
         Explanation {
             fits: answer.refusal.is_empty(),
             refusal: Some(answer.refusal).filter(|refusal| !refusal.is_empty()),
-            allocations: answer.allocations.into_iter().map(output::Allocation::from).collect(),
+            allocations: answer.allocations.into_iter().map(not_granted).collect(),
             claims: answer.claims.into_iter().map(claim).collect(),
             revision: answer.revision,
         }
     }
+}
+
+/// The token and version that it would have now, another may have by then.
+fn not_granted(allocation: v1::Allocation) -> output::Allocation {
+    output::Allocation::from(v1::Allocation { token: 0, version: 0, ..allocation })
 }
 
 fn text(explanation: &Explanation) -> String {

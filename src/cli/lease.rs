@@ -155,7 +155,7 @@ async fn revoke(client: &Client, id: u64, format: Format) -> anyhow::Result<()> 
     let object = json!({ "revoked": answer.revoked, "revision": answer.revision });
     output::print(format, &object, || match answer.revoked {
         true => format!("revoked lease {id}"),
-        false => format!("lease {id} had ended already"),
+        false => format!("lease {id} was never granted, or had ended already"),
     })
 }
 

@@ -69,6 +69,17 @@ pub struct Allocation {
     pub phase: &'static str,
     pub lease: Option<u64>,
     pub labels: BTreeMap<String, String>,
+    /// While it lingers: what happened.
+    pub reason: Option<String>,
+    /// How its agent can tell whether it lives, in words.
+    pub liveness: Option<String>,
+    /// Unix time by the leader's clock; 0 where it is not known.
+    pub granted_at_ms: u64,
+    pub changed_at_ms: u64,
+    /// How long it may stay reserved, from its last change.
+    pub confirm_within_ms: u64,
+    /// Ports swapped because of conflicts, so far.
+    pub swaps: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -112,6 +123,12 @@ impl From<v1::Allocation> for Allocation {
             phase,
             lease: Some(a.lease).filter(|lease| *lease != 0),
             labels: a.labels,
+            reason: given(a.reason),
+            liveness: a.liveness.as_ref().map(liveness_text),
+            granted_at_ms: a.granted_at_ms,
+            changed_at_ms: a.changed_at_ms,
+            confirm_within_ms: a.confirm_within_ms,
+            swaps: a.swaps,
         }
     }
 }
@@ -127,9 +144,14 @@ fn allocation_row(a: &Allocation) -> Vec<String> {
         none_as_dash(ports_text(&a.ports)),
         none_as_dash(gpus_text(&a.gpus)),
         a.phase.to_string(),
-        a.token.to_string(),
-        a.version.to_string(),
+        number_or_dash(a.token),
+        number_or_dash(a.version),
     ]
+}
+
+/// What was not granted has neither token nor version.
+fn number_or_dash(number: u64) -> String {
+    if number == 0 { "-".into() } else { number.to_string() }
 }
 
 pub fn allocations_table<'a>(allocations: impl IntoIterator<Item = &'a Allocation>) -> String {
@@ -273,6 +295,8 @@ pub struct Worker {
     pub name: String,
     pub address: String,
     pub phase: &'static str,
+    /// What it is again once its agent reports or it is verified; null where that is `phase`.
+    pub phase_before: Option<&'static str>,
     pub labels: BTreeMap<String, String>,
     pub ranges: Vec<Range>,
     pub reserved: Vec<u32>,
@@ -325,7 +349,8 @@ pub struct WorkerGpu {
 
 impl From<v1::Worker> for Worker {
     fn from(w: v1::Worker) -> Self {
-        let phase = w.phase().as_str_name();
+        let away = matches!(w.phase(), v1::WorkerPhase::Lost | v1::WorkerPhase::Unverified);
+        let (phase, before) = (w.phase().as_str_name(), w.phase_before().as_str_name());
         let spec = w.spec.unwrap_or_default();
         let quarantined = |q: v1::QuarantinedPort| Quarantined {
             number: q.number,
@@ -357,6 +382,7 @@ impl From<v1::Worker> for Worker {
             name: w.name,
             address: spec.address,
             phase,
+            phase_before: away.then_some(before),
             labels: spec.labels,
             ranges: w.ranges.into_iter().map(range).collect(),
             reserved: spec.reserved,
@@ -373,6 +399,15 @@ impl From<v1::Worker> for Worker {
     }
 }
 
+/// `LOST,CORDONED`: what it is, and what it will be where that is not `READY`.
+fn phases(worker: &Worker) -> String {
+    let ready = v1::WorkerPhase::Ready.as_str_name();
+    match worker.phase_before.filter(|before| *before != ready) {
+        Some(before) => format!("{},{before}", worker.phase),
+        None => worker.phase.to_string(),
+    }
+}
+
 pub fn workers_table<'a>(workers: impl IntoIterator<Item = &'a Worker>) -> String {
     let header = ["NAME", "ADDRESS", "PHASE", "PORTS FREE", "GPUS FREE", "ALLOCATIONS", "LABELS"];
     let rows = workers.into_iter().map(|w| {
@@ -385,7 +420,7 @@ pub fn workers_table<'a>(workers: impl IntoIterator<Item = &'a Worker>) -> Strin
         vec![
             w.name.clone(),
             w.address.clone(),
-            w.phase.to_string(),
+            phases(w),
             none_as_dash(ports.collect::<Vec<_>>().join(",")),
             none_as_dash(gpus.collect::<Vec<_>>().join(",")),
             w.allocations.to_string(),
@@ -406,6 +441,9 @@ pub fn worker_text(worker: &Worker) -> String {
         for Quarantined { number, reason, since } in &range.quarantined {
             text.push_str(&format!("\n  {number} quarantined since revision {since}: {reason}"));
         }
+    }
+    if let Some(before) = worker.phase_before {
+        text.push_str(&format!("\n{before} again once its agent reports, or it is verified"));
     }
     match &worker.identity {
         Some(Identity { machine_id, boot_id, namespace }) => text.push_str(&format!(

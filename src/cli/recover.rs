@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::snapshot::begin_anew;
-use super::{CliError, Globals, output, parse};
+use super::{CliError, Globals, output, parse, usage};
 use crate::raft::{NodeId, Table, salvage};
 use crate::store::DataDir;
 
@@ -69,7 +69,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
 }
 
 fn read(from: &Path) -> anyhow::Result<(NodeId, Table)> {
-    let survivor = DataDir::owner(from)?;
+    let survivor = DataDir::owner(from).map_err(|error| usage(error.to_string()))?;
     let data = DataDir::open(from, survivor)?;
     Ok((survivor, salvage(&data)?))
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use super::{Globals, log_to_stderr, parse, stopped, usage};
 use crate::api::assembly::{Listeners, Server};
 use crate::node::backups::BackupPlan;
 use crate::node::{Entry, Lifecycle, NodeConfig, NodeId, Upkeep};
-use crate::store::{FATAL_EXIT, exit_at_once};
+use crate::store::{DataDir, FATAL_EXIT, exit_at_once};
 
 const DEFAULT_LISTEN: &str = "127.0.0.1:7601";
 const DEFAULT_LISTEN_PEER: &str = "127.0.0.1:7701";
@@ -284,7 +284,7 @@ impl Args {
             self.low_space.as_deref(),
         )?;
         let lifecycle = self.check_lifecycle()?;
-        let (entry, advertise_peer) = self.check_entry(id, peers)?;
+        let (entry, advertise_peer) = self.check_entry(id, &data_dir, peers)?;
         Ok(Settings {
             node: NodeConfig {
                 id,
@@ -353,7 +353,12 @@ impl Args {
     }
 
     /// How the node comes to its cluster, and where the other nodes reach it.
-    fn check_entry(&self, id: NodeId, peers: SocketAddr) -> anyhow::Result<(Entry, String)> {
+    fn check_entry(
+        &self,
+        id: NodeId,
+        data_dir: &Path,
+        peers: SocketAddr,
+    ) -> anyhow::Result<(Entry, String)> {
         let reached = self.advertise_peer.clone().unwrap_or_else(|| peers.to_string());
         let reached = host_port("--advertise-peer", &reached)?;
         match (&self.initial_cluster, &self.join) {
@@ -361,10 +366,12 @@ impl Args {
                 "--join: must be left out where --initial-cluster is given: a node begins a cluster \
                  or joins one",
             )),
-            (None, None) => Err(usage(
-                "--initial-cluster or --join is required (see portwarden serve --help); a node that \
-                     has begun ignores which",
-            )),
+            (None, None) if DataDir::knows_its_cluster(data_dir) => Ok((Entry::Begun, reached)),
+            (None, None) => Err(usage(format!(
+                "--initial-cluster or --join is required, as nothing has begun in {} yet (see \
+                 portwarden serve --help)",
+                data_dir.display()
+            ))),
             (None, Some(_)) if self.advertise_peer.is_none() && peers.ip().is_unspecified() => {
                 Err(usage(format!(
                     "--listen-peer: {peers} is every address; --advertise-peer must say which one \

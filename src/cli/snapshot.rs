@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::BufWriter;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -179,9 +180,13 @@ pub(super) fn begin_anew(
     output::print(globals.output, &begun, || {
         let Begun { cluster_id, data_dir, workers, allocations, .. } = &begun;
         let (dir, peer) = (data_dir.display(), &members[&id]);
+        // Beyond loopback clients reach it there too.
+        let host = peer.rsplit_once(':').map_or(peer.as_str(), |(host, _)| host);
+        let here = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+        let beyond = if here { String::new() } else { format!(" --insecure --listen {host}:7601") };
         format!(
             "{dir} begins cluster {cluster_id} with {workers} workers and {allocations} \
-             allocations\n\nNext:\n  portwarden serve --id {id} --data-dir {dir} --listen-peer {peer} \
+             allocations\n\nNext:\n  portwarden serve --id {id} --data-dir {dir} --listen-peer {peer}{beyond} \
              --initial-cluster {initial_cluster}\n  portwarden worker verify --all    or let the \
              agents report: until then nothing is granted"
         )

@@ -204,7 +204,7 @@ fn errors_say_what_then_details_then_what_to_do() {
 }
 
 #[test]
-fn the_json_of_an_allocation_is_that_of_the_design() {
+fn the_json_of_an_allocation_is_that_of_the_design_and_a_little_more() {
     let allocation = v1::Allocation {
         name: "qwen-0".into(),
         uid: "u".into(),
@@ -233,6 +233,9 @@ fn the_json_of_an_allocation_is_that_of_the_design() {
         ],
         "gpus": [{"index": 0, "uuid": "G", "memory_bytes": 8_589_934_592_u64, "exclusive": false}],
         "token": 7, "version": 9, "phase": "BOUND", "lease": null, "labels": {"k": "v"},
+        // Beyond the design: why it lingers, how it lives, and since when.
+        "reason": "shown to people", "liveness": null, "granted_at_ms": 0, "changed_at_ms": 0,
+        "confirm_within_ms": 0, "swaps": 1,
     });
     assert_eq!(shown, expected);
 }

@@ -1,6 +1,7 @@
 //! `portwarden watch`: a line for each change of the table.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -99,7 +100,10 @@ impl Event {
         let mut detail = match (&self.allocation, &self.worker, &self.lease) {
             (Some(allocation), ..) => output::allocation_line(allocation),
             (_, Some(worker), _) => worker.phase.to_string(),
-            (.., Some(lease)) => format!("{} ms, {} allocations", lease.ttl_ms, lease.allocations),
+            (.., Some(lease)) => {
+                let ttl = humantime::format_duration(Duration::from_millis(lease.ttl_ms));
+                format!("{ttl}, {} allocations", lease.allocations)
+            }
             _ => String::new(),
         };
         if !self.reason.is_empty() {
@@ -112,7 +116,7 @@ impl Event {
 
 /// Of fixed width: a line is written before the next one is known.
 fn columns(revision: &str, kind: &str, name: &str, detail: &str) -> String {
-    format!("{revision:<10} {kind:<14} {name:<24} {detail}")
+    format!("{revision:<20} {kind:<14} {name:<24} {detail}")
 }
 
 pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {

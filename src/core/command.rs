@@ -595,7 +595,7 @@ fn describe_selection(
     if not_ready > 0 {
         parts.push(format!("{not_ready} not ready"));
     }
-    let why = if parts.is_empty() { "there is no such worker".into() } else { parts.join(", ") };
+    let why = if parts.is_empty() { "no worker has such labels".into() } else { parts.join(", ") };
     format!("looked at {looked_at} of {candidates} workers: {why}")
 }
 

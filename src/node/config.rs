@@ -32,6 +32,8 @@ pub enum Entry {
     Begin(BTreeMap<NodeId, String>),
     /// It joins the one of the node at this peer address.
     Join(String),
+    /// It has data, which say with whom it began.
+    Begun,
 }
 
 impl Entry {
@@ -39,7 +41,7 @@ impl Entry {
     pub(super) fn initial_cluster(&self) -> BTreeMap<NodeId, String> {
         match self {
             Entry::Begin(nodes) => nodes.clone(),
-            Entry::Join(_) => BTreeMap::new(),
+            Entry::Join(_) | Entry::Begun => BTreeMap::new(),
         }
     }
 }

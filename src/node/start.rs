@@ -239,6 +239,7 @@ impl Node {
         let mut watching = std::pin::pin!(async {
             match &config.entry {
                 _ if begun => std::future::pending().await,
+                Entry::Begun => std::future::pending().await,
                 Entry::Begin(listed) => {
                     bootstrap::watch_for_begin(config, listed, network).await;
                     Ok(())

@@ -79,6 +79,14 @@ struct Identity {
 }
 
 impl DataDir {
+    /// Has a node begun here? What is wrong with a directory is said when it is opened.
+    pub fn knows_its_cluster(path: &Path) -> bool {
+        let file = path.join(IDENTITY);
+        let text = fs::read_to_string(&file);
+        let identity = text.ok().and_then(|text| Identity::parse(&file, &text).ok());
+        identity.is_some_and(|identity| identity.cluster_id.is_some())
+    }
+
     /// Opens a directory and locks it; makes it where there is none.
     ///
     /// Errors: another process uses it, it is another node's, its identity file cannot be read, or

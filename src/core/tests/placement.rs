@@ -83,7 +83,7 @@ fn a_positive_term_narrows_the_search_to_its_label() {
     assert_eq!(reasons, [(LackKind::Labels, 1), (LackKind::Ports, 1)]);
     let unknown = claim("a", "any").count(1).select("n=77", Policy::Binpack);
     let refusal = t.refused(allocate(&[unknown]));
-    assert!(refusal.to_string().ends_with("looked at 0 of 0 workers: there is no such worker"));
+    assert!(refusal.to_string().ends_with("looked at 0 of 0 workers: no worker has such labels"));
 }
 
 #[test]
