@@ -216,7 +216,7 @@ impl Roll {
     }
 
     /// The live voters, other than the leader, and what each lacks of its log; who lacks least comes first.
-    pub fn next(&self) -> impl Iterator<Item = (u64, NodeId)> {
+    pub fn successors(&self) -> impl Iterator<Item = (u64, NodeId)> {
         let others = self.voters().into_iter().filter(|id| *id != self.metrics.id);
         others.filter(|id| self.is_live(*id)).map(|id| (self.lag(id), id)).sorted()
     }
@@ -612,7 +612,7 @@ async fn successor<Answer: Future<Output = bool>>(
         roll.leads()?;
         // It takes over once it has every entry: what is on its way will be there.
         let (caught_up, behind): (Vec<_>, Vec<_>) =
-            roll.next().partition(|(lag, _)| *lag <= PROMOTE_LAG_MAX_ENTRIES);
+            roll.successors().partition(|(lag, _)| *lag <= PROMOTE_LAG_MAX_ENTRIES);
         for (_, id) in &caught_up {
             if answers(*id).await {
                 return Ok(*id);

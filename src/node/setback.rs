@@ -7,11 +7,16 @@
 //! it.
 //!
 //! It is found only where somebody leads that has heard from it: where all nodes start at once, nobody
-//! knows.
+//! knows. Who does not answer in time is asked again, for a leader may be busy.
+
+use tokio::time::Instant;
 
 use super::status::ASK_TIMEOUT;
 use super::{Node, NodeId, StartError};
 use crate::proto::peer;
+
+/// How often a member that neither answers nor refuses is asked.
+const ASKS: u32 = 4;
 
 /// Fails where a leader has been told more than is here.
 pub(super) async fn look(node: &Node) -> Result<(), StartError> {
@@ -19,11 +24,21 @@ pub(super) async fn look(node: &Node) -> Result<(), StartError> {
     let heard_of = log.vote().map_or((0, 0), |ballot| (ballot.term, ballot.node));
     let applied = node.inner.view.table().applied.map_or(0, |at| at.index);
     let last = node.inner.ended_at.unwrap_or(0).max(applied);
-    for (leader, answer) in node.ask_others(ASK_TIMEOUT).await {
-        let more = answer.and_then(|answer| more_than_is_here((leader, &answer), heard_of, last));
-        if let Some(acknowledged) = more {
-            let path = node.inner.config.data_dir.clone();
-            return Err(StartError::SetBack { id: node.id(), path, leader, acknowledged, last });
+    for _ in 0..ASKS {
+        let asked = Instant::now();
+        let answers = node.ask_others(ASK_TIMEOUT).await;
+        for (leader, answer) in &answers {
+            let more = |answer| more_than_is_here((*leader, answer), heard_of, last);
+            if let Some(acknowledged) = answer.as_ref().and_then(more) {
+                let (id, leader) = (node.id(), *leader);
+                let path = node.inner.config.data_dir.clone();
+                return Err(StartError::SetBack { id, path, leader, acknowledged, last });
+            }
+        }
+        // Who is not there has refused before.
+        let all_have_said = answers.iter().all(|(_, answer)| answer.is_some());
+        if all_have_said || asked.elapsed() < ASK_TIMEOUT {
+            break;
         }
     }
     Ok(())

@@ -44,7 +44,7 @@ pub(super) async fn look_after(node: Node, log: LogStore) {
 /// them hang.
 fn others_go_on(node: &Node) -> bool {
     let roll = node.roll();
-    roll.next()
+    roll.successors()
         .next()
         .is_some_and(|(_, next)| roll.acknowledged(next) > roll.acknowledged(node.id()))
 }

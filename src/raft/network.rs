@@ -53,7 +53,7 @@ use crate::proto::peer::append_response::Result as AppendResult;
 use crate::proto::peer::peer_client::PeerClient as Rpc;
 use crate::proto::peer::snapshot_request::Part;
 use crate::proto::peer::transfer_response::Refusal;
-use crate::store::{SnapshotFile, codec};
+use crate::store::{SnapshotFile, codec, fatal};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
@@ -771,7 +771,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         let counter = progress.clone();
         let file = snapshot.snapshot;
         // Ends by itself when the call does: it cannot send then.
-        tokio::spawn(send_file(file, head, parts, counter));
+        tokio::spawn(send_file(file.clone(), head, parts, counter));
         let call = peer.snapshot(ReceiverStream::new(outgoing));
         let limit = option.soft_ttl();
         tokio::select! {
@@ -780,7 +780,15 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
                 Err(self.silent(RPCTypes::InstallSnapshot, limit).into())
             }
             answer = call => {
-                let answer = answer.map_err(|status| self.rejected(&status))?.into_inner();
+                let answer = match answer {
+                    Ok(answer) => answer.into_inner(),
+                    Err(status) => {
+                        if status.code() == Code::Internal {
+                            check(file).await;
+                        }
+                        return Err(self.rejected(&status).into());
+                    }
+                };
                 let vote = read_vote(answer.vote).map_err(|why| self.malformed(why))?;
                 Ok(SnapshotResponse::new(vote))
             }
@@ -815,6 +823,14 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
             })
         };
         read().map_err(|why| self.malformed(why))
+    }
+}
+
+/// Ends the process where the file is no more what it was when it was written: the peer would be sent it
+/// again for ever. The next start sets it aside and takes the older one.
+async fn check(file: SnapshotFile) {
+    if let Ok(Err(error)) = blocking(move || file.check()).await {
+        fatal("a snapshot that a member needs is damaged", &error);
     }
 }
 

@@ -100,6 +100,11 @@ impl SnapshotFile {
         Ok(())
     }
 
+    /// Is each block what was written?
+    pub fn check(&self) -> Result<(), StoreError> {
+        self.blocks(|_, _| Ok(()))
+    }
+
     fn blocks(
         &self,
         each: impl FnMut(u8, &[u8]) -> Result<(), StoreError>,

@@ -50,13 +50,15 @@ fn allocation() -> Value {
             "index": "number", "uuid": "string?", "memory_bytes": "number", "exclusive": "bool",
         }],
         "token": "number", "version": "number", "phase": "string", "lease": "number?",
-        "labels": "map",
+        "labels": "map", "reason": "string?", "liveness": "string?", "granted_at_ms": "number",
+        "changed_at_ms": "number", "confirm_within_ms": "number", "swaps": "number",
     })
 }
 
 fn worker() -> Value {
     json!({
-        "name": "string", "address": "string", "phase": "string", "labels": "map",
+        "name": "string", "address": "string", "phase": "string", "phase_before": "string?",
+        "labels": "map",
         "ranges": [{
             "name": "string", "first": "number", "last": "number", "managed": "number",
             "free": "number", "held": "number", "reserved": "number",

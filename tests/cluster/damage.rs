@@ -5,11 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use portwarden::client::{Client, Options};
 use portwarden::proto::v1;
+use portwarden::store::FATAL_EXIT;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -247,6 +249,33 @@ fn a_damaged_node_recovers_or_refuses() {
     eprintln!(
         "{rounds} damaged nodes: {recovered} recovered by themselves, {refused} refused to start"
     );
+}
+
+/// It would send the same bytes for ever, and they would be refused for ever.
+#[test]
+fn a_leader_whose_snapshot_has_rotted_ends_when_a_member_needs_it() {
+    let mut bench = Bench::start(1);
+    let leader = bench.cluster.leader();
+    let dir = bench.cluster.data_dir(leader).join("snapshots");
+    let newest = files(&dir).into_iter().max().expect("a snapshot");
+    let file = fs::OpenOptions::new().read(true).write(true).open(&newest).expect("it opens");
+    let (middle, mut byte) = (file.metadata().expect("its size").len() / 2, [0]);
+    file.read_exact_at(&mut byte, middle).expect("it reads");
+    file.write_all_at(&[!byte[0]], middle).expect("it writes");
+
+    let joins = bench.cluster.add_joining(4);
+    bench.cluster.spawn(joins);
+    assert_eq!(bench.cluster.ended(leader), Some(FATAL_EXIT));
+    let said = bench.cluster.log(leader);
+    assert!(said.contains("a snapshot that a member needs is damaged"), "{said}");
+    bench.cluster.spawn(leader);
+    for at in [leader, joins] {
+        wait_for("the node to be as the others", || {
+            bench.check_copy(at).filter(|revision| *revision >= bench.newest().0)
+        });
+    }
+    assert!(newest.with_extension("damaged").exists());
+    bench.check_cluster();
 }
 
 /// A version of tomorrow in any kind of file: the node says so and ends before it answers anything.

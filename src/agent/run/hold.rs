@@ -92,6 +92,11 @@ impl Hold {
         }
     }
 
+    /// Must a program not be started any more?
+    pub fn is_ending(&self) -> bool {
+        self.spare().is_zero()
+    }
+
     /// Resolves when it must be asked to end.
     pub async fn ending(&mut self) {
         loop {
@@ -340,6 +345,20 @@ mod tests {
         Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, before).release().await;
         let error = client.get("b", None).await.unwrap_err();
         assert_eq!(error.code(), Some(Code::NotFound), "{error}");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_started_on_a_lease_of_which_too_little_is_left() {
+        let (_, client) = node().await;
+        let (keeper, lease, held) = granted(&client, Duration::from_secs(3)).await;
+        let id = lease.id();
+        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Stop, held);
+        assert!(!hold.is_ending());
+        client.lease_revoke(id).await.unwrap();
+        hold.ending().await;
+        assert!(hold.is_ending());
+        hold.on_lease_lost = OnLeaseLost::Keep;
+        assert!(!hold.is_ending(), "what an agent watches lingers");
     }
 
     #[tokio::test]

@@ -89,7 +89,7 @@ pub enum RunError {
     #[error("{program} did not listen on {ports} within {within:?}, and was stopped")]
     NotListening { program: String, ports: String, within: Duration },
     #[error(
-        "the lease could not be kept alive, and without an agent its ports are given to others when it ends: the program was stopped"
+        "the lease could not be kept alive, and without an agent its ports are given to others when it ends: the program does not run"
     )]
     LeaseEnds,
     #[error("what the program held is gone, and it was stopped: {0}")]
@@ -256,6 +256,10 @@ impl Supervisor<'_> {
         if let Some((port, why)) = in_use {
             info!(port, why, "the port is in use; the next one is tried");
             return Ok(Try::InUse { port, why });
+        }
+        // Whatever was asked of the cluster before this may have taken its time.
+        if hold.is_ending() {
+            return Err(RunError::LeaseEnds);
         }
         let program = program::program(&self.job.command, held);
         let shown = program::shown(&self.job.command);
