@@ -27,7 +27,8 @@ pub const CONNECTIONS_MAX: usize = 8192;
 pub const PEER_CONNECTIONS_MAX: usize = 1024;
 /// Connections to the HTTP listener.
 pub const HTTP_CONNECTIONS_MAX: usize = 256;
-/// HTTP/2 has its own way to find out who is gone once it has begun. HTTP/1 never has.
+/// Until so much has come: from then on HTTP/2 has its own way to find out who is gone. HTTP/1 never has.
+const PREFACE_BYTES: usize = 24;
 const SILENT_FIRST: Duration = Duration::from_secs(20);
 const SILENT_BETWEEN: Duration = Duration::from_secs(120);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
@@ -87,7 +88,9 @@ pub fn tcp_incoming(
                     if let Ok(permit) = free.clone().try_acquire_owned() {
                         let (first, between) = kind.silence();
                         let silent = Some(Box::pin(sleep(first)));
-                        let connection = Connection { tcp, silent, between, _permit: permit };
+                        let said_bytes = 0;
+                        let connection =
+                            Connection { tcp, silent, said_bytes, between, _permit: permit };
                         return Some((Ok(connection), (incoming, free)));
                     }
                 }
@@ -103,8 +106,9 @@ pub fn tcp_incoming(
 /// One of those that may be open at a time.
 pub struct Connection {
     tcp: TcpStream,
-    /// Until then it must have said something.
+    /// Until then it must have said something more.
     silent: Option<Pin<Box<Sleep>>>,
+    said_bytes: usize,
     between: Option<Duration>,
     _permit: OwnedSemaphorePermit,
 }
@@ -123,13 +127,15 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
+        let (this, filled) = (&mut *self, buf.filled().len());
         let read = Pin::new(&mut this.tcp).poll_read(cx, buf);
         let Some(silent) = &mut this.silent else { return read };
         if read.is_ready() {
+            this.said_bytes += buf.filled().len() - filled;
             match this.between {
                 Some(between) => silent.as_mut().reset(Instant::now() + between),
-                None => this.silent = None,
+                None if this.said_bytes >= PREFACE_BYTES => this.silent = None,
+                None => {}
             }
             return read;
         }
@@ -219,8 +225,9 @@ mod tests {
             (Kind::Peer, "", true),
             (Kind::Http, "", true),
             (Kind::Http, "GET", true),
-            (Kind::Client, "PRI", false),
-            (Kind::Peer, "PRI", false),
+            (Kind::Client, "PRI", true),
+            (Kind::Client, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", false),
+            (Kind::Peer, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", false),
         ] {
             let end = silent(kind, said.as_bytes()).await;
             tokio::time::resume();

@@ -15,7 +15,7 @@ use super::status::ASK_TIMEOUT;
 use super::{Node, NodeId, StartError};
 use crate::proto::peer;
 
-/// How often a member that neither answers nor refuses is asked.
+/// How often members are asked, while one neither answers nor refuses and none that does leads.
 const ASKS: u32 = 4;
 
 /// Fails where a leader has been told more than is here.
@@ -35,9 +35,10 @@ pub(super) async fn look(node: &Node) -> Result<(), StartError> {
                 return Err(StartError::SetBack { id, path, leader, acknowledged, last });
             }
         }
-        // Who is not there has refused before.
-        let all_have_said = answers.iter().all(|(_, answer)| answer.is_some());
-        if all_have_said || asked.elapsed() < ASK_TIMEOUT {
+        let one_leads = answers.iter().flat_map(|(_, answer)| answer).any(|a| a.state == "leader");
+        // Sooner, whoever is not there has refused.
+        let all_have_said = asked.elapsed() < ASK_TIMEOUT;
+        if one_leads || all_have_said {
             break;
         }
     }

@@ -207,6 +207,14 @@ impl PeerNetwork {
         self.left_behind.fetch_max(index, Ordering::Relaxed);
     }
 
+    fn is_left_behind(&self, heard: &Heard) -> bool {
+        let matched = match heard {
+            Ok(Ok(Some(at))) => at.index,
+            _ => 0,
+        };
+        matched < self.left_behind.load(Ordering::Relaxed)
+    }
+
     /// Returns when there is reason to ask whether the leader lives: a stream of entries has broken off, its
     /// process perhaps with it, or a peer wants to be elected. One may wait.
     pub async fn doubted(&self) {
@@ -657,11 +665,8 @@ impl Answers<'_> {
                         let seconds = sent.at.elapsed().as_secs_f64();
                         histogram!("portwarden_replicate_seconds").record(seconds);
                     }
-                    let matched = match &read {
-                        Ok(Ok(at)) => at.as_ref().map_or(0, |at| at.index),
-                        _ => 0,
-                    };
-                    if matched < client.network.left_behind.load(Ordering::Relaxed) {
+                    // A heartbeat keeps nothing in the log, and whoever answers it is there.
+                    if sent.has_entries && client.network.is_left_behind(&read) {
                         return broke("is behind by more than the log should keep");
                     }
                     client.network.takes(client.target);
@@ -783,7 +788,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
                 let answer = match answer {
                     Ok(answer) => answer.into_inner(),
                     Err(status) => {
-                        if status.code() == Code::Internal {
+                        if matches!(status.code(), Code::Internal | Code::InvalidArgument) {
                             check(file).await;
                         }
                         return Err(self.rejected(&status).into());
