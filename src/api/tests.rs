@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use prost::Message as _;
 use tokio::time::{Instant, sleep};
 use tonic::{Code, Request, Status};
@@ -20,6 +20,7 @@ use crate::core::{
 use crate::node::{CallError, ForwardError, LocalCalls as _};
 use crate::proto::v1::allocator_server::Allocator as _;
 use crate::proto::{reason, v1};
+use crate::raft::ApplyObserver as _;
 
 // Conversions.
 
@@ -649,6 +650,24 @@ fn what_is_shown_of_a_worker_is_bounded() {
     assert_eq!(worker.ranges[0].quarantined_count as usize, shown + 1);
     assert_eq!(worker.gpus[0].holders.len(), holders);
     assert_eq!(worker.gpus[0].holder_count as usize, holders + 1);
+}
+
+/// What just ends would pass for the whole table.
+#[tokio::test]
+async fn a_backup_that_is_cut_off_by_a_stop_ends_with_an_error() {
+    let (fake, api) = fake();
+    fake.hub.installed(&fake.state.lock().unwrap());
+    let read = async |api: &crate::api::Api| {
+        let request = Request::new(v1::SnapshotRequest {});
+        let chunks = v1::cluster_server::Cluster::snapshot(api, request).await.unwrap();
+        chunks.into_inner().collect::<Vec<_>>().await
+    };
+    let whole = read(&api).await;
+    assert!(!whole.is_empty() && whole.iter().all(Result::is_ok), "{whole:?}");
+    api.end_streams();
+    let cut_off = read(&api).await;
+    let end = cut_off.last().expect("it does not just end").as_ref().unwrap_err();
+    assert_eq!(end.code(), Code::Unavailable);
 }
 
 #[tokio::test]

@@ -1,6 +1,8 @@
 //! The life of an allocation and of a worker, through the CLI.
 
-use crate::support::{Cluster, http_get, wait_for};
+use std::process::Command;
+
+use crate::support::{BINARY, Cluster, http_get, wait_for};
 
 #[test]
 fn an_allocation_is_granted_confirmed_swapped_and_released() {
@@ -155,4 +157,32 @@ fn status_and_metrics_tell_how_things_are() {
     });
     let check = cluster.cli(&["status", "--check"]);
     assert_eq!(check.code(), 1, "{}", check.stdout());
+}
+
+/// With whom it began is in its data.
+#[test]
+fn a_node_that_has_begun_starts_again_without_being_told_with_whom() {
+    let mut cluster = Cluster::start(3);
+    cluster.worker("w", 40_063);
+    let without_list = |cluster: &Cluster, at| {
+        let args = cluster.serve_args(at);
+        let list = args.iter().position(|arg| arg == "--initial-cluster").expect("a list");
+        let mut command = Command::new(BINARY);
+        command.args(&args[..list]).args(&args[list + 2..]);
+        command
+    };
+    cluster.kill_all();
+    for at in 0..3 {
+        let command = without_list(&cluster, at);
+        cluster.spawn_as(at, command);
+    }
+    cluster.cli(&["allocate", "a", "--worker", "w", "--ports", "1"]).ok();
+    cluster.wait_until_well();
+    // Over an empty directory it cannot know.
+    cluster.kill(2);
+    std::fs::remove_dir_all(cluster.data_dir(2)).expect("it goes");
+    let command = without_list(&cluster, 2);
+    cluster.spawn_as(2, command);
+    assert_eq!(cluster.ended(2), Some(2));
+    assert!(cluster.log(2).contains("--initial-cluster or --join is required"));
 }
