@@ -35,7 +35,7 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 /// After a failure to accept, which lasts while descriptors or memory are short.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Of what a connection is.
+/// Whose a connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Client,
@@ -44,7 +44,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Most that may be open at a time. Half of the files that there may be are for the log, whatever comes.
+    /// Most that may be open at a time. Five in sixteen of the files that there may be are left for the log.
     pub fn most(self) -> usize {
         let files = make_room();
         match self {

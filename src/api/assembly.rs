@@ -82,20 +82,21 @@ fn listen_for_clients(socket: TcpSocket) -> io::Result<TcpListener> {
 
 /// The HTTP listener, with its connections counted.
 struct HttpListener {
-    addr: io::Result<SocketAddr>,
+    addr: SocketAddr,
     incoming: Pin<Box<dyn Stream<Item = io::Result<Connection>> + Send>>,
 }
 
 impl HttpListener {
-    fn over(listener: TcpListener) -> Self {
-        let addr = listener.local_addr();
+    fn over(listener: TcpListener) -> io::Result<Self> {
+        let addr = listener.local_addr()?;
         let incoming = Box::pin(tcp_incoming(listener, Kind::Http, Kind::Http.most()));
-        HttpListener { addr, incoming }
+        Ok(HttpListener { addr, incoming })
     }
 }
 
 impl axum::serve::Listener for HttpListener {
     type Io = Connection;
+    /// Not known where the connection has ended meanwhile.
     type Addr = Option<SocketAddr>;
 
     async fn accept(&mut self) -> (Connection, Option<SocketAddr>) {
@@ -108,10 +109,7 @@ impl axum::serve::Listener for HttpListener {
     }
 
     fn local_addr(&self) -> io::Result<Option<SocketAddr>> {
-        match &self.addr {
-            Ok(addr) => Ok(Some(*addr)),
-            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
-        }
+        Ok(Some(self.addr))
     }
 }
 
@@ -136,8 +134,8 @@ impl Server {
         if let Some(listener) = http_listener {
             let app = http(server.node.clone(), metrics);
             let stopped = stopped(server.stop.subscribe());
-            let served =
-                axum::serve(HttpListener::over(listener), app).with_graceful_shutdown(stopped);
+            let listener = HttpListener::over(listener).map_err(StartError::Listen)?;
+            let served = axum::serve(listener, app).with_graceful_shutdown(stopped);
             server.tasks.push(tokio::spawn(async move {
                 if let Err(e) = served.await {
                     error!("the HTTP listener failed: {e}");

@@ -65,12 +65,19 @@ pub fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// A number without a unit is one of bytes, if it is no less.
+const BARE_MIN: bytesize::ByteSize = bytesize::ByteSize::mib(1);
+
 pub fn memory(text: &str) -> Result<u64, String> {
     let wanted = format!(
         "must be 1 to {} bytes (16 TiB), such as 8GiB or 24000MB",
         limits::GPU_MEMORY_MAX_BYTES
     );
     match text.parse::<bytesize::ByteSize>() {
+        // Who means 8 GiB would share a GPU with all others who do.
+        Ok(size) if size < BARE_MIN && text.trim().parse::<u64>().is_ok_and(|bare| bare > 0) => {
+            Err(format!("would be {text} bytes: name a unit, such as {text}GiB, or {text}B"))
+        }
         Ok(size) if (1..=limits::GPU_MEMORY_MAX_BYTES).contains(&size.as_u64()) => {
             Ok(size.as_u64())
         }

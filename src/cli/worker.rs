@@ -195,9 +195,11 @@ struct Register {
 #[derive(Debug, clap::Args)]
 #[command(
     group(ArgGroup::new("target").args(["name", "file"]).required(true)),
+    group(ArgGroup::new("change").multiple(true).args(CHANGES)),
     after_help = "Examples:
   portwarden worker apply -f workers.yaml
   portwarden worker apply w1 --label zone=b    replaces the labels, keeps everything else
+  portwarden worker apply w1 --no-labels
 
 A file is a list of workers, or has them under the key `workers`:
   workers:
@@ -210,13 +212,33 @@ A file is a list of workers, or has them under the key `workers`:
 )]
 struct Apply {
     /// Name of the worker to change
-    #[arg(value_parser = parse::name::<WorkerName>, requires = "SpecFlags")]
+    #[arg(value_parser = parse::name::<WorkerName>, requires = "change")]
     name: Option<String>,
     /// Workers as YAML or JSON (`-`: stdin)
-    #[arg(short, long, value_name = "FILE", conflicts_with = "SpecFlags")]
+    #[arg(short, long, value_name = "FILE", conflicts_with = "change")]
     file: Option<String>,
     #[command(flatten)]
     spec: SpecFlags,
+    #[command(flatten)]
+    cleared: Cleared,
+}
+
+/// Flags of `worker apply NAME`, of which one is needed.
+const CHANGES: [&str; 8] =
+    ["address", "range", "reserve", "gpu", "label", "no_labels", "no_reserve", "no_gpus"];
+
+/// What is left out stays, so that none of it must be said.
+#[derive(Debug, Default, clap::Args)]
+struct Cleared {
+    /// Take all its labels away
+    #[arg(long, conflicts_with = "label")]
+    no_labels: bool,
+    /// Reserve none of its ports any more
+    #[arg(long, conflicts_with = "reserve")]
+    no_reserve: bool,
+    /// Take all its GPUs away; refused while one is held
+    #[arg(long, conflicts_with = "gpu")]
+    no_gpus: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -266,8 +288,12 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         Command::Register(Register { name, spec }) => {
             client.worker_register(&name, spec.spec()?).await.map_err(again())?
         }
-        Command::Apply(Apply { name: Some(name), spec, .. }) => {
-            let fields = spec.fields();
+        Command::Apply(Apply { name: Some(name), spec, cleared, .. }) => {
+            let Cleared { no_labels, no_reserve, no_gpus } = cleared;
+            let given = [("labels", no_labels), ("reserved", no_reserve), ("gpus", no_gpus)];
+            let cleared = given.into_iter().filter(|(_, given)| *given);
+            let fields: Vec<String> =
+                spec.fields().into_iter().chain(cleared.map(|(field, _)| field.into())).collect();
             client.worker_update(&name, spec.spec()?, fields).await.map_err(again())?
         }
         Command::Apply(Apply { file, .. }) => {

@@ -38,8 +38,8 @@ pub const LAG_MAX_EVENTS: usize = 50_000;
 const PACE: Duration = Duration::from_millis(10);
 /// Events that may wait for that: with more, `apply` tells of them itself.
 const DUE_MAX_EVENTS: usize = 4096;
-/// Watchers that one node serves at a time. Every agent is one: three nodes have room for all workers that
-/// there may be, less a few.
+/// Watchers that one node serves at a time. Every agent is one, on a connection of its own, of which there are
+/// fewer.
 pub const WATCHERS_MAX: usize = 65_536;
 
 /// All events of one revision, in their order.
