@@ -23,7 +23,7 @@ pub enum ClientError {
     OutcomeUnknown { why: String },
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Refused {
     pub status: Status,
     pub details: ErrorDetails,

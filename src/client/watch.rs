@@ -46,8 +46,10 @@ pub struct Watch {
     stream: Option<Streaming<v1::WatchResponse>>,
     /// Events of a revision of which more is to come.
     partial: Vec<v1::WatchEvent>,
-    /// Endpoints that no longer keep what is wanted.
-    compacted: BTreeSet<String>,
+    /// What the first endpoint said that no longer keeps what is wanted, and all that have been asked since and
+    /// do not tell it either.
+    compacted: Option<Box<Refused>>,
+    asked: BTreeSet<String>,
 }
 
 impl Client {
@@ -60,7 +62,8 @@ impl Client {
             tour: self.tour(),
             stream: None,
             partial: Vec::new(),
-            compacted: BTreeSet::new(),
+            compacted: None,
+            asked: BTreeSet::new(),
         }
     }
 }
@@ -95,8 +98,9 @@ impl Watch {
             let (why, pause) = match verdict {
                 Verdict::NotDone { why, pause } => (why, pause),
                 Verdict::Doubtful { why } => (why, None),
-                Verdict::Refused(refused) => (self.refused(refused, deadline)?, None),
+                Verdict::Refused(refused) => (self.refused(refused)?, None),
             };
+            self.look_whether_compacted(deadline)?;
             let why = by(self.tour.door(), why);
             tracing::debug!(why, seen = self.seen, "the watch goes on elsewhere");
             let pause = self.tour.move_on(pause).max(self.client.jitter(RETURN_PAUSE));
@@ -115,17 +119,30 @@ impl Watch {
     }
 
     /// Why to go on elsewhere, or that this is the end.
-    fn refused(&mut self, refused: Box<Refused>, deadline: Instant) -> Result<String, ClientError> {
+    fn refused(&mut self, refused: Box<Refused>) -> Result<String, ClientError> {
         let why = refused.status.message().to_string();
-        let error = ClientError::Refused(refused);
+        let error = ClientError::Refused(refused.clone());
         match error.reason() {
             Some(reason::COMPACTED) => {
-                self.compacted.insert(self.tour.door().name.clone());
-                let all = self.compacted.len() == self.tour.len();
-                if all || Instant::now() >= deadline { Err(error) } else { Ok(why) }
+                if self.compacted.is_none() {
+                    self.asked.clear();
+                    self.compacted = Some(refused);
+                }
+                Ok(why)
             }
             Some(reason::SLOW_WATCHER) => Ok(why),
             _ => Err(error),
+        }
+    }
+
+    /// After an endpoint told nothing: whether none does. One that is away may keep more than the others,
+    /// but whoever lists anew loses nothing.
+    fn look_whether_compacted(&mut self, deadline: Instant) -> Result<(), ClientError> {
+        let Some(compacted) = &self.compacted else { return Ok(()) };
+        self.asked.insert(self.tour.door().name.clone());
+        match self.asked.len() == self.tour.len() || Instant::now() >= deadline {
+            true => Err(ClientError::Refused(compacted.clone())),
+            false => Ok(()),
         }
     }
 
@@ -153,7 +170,7 @@ impl Watch {
 
     fn take(&mut self, message: v1::WatchResponse) -> Option<Heard> {
         self.tour.answered();
-        self.compacted.clear();
+        self.compacted = None;
         let v1::WatchResponse { revision, events, partial } = message;
         // No node tells anything twice; if one does, nobody hears it twice.
         let seen = self.seen.unwrap_or(0);
@@ -230,10 +247,14 @@ mod tests {
         };
         let mut watch = watch(5);
         let later = Instant::now() + Duration::from_secs(9);
-        assert!(watch.refused(refused(), later).is_ok());
-        assert!(watch.refused(refused(), later).is_ok(), "the same node again");
+        assert!(watch.look_whether_compacted(later).is_ok(), "it may be away");
+        for _ in 0..2 {
+            assert!(watch.refused(refused()).is_ok(), "the same node again");
+            assert!(watch.look_whether_compacted(later).is_ok());
+        }
+        // The other one has gone.
         watch.tour.move_on(None);
-        let error = watch.refused(refused(), later).unwrap_err();
+        let error = watch.look_whether_compacted(later).unwrap_err();
         assert_eq!(error.reason(), Some(reason::COMPACTED));
     }
 }
