@@ -100,11 +100,13 @@ impl axum::serve::Listener for HttpListener {
     type Addr = Option<SocketAddr>;
 
     async fn accept(&mut self) -> (Connection, Option<SocketAddr>) {
-        loop {
-            if let Some(Ok(connection)) = self.incoming.next().await {
+        match self.incoming.next().await {
+            Some(Ok(connection)) => {
                 let from = connection.connect_info().remote_addr();
-                return (connection, from);
+                (connection, from)
             }
+            // A listener neither ends nor fails.
+            Some(Err(_)) | None => std::future::pending().await,
         }
     }
 
