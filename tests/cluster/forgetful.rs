@@ -212,6 +212,25 @@ impl Bench {
         Some(Bench { cluster, disks, client, runtime })
     }
 
+    /// Runs `what` while so many clients write, and has them end, whatever comes of it.
+    fn while_writing<T>(
+        &mut self,
+        (clients, seed): (u64, u64),
+        books: &Books,
+        what: impl FnOnce(&mut Bench) -> T,
+    ) -> T {
+        let handle = self.runtime.handle().clone();
+        std::thread::scope(|scope| {
+            for me in 0..clients {
+                let (client, handle) = (self.client.clone(), handle.clone());
+                scope.spawn(move || handle.block_on(write_until_done(client, me, seed, books)));
+            }
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| what(self)));
+            books.done.store(true, Ordering::Release);
+            outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
     /// All at once: the processes are dead before the first disk forgets.
     fn cut(&mut self, nodes: &[usize], rng: &mut StdRng, all: bool) {
         for at in nodes {
@@ -288,45 +307,32 @@ fn power_cuts_lose_nothing() {
     let books = Books::default();
     let began = Instant::now();
     let mut cuts = [0; 4];
-    let handle = bench.runtime.handle().clone();
 
-    std::thread::scope(|scope| {
-        for me in 0..CLIENTS {
-            let (client, books, handle) = (bench.client.clone(), &books, handle.clone());
-            scope.spawn(move || handle.block_on(write_until_done(client, me, seed, books)));
-        }
-        let rounds = || {
-            for round in 1..=rounds {
-                bench.wait_for_acknowledged(&books, rng.random_range(1..40));
-                let count = [1, 1, 2, 3, 3][rng.random_range(0..5)];
-                let mut nodes: Vec<usize> = (0..3).collect();
-                while nodes.len() > count {
-                    nodes.remove(rng.random_range(0..nodes.len()));
-                }
-                let all = rng.random();
-                bench.cut(&nodes, &mut rng, all);
-                cuts[count] += 1;
-                // One that is away misses something.
-                if count == 1 && rng.random() {
-                    bench.wait_for_acknowledged(&books, rng.random_range(1..20));
-                }
-                for at in &nodes {
-                    bench.cluster.spawn(*at);
-                }
-                bench.check(&books);
-                let acknowledged = books.acknowledged.load(Ordering::Acquire);
-                let kind = if all { "all" } else { "some" };
-                eprintln!(
-                    "round {round}: nodes {nodes:?} forgot {kind}; {acknowledged} calls acknowledged, {:.0?}",
-                    began.elapsed()
-                );
+    bench.while_writing((CLIENTS, seed), &books, |bench| {
+        for round in 1..=rounds {
+            bench.wait_for_acknowledged(&books, rng.random_range(1..40));
+            let count = [1, 1, 2, 3, 3][rng.random_range(0..5)];
+            let mut nodes: Vec<usize> = (0..3).collect();
+            while nodes.len() > count {
+                nodes.remove(rng.random_range(0..nodes.len()));
             }
-        };
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(rounds));
-        books.done.store(true, Ordering::Release);
-        if let Err(panic) = outcome {
-            eprintln!("again with: {replay}");
-            std::panic::resume_unwind(panic);
+            let all = rng.random();
+            bench.cut(&nodes, &mut rng, all);
+            cuts[count] += 1;
+            // One that is away misses something.
+            if count == 1 && rng.random() {
+                bench.wait_for_acknowledged(&books, rng.random_range(1..20));
+            }
+            for at in &nodes {
+                bench.cluster.spawn(*at);
+            }
+            bench.check(&books);
+            let acknowledged = books.acknowledged.load(Ordering::Acquire);
+            let kind = if all { "all" } else { "some" };
+            eprintln!(
+                "round {round}: nodes {nodes:?} forgot {kind}; {acknowledged} calls acknowledged, {:.0?}",
+                began.elapsed()
+            );
         }
     });
 
@@ -350,29 +356,22 @@ fn power_cuts_lose_nothing() {
 fn a_leader_whose_disk_hangs_hands_over_and_nothing_fails() {
     let Some(mut bench) = Bench::start() else { return };
     let books = Books::default();
-    let (handle, client) = (bench.runtime.handle().clone(), bench.client.clone());
     let leader = bench.cluster.leader();
-    std::thread::scope(|scope| {
-        scope.spawn(|| handle.block_on(write_until_done(client, 0, 1, &books)));
-        let run = || {
-            bench.wait_for_acknowledged(&books, 10);
-            bench.disks[leader].hang();
-            // Nobody notices: it is on the others' disks.
-            bench.wait_for_acknowledged(&books, 10);
-            assert_eq!(bench.cluster.leader(), leader);
-            bench.pile_up(40 << 20);
-            let leads = |at: usize| bench.cluster.metric(at, "portwarden_is_leader") == Some(1.0);
-            wait_for("another to lead", || (0..3).find(|at| *at != leader && leads(*at)));
-            bench.wait_for_acknowledged(&books, 10);
-            assert!(bench.cluster.log(leader).contains("the disk takes nothing of the log"));
-            bench.disks[leader].resume();
-            let waits = |at: usize| bench.cluster.metric(at, "portwarden_log_waits_seconds");
-            wait_for("the disk to take all", || (waits(leader) < Some(1.0)).then_some(()));
-            bench.wait_for_acknowledged(&books, 10);
-        };
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
-        books.done.store(true, Ordering::Release);
-        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    bench.while_writing((1, 1), &books, |bench| {
+        bench.wait_for_acknowledged(&books, 10);
+        bench.disks[leader].hang();
+        // Nobody notices: it is on the others' disks.
+        bench.wait_for_acknowledged(&books, 10);
+        assert_eq!(bench.cluster.leader(), leader);
+        bench.pile_up(40 << 20);
+        let leads = |at: usize| bench.cluster.metric(at, "portwarden_is_leader") == Some(1.0);
+        wait_for("another to lead", || (0..3).find(|at| *at != leader && leads(*at)));
+        bench.wait_for_acknowledged(&books, 10);
+        assert!(bench.cluster.log(leader).contains("the disk takes nothing of the log"));
+        bench.disks[leader].resume();
+        let waits = |at: usize| bench.cluster.metric(at, "portwarden_log_waits_seconds");
+        wait_for("the disk to take all", || (waits(leader) < Some(1.0)).then_some(()));
+        bench.wait_for_acknowledged(&books, 10);
     });
     bench.check(&books);
     assert_eq!(books.unknown.load(Ordering::Acquire), 0);
@@ -384,33 +383,23 @@ fn a_leader_whose_disk_hangs_hands_over_and_nothing_fails() {
 fn a_follower_that_takes_less_than_comes_is_sent_a_snapshot_and_the_log_goes() {
     let Some(mut bench) = Bench::start_with("15") else { return };
     let books = Books::default();
-    let (handle, leader) = (bench.runtime.handle().clone(), bench.cluster.leader());
+    let leader = bench.cluster.leader();
     let slow = (leader + 1) % 3;
-    std::thread::scope(|scope| {
-        for me in 0..CLIENTS {
-            let (handle, client) = (handle.clone(), bench.client.clone());
-            let books = &books;
-            scope.spawn(move || handle.block_on(write_until_done(client, me, 1, books)));
-        }
-        let run = || {
-            bench.wait_for_acknowledged(&books, 10);
-            bench.disks[slow].slow(Duration::from_millis(500));
-            wait_for("it to be sent a snapshot", || {
-                bench.cluster.log(slow).contains("a peer sends its snapshot").then_some(())
-            });
-            bench.disks[slow].slow(Duration::ZERO);
-            let index = |at, name| bench.cluster.metric(at, name).unwrap_or_default();
-            let sent = index(leader, "portwarden_log_last_index");
-            wait_for("the log to go", || {
-                (index(leader, "portwarden_log_purged_index") > sent).then_some(())
-            });
-            wait_for("it to catch up", || {
-                (index(slow, "portwarden_log_applied_index") > sent).then_some(())
-            });
-        };
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
-        books.done.store(true, Ordering::Release);
-        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    bench.while_writing((CLIENTS, 1), &books, |bench| {
+        bench.wait_for_acknowledged(&books, 10);
+        bench.disks[slow].slow(Duration::from_millis(500));
+        wait_for("it to be sent a snapshot", || {
+            bench.cluster.log(slow).contains("a peer sends its snapshot").then_some(())
+        });
+        bench.disks[slow].slow(Duration::ZERO);
+        let index = |at, name| bench.cluster.metric(at, name).unwrap_or_default();
+        let sent = index(leader, "portwarden_log_last_index");
+        wait_for("the log to go", || {
+            (index(leader, "portwarden_log_purged_index") > sent).then_some(())
+        });
+        wait_for("it to catch up", || {
+            (index(slow, "portwarden_log_applied_index") > sent).then_some(())
+        });
     });
     bench.check(&books);
 }
