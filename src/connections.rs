@@ -27,8 +27,9 @@ pub const CONNECTIONS_MAX: usize = 8192;
 pub const PEER_CONNECTIONS_MAX: usize = 1024;
 /// Connections to the HTTP listener.
 pub const HTTP_CONNECTIONS_MAX: usize = 256;
-/// Until so much has come: from then on HTTP/2 has its own way to find out who is gone. HTTP/1 never has.
+/// With these HTTP/2 has begun, and has its own way to find out who is gone. HTTP/1 never has.
 const PREFACE_BYTES: usize = 24;
+/// How long a connection may say nothing: at its beginning, and over HTTP/1 afterwards.
 const SILENT_FIRST: Duration = Duration::from_secs(20);
 const SILENT_BETWEEN: Duration = Duration::from_secs(120);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
@@ -45,20 +46,12 @@ pub enum Kind {
 
 impl Kind {
     /// Most that may be open at a time. Five in sixteen of the files that there may be are left for the log.
-    pub fn most(self) -> usize {
+    fn most(self) -> usize {
         let files = make_room();
         match self {
             Kind::Client => CONNECTIONS_MAX.min(files / 2),
             Kind::Peer => PEER_CONNECTIONS_MAX.min(files / 8),
             Kind::Http => HTTP_CONNECTIONS_MAX.min(files / 16),
-        }
-    }
-
-    /// How long one may say nothing: at its beginning, and afterwards.
-    fn silence(self) -> (Duration, Option<Duration>) {
-        match self {
-            Kind::Client | Kind::Peer => (SILENT_FIRST, None),
-            Kind::Http => (SILENT_FIRST, Some(SILENT_BETWEEN)),
         }
     }
 }
@@ -71,11 +64,18 @@ fn make_room() -> usize {
     getrlimit(Resource::Nofile).current.map_or(usize::MAX, |files| files as usize)
 }
 
-/// Accepts TCP connections, at most `max` at a time.
+/// Accepts TCP connections, as many at a time as there may be of their kind.
 pub fn tcp_incoming(
     listener: TcpListener,
     kind: Kind,
+) -> impl Stream<Item = io::Result<Connection>> {
+    at_most(kind.most(), listener, kind)
+}
+
+fn at_most(
     max: usize,
+    listener: TcpListener,
+    kind: Kind,
 ) -> impl Stream<Item = io::Result<Connection>> {
     // Nagle's algorithm would hold a small answer back until the last one is acknowledged.
     let incoming =
@@ -86,11 +86,9 @@ pub fn tcp_incoming(
             match incoming.next().await? {
                 Ok(tcp) => {
                     if let Ok(permit) = free.clone().try_acquire_owned() {
-                        let (first, between) = kind.silence();
-                        let silent = Some(Box::pin(sleep(first)));
-                        let said_bytes = 0;
+                        let silent = Some(Box::pin(sleep(SILENT_FIRST)));
                         let connection =
-                            Connection { tcp, silent, said_bytes, between, _permit: permit };
+                            Connection { tcp, kind, silent, said_bytes: 0, _permit: permit };
                         return Some((Ok(connection), (incoming, free)));
                     }
                 }
@@ -106,10 +104,10 @@ pub fn tcp_incoming(
 /// One of those that may be open at a time.
 pub struct Connection {
     tcp: TcpStream,
+    kind: Kind,
     /// Until then it must have said something more.
     silent: Option<Pin<Box<Sleep>>>,
     said_bytes: usize,
-    between: Option<Duration>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -132,10 +130,10 @@ impl AsyncRead for Connection {
         let Some(silent) = &mut this.silent else { return read };
         if read.is_ready() {
             this.said_bytes += buf.filled().len() - filled;
-            match this.between {
-                Some(between) => silent.as_mut().reset(Instant::now() + between),
-                None if this.said_bytes >= PREFACE_BYTES => this.silent = None,
-                None => {}
+            match this.kind {
+                Kind::Http => silent.as_mut().reset(Instant::now() + SILENT_BETWEEN),
+                _ if this.said_bytes >= PREFACE_BYTES => this.silent = None,
+                _ => {}
             }
             return read;
         }
@@ -191,7 +189,7 @@ mod tests {
     #[tokio::test]
     async fn one_more_than_there_may_be_is_closed_and_makes_room_for_none() {
         let (listener, addr) = listener().await;
-        let mut incoming = Box::pin(tcp_incoming(listener, Kind::Http, 1));
+        let mut incoming = Box::pin(at_most(1, listener, Kind::Http));
         let _first = TcpStream::connect(addr).await.unwrap();
         let held = incoming.next().await.unwrap().unwrap();
         let mut more = TcpStream::connect(addr).await.unwrap();
@@ -208,7 +206,7 @@ mod tests {
     /// What a connection that said `said` ends with once it is silent.
     async fn silent(kind: Kind, said: &[u8]) -> io::Result<usize> {
         let (listener, addr) = listener().await;
-        let mut incoming = Box::pin(tcp_incoming(listener, kind, 1));
+        let mut incoming = Box::pin(at_most(1, listener, kind));
         let mut caller = TcpStream::connect(addr).await.unwrap();
         let mut connection = incoming.next().await.unwrap().unwrap();
         caller.write_all(said).await.unwrap();

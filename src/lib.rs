@@ -9,7 +9,6 @@ pub mod cli;
 pub mod client;
 pub mod connections;
 pub mod core;
-mod essential;
 mod lock;
 pub mod node;
 #[cfg(all(planted, not(debug_assertions)))]

@@ -89,7 +89,7 @@ struct HttpListener {
 impl HttpListener {
     fn over(listener: TcpListener) -> io::Result<Self> {
         let addr = listener.local_addr()?;
-        let incoming = Box::pin(tcp_incoming(listener, Kind::Http, Kind::Http.most()));
+        let incoming = Box::pin(tcp_incoming(listener, Kind::Http));
         Ok(HttpListener { addr, incoming })
     }
 }
@@ -131,7 +131,7 @@ impl Server {
         let Listeners { clients, peers, http: http_listener } = listeners;
         let node = Node::start(config, peers).await?;
         let clients = listen_for_clients(clients).map_err(StartError::Listen)?;
-        let clients = tcp_incoming(clients, Kind::Client, Kind::Client.most());
+        let clients = tcp_incoming(clients, Kind::Client);
         let mut server = Server::of(node, clients).await;
         if let Some(listener) = http_listener {
             let app = http(server.node.clone(), metrics);

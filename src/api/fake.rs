@@ -177,6 +177,6 @@ pub(crate) async fn listen(
     let address = listener.local_addr().unwrap().to_string();
     let readiness = Readiness::new().await;
     readiness.set(true).await;
-    tokio::spawn(serve(api, readiness, tcp_incoming(listener, Kind::Client, 100), shutdown));
+    tokio::spawn(serve(api, readiness, tcp_incoming(listener, Kind::Client), shutdown));
     address
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::BufWriter;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -182,7 +182,8 @@ pub(super) fn begin_anew(
         let (dir, peer) = (data_dir.display(), &members[&id]);
         // Beyond loopback clients reach it there too.
         let host = peer.rsplit_once(':').map_or(peer.as_str(), |(host, _)| host);
-        let here = host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+        let addr = peer.parse::<SocketAddr>();
+        let here = host == "localhost" || addr.is_ok_and(|addr| addr.ip().is_loopback());
         let beyond = if here { String::new() } else { format!(" --insecure --listen {host}:7601") };
         format!(
             "{dir} begins cluster {cluster_id} with {workers} workers and {allocations} \

@@ -318,7 +318,7 @@ async fn node() -> (std::sync::Arc<crate::api::fake::Fake>, String) {
     let (fake, api) = crate::api::fake::fake();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let incoming = tcp_incoming(listener, Kind::Client, 100);
+    let incoming = tcp_incoming(listener, Kind::Client);
     tokio::spawn(serve(api, Readiness::new().await, incoming, std::future::pending()));
     (fake, address)
 }

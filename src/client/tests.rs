@@ -307,12 +307,7 @@ async fn what_nobody_waits_for_any_more_is_not_sent_on_a_session() {
     let (fake, api) = fake();
     let readiness = Readiness::new().await;
     readiness.set(true).await;
-    tokio::spawn(serve(
-        api,
-        readiness,
-        tcp_incoming(silent, Kind::Client, 100),
-        std::future::pending(),
-    ));
+    tokio::spawn(serve(api, readiness, tcp_incoming(silent, Kind::Client), std::future::pending()));
     let granted = session.allocate(vec![claim("b")]).await.unwrap().allocations;
     assert_eq!(granted[0].name, "b");
     assert_eq!(*fake.proposed.lock().unwrap(), 1);
@@ -516,7 +511,7 @@ async fn calls_that_are_given_up_in_masses_break_no_other() {
     tokio::spawn(serve(
         fake().1,
         readiness,
-        tcp_incoming(listener, Kind::Client, 100),
+        tcp_incoming(listener, Kind::Client),
         std::future::pending(),
     ));
     patient.await.unwrap().unwrap();

@@ -48,8 +48,7 @@ pub struct Watch {
     partial: Vec<v1::WatchEvent>,
     /// What the first endpoint said that no longer keeps what is wanted, and all that have been asked since and
     /// do not tell it either.
-    compacted: Option<Box<Refused>>,
-    asked: BTreeSet<String>,
+    compacted: Option<(Box<Refused>, BTreeSet<String>)>,
 }
 
 impl Client {
@@ -63,7 +62,6 @@ impl Client {
             stream: None,
             partial: Vec::new(),
             compacted: None,
-            asked: BTreeSet::new(),
         }
     }
 }
@@ -124,10 +122,7 @@ impl Watch {
         let error = ClientError::Refused(refused.clone());
         match error.reason() {
             Some(reason::COMPACTED) => {
-                if self.compacted.is_none() {
-                    self.asked.clear();
-                    self.compacted = Some(refused);
-                }
+                self.compacted.get_or_insert((refused, BTreeSet::new()));
                 Ok(why)
             }
             Some(reason::SLOW_WATCHER) => Ok(why),
@@ -138,10 +133,10 @@ impl Watch {
     /// After an endpoint told nothing: whether none does. One that is away may keep more than the others,
     /// but whoever lists anew loses nothing.
     fn look_whether_compacted(&mut self, deadline: Instant) -> Result<(), ClientError> {
-        let Some(compacted) = &self.compacted else { return Ok(()) };
-        self.asked.insert(self.tour.door().name.clone());
-        match self.asked.len() == self.tour.len() || Instant::now() >= deadline {
-            true => Err(ClientError::Refused(compacted.clone())),
+        let Some((said, asked)) = &mut self.compacted else { return Ok(()) };
+        asked.insert(self.tour.door().name.clone());
+        match asked.len() == self.tour.len() || Instant::now() >= deadline {
+            true => Err(ClientError::Refused(said.clone())),
             false => Ok(()),
         }
     }

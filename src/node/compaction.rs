@@ -23,13 +23,11 @@ pub(super) async fn bound_bytes(node: Node, log: LogStore, every_bytes: u64) {
         every.tick().await;
         let now = snapshot_index();
         if now != newest {
-            if let (true, Some(older)) = (asked, newest) {
-                let _ = node.inner.raft.trigger().purge_log(older).await; // fails when Raft ends
+            if let Some(goes) = if asked { newest } else { before } {
+                let _ = node.inner.raft.trigger().purge_log(goes).await; // fails when Raft ends
             }
+            // Who is left behind would be sent the same entries for ever, if they were not to go.
             if let Some(left) = before {
-                // Or it would be sent the same entries for ever: what is to go is there no more once nobody
-                // is being sent it.
-                let _ = node.inner.raft.trigger().purge_log(left).await; // as above
                 node.inner.network.leave_behind(left);
             }
             before = newest;

@@ -440,12 +440,8 @@ impl Node {
         deadline: Deadline,
     ) -> Result<(), NotChanged> {
         keeps_majority(|| self.roll(), without, left, deadline).await?;
-        let roll = self.roll();
-        let members = roll.members().into_iter().filter(|(id, _)| left.contains(id));
-        let asked = members.map(|(id, member)| self.ask(id, member, ASK_TIMEOUT));
-        let answers = join_all(asked).await.into_iter().flatten();
-        // One that is starting does not say who it is yet.
-        let live = answers.filter(|answer| !answer.incarnation.is_empty()).count();
+        let answers = join_all(left.iter().map(|id| self.answers(*id))).await;
+        let live = answers.into_iter().filter(|answers| *answers).count();
         match live * 2 > left.len() {
             true => Ok(()),
             false => Err(NotChanged::NoQuorum { id: without, live, voters: left.len() }),

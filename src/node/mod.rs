@@ -14,6 +14,7 @@ pub mod backups;
 mod bootstrap;
 mod compaction;
 mod config;
+mod essential;
 mod forward;
 mod lag;
 pub mod members;

@@ -13,6 +13,7 @@ use tonic::transport::server::Connected;
 use tracing::error;
 
 use super::config::{Entry, NodeConfig};
+use super::essential::spawn_essential;
 use super::forward::Hooks;
 use super::{
     BootstrapError, Inner, Node, STALE_READERS_MAX, absence, agreement, backups, bootstrap,
@@ -20,7 +21,6 @@ use super::{
     telemetry, timers, watch,
 };
 use crate::connections::{Kind, tcp_incoming};
-use crate::essential::spawn_essential;
 #[cfg(planted)]
 use crate::planted::{self, Bug};
 use crate::raft::{
@@ -67,7 +67,7 @@ impl Node {
     /// the background. The node answers calls as soon as a leader is known.
     pub async fn start(config: NodeConfig, listener: TcpListener) -> Result<Node, StartError> {
         let data = DataDir::open(&config.data_dir, config.id)?;
-        let incoming = tcp_incoming(listener, Kind::Peer, Kind::Peer.most());
+        let incoming = tcp_incoming(listener, Kind::Peer);
         Node::start_over(config, data, incoming, Dial::default()).await
     }
 

@@ -274,7 +274,7 @@ impl Peer for PeerService {
         let answers = stream::once(async move {
             let Some(first) = messages.message().await? else { return Ok(stream::empty().boxed()) };
             admit_member(&network, first.header.as_ref()).await?;
-            let leader = first.header.as_ref().map(|header| header.from);
+            let leader = first.header.as_ref().map_or(0, |header| header.from); // it was checked
             let (reader, gone) = oneshot::channel();
             let all_sent = Arc::<AtomicBool>::default();
             let (led, ended) = (network.clone(), all_sent.clone());
@@ -284,8 +284,7 @@ impl Peer for PeerService {
                 Poll::Ready(None)
             });
             let messages = stream::once(ready(Ok(first))).chain(messages).chain(end);
-            let messages =
-                messages.inspect_ok(move |_| leader.into_iter().for_each(|l| led.note_led(l)));
+            let messages = messages.inspect_ok(move |_| led.note_led(leader));
             let requests = as_there_is_room(messages, log)
                 .map(|message| message.and_then(|message| read_append(message).map_err(malformed)));
             // What cannot be read ends the stream; the caller sees that answers are missing.

@@ -45,4 +45,4 @@ pub use log::{Done, ENTRY_MAX_BYTES, LogRecord, LogStore};
 pub use simulated::SimulatedDisk;
 pub use snapshot::{Incoming, SnapshotFile, SnapshotStore, write_snapshot};
 pub use space::{Reserve, free_bytes};
-pub use sync::{FATAL_EXIT, exit_at_once, fatal, instead_of_exit, sync_file_range};
+pub use sync::{FATAL_EXIT, exit_at_once, fatal, instead_of_exit, panic_text, sync_file_range};

@@ -4,8 +4,7 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::time::Duration;
 
-use super::{StoreError, dir};
-use crate::essential::panic_text;
+use super::{StoreError, dir, panic_text};
 
 /// sled's page cache, in bytes: recent entries are in memory here already.
 const SLED_CACHE_BYTES: u64 = 32 << 20;

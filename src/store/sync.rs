@@ -9,6 +9,7 @@
 //! once it was told (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020). So
 //! no sync is ever tried again: see [`fatal`].
 
+use std::any::Any;
 use std::io::Write as _;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -68,8 +69,27 @@ pub fn exit_at_once(code: c_int, why: &str) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// What a panic said.
+pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no more is known")
+}
+
 #[cfg(test)]
 mod tests {
+    use super::panic_text;
+
+    #[test]
+    fn a_panic_says_what_it_was_made_with() {
+        let said = |panic: fn()| {
+            let caught = std::panic::catch_unwind(panic).expect_err("it panics");
+            panic_text(&*caught).to_string()
+        };
+        assert_eq!(said(|| panic!("plain")), "plain");
+        assert_eq!(said(|| panic!("with {}", 7)), "with 7");
+        assert_eq!(said(|| std::panic::panic_any(7)), "no more is known");
+    }
+
     #[test]
     fn the_symbol_is_ours() {
         super::verify().unwrap();

@@ -17,6 +17,7 @@ use tonic::Code;
 use tracing::{debug, info, warn};
 
 use super::super::Trouble;
+use super::numbers;
 use crate::client::{Client, ClientError, Holding, Keeper, Standing};
 use crate::proto::v1;
 
@@ -239,19 +240,12 @@ async fn still_held(
     match find(client, name, &held.uid).await {
         Ok(Some(found)) if found.ports == held.ports => Ok(Ok(found)),
         Ok(Some(found)) => {
-            let (had, has) = (numbers(held), numbers(&found));
-            Ok(Err(format!("{name} has {has} now, and its program was given {had}")))
+            let [had, has] = [held, &found].map(|of| numbers(of).into_iter().join(", "));
+            Ok(Err(format!("{name} has ports {has} now, and its program was given ports {had}")))
         }
         Ok(None) => Ok(Err(format!("{name} is another's now"))),
         Err(error) if error.code() == Some(Code::NotFound) => Ok(Err(error.to_string())),
         Err(error) => Err(error),
-    }
-}
-
-fn numbers(of: &v1::Allocation) -> String {
-    match of.ports.as_slice() {
-        [] => "no ports".into(),
-        ports => format!("ports {}", ports.iter().map(|port| port.number).join(", ")),
     }
 }
 
