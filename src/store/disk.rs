@@ -16,7 +16,8 @@ pub type Pairs<'a> = Box<dyn Iterator<Item = sled::Result<(IVec, IVec)>> + 'a>;
 /// Two maps that keep what was flushed. What was written and not flushed may be lost when the process
 /// ends, but only from the end on: what is left is a prefix of what was written.
 pub trait Disk: Debug + Send + Sync {
-    /// All of the changes or none.
+    /// All of the changes or none. Below a journal, which brings them again after a crash, it may be some of
+    /// them.
     fn write(&self, changes: Changes) -> sled::Result<()>;
     fn range(&self, bounds: (Bound<Key>, Bound<Key>)) -> Pairs<'_>;
     /// Values beside the entries.
@@ -39,15 +40,12 @@ pub struct Sled {
 }
 
 impl Disk for Sled {
+    /// One by one: for a batch of its own sled writes and syncs what it has twice.
     fn write(&self, changes: Changes) -> sled::Result<()> {
-        let mut batch = sled::Batch::default();
-        for (key, value) in changes {
-            match value {
-                Some(value) => batch.insert(&key, value),
-                None => batch.remove(&key),
-            }
-        }
-        self.entries.apply_batch(batch)
+        changes.into_iter().try_for_each(|(key, value)| match value {
+            Some(value) => self.entries.insert(key, value).map(drop),
+            None => self.entries.remove(key).map(drop),
+        })
     }
 
     fn range(&self, bounds: (Bound<Key>, Bound<Key>)) -> Pairs<'_> {
