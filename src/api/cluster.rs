@@ -17,7 +17,8 @@ use crate::node::{Deadline, MemberReport, StatusReport};
 use crate::proto::v1;
 
 fn member(report: MemberReport) -> v1::Member {
-    let MemberReport { id, role, state, endpoint, peer_endpoint, applied, lag, version } = report;
+    let MemberReport { id, role, state, endpoint, peer_endpoint, applied, lag, version, pending } =
+        report;
     v1::Member {
         id,
         role: role.to_string(),
@@ -27,6 +28,7 @@ fn member(report: MemberReport) -> v1::Member {
         applied,
         lag,
         version,
+        pending,
     }
 }
 

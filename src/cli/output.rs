@@ -484,12 +484,15 @@ pub struct Member {
     pub lag: u64,
     /// Empty where it could not be asked.
     pub version: String,
+    /// It was added and has not joined yet.
+    pub pending: bool,
 }
 
 impl From<v1::Member> for Member {
     fn from(m: v1::Member) -> Self {
-        let v1::Member { id, role, state, endpoint, peer_endpoint, applied, lag, version } = m;
-        Member { id, role, state, endpoint, peer_endpoint, applied, lag, version }
+        let v1::Member { id, role, state, endpoint, peer_endpoint, applied, lag, version, pending } =
+            m;
+        Member { id, role, state, endpoint, peer_endpoint, applied, lag, version, pending }
     }
 }
 
@@ -520,7 +523,8 @@ pub fn members_table<'a>(members: impl IntoIterator<Item = &'a Member>) -> Strin
         vec![
             m.id.to_string(),
             m.role.clone(),
-            m.state.clone(),
+            // Not that it is away: it was never there.
+            if m.pending { "pending".into() } else { m.state.clone() },
             none_as_dash(m.endpoint.clone()),
             m.peer_endpoint.clone(),
             known(m, m.applied),

@@ -257,6 +257,7 @@ fn the_json_of_the_status_is_that_of_the_design_and_a_little_more() {
         applied: 5,
         lag: 0,
         version: "0.1.0".into(),
+        pending: false,
     };
     let mut status = v1::StatusResponse {
         cluster_id: "c".into(),
@@ -275,7 +276,8 @@ fn the_json_of_the_status_is_that_of_the_design_and_a_little_more() {
     let expected = json!({
         "cluster_id": "c", "leader": 1, "revision": 4,
         "members": [{"id": 1, "role": "voter", "state": "leader", "endpoint": "a:1",
-                     "applied": 5, "lag": 0, "peer_endpoint": "a:2", "version": "0.1.0"}],
+                     "applied": 5, "lag": 0, "peer_endpoint": "a:2", "version": "0.1.0",
+                     "pending": false}],
         "problems": ["p"],
         "term": 2, "feature_level": 1, "workers": 3, "allocations": 6, "node": 1,
     });

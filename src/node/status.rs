@@ -50,6 +50,8 @@ pub struct MemberReport {
     pub lag: u64,
     /// Of the program that it runs; empty where it could not be asked.
     pub version: String,
+    /// It was added and has not joined yet.
+    pub pending: bool,
 }
 
 impl Node {
@@ -91,6 +93,7 @@ impl Node {
                     applied,
                     lag: furthest.saturating_sub(applied),
                     version: answer.map(|a| a.version).unwrap_or_default(),
+                    pending: member.incarnation.is_empty(),
                 }
             })
             .collect();
@@ -155,15 +158,17 @@ impl Node {
             applied: 0,
             lag: 0,
             version: String::new(),
+            pending: member.incarnation.is_empty(),
         });
         StatusReport { members: members.collect(), ..StatusReport::default() }
     }
 
     fn membership_problems(&self, members: &[MemberReport]) -> Vec<String> {
         let membership = self.inner.metrics().membership_config;
-        let pending = membership.nodes().filter(|(_, member)| member.incarnation.is_empty());
-        let mut problems: Vec<_> = pending
-            .map(|(id, _)| format!("member {id} was added and has not joined yet"))
+        let mut problems: Vec<_> = members
+            .iter()
+            .filter(|member| member.pending)
+            .map(|member| format!("member {} was added and has not joined yet", member.id))
             .collect();
         if membership.membership().get_joint_config().len() > 1 {
             problems.push("a change of the membership is under way (joint configuration)".into());

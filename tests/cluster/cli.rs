@@ -79,7 +79,7 @@ fn member() -> Value {
     json!({
         "id": "number", "role": "string", "state": "string", "endpoint": "string",
         "applied": "number", "lag": "number",
-        "peer_endpoint": "string", "version": "string",
+        "peer_endpoint": "string", "version": "string", "pending": "bool",
     })
 }
 

@@ -179,8 +179,11 @@ fn adding_and_joining_come_in_either_order() {
     cluster.cli(&["member", "promote", "4"]).refused(4, "has not joined yet");
     let status = cluster.cli(&["status", "-o", "json"]).ok();
     assert!(status["problems"].to_string().contains("member 4 was added and has not joined"));
+    let pending = || member(&cluster, 4).map(|member| member["pending"].clone());
+    assert_eq!(pending(), Some(Value::Bool(true)));
     cluster.spawn(at);
     wait_for("it to join", || (member(&cluster, 4)?["state"] == "follower").then_some(()));
+    assert_eq!(member(&cluster, 4).unwrap()["pending"], false);
     cluster.cli(&["member", "promote", "4", "--timeout", "60s"]).ok();
     cluster.cli(&add).ok();
     // Again, over its data: it is there already.
