@@ -135,22 +135,28 @@ fn of_apply(c: &mut Criterion) {
     }
     group.finish();
     let mut group = c.benchmark_group("gang");
-    group.throughput(Throughput::Elements(64));
-    let mut state = filled(1_000);
-    let mut round = 0;
-    group.bench_function("64 claims, allocated and released", |b| {
-        b.iter(|| {
-            round += 1;
-            let name = |i: u32| format!("g{round}-{i}");
-            let claims = (0..64).map(|i| claim(&name(i), Placement::Worker(worker(i % 32))));
-            let applied = done(&mut state, &allocate(claims.collect()));
-            let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!() };
-            for held in allocations {
-                let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
-                done(&mut state, &Command::Release { name, authority });
-            }
+    for ports in [1, 8] {
+        group.throughput(Throughput::Elements(64 * u64::from(ports)));
+        let mut state = filled(1_000);
+        let mut round = 0;
+        group.bench_function(format!("64 claims of {ports} ports, allocated and released"), |b| {
+            b.iter(|| {
+                round += 1;
+                let claims = (0..64).map(|i| {
+                    let mut claim =
+                        claim(&format!("g{round}-{i}"), Placement::Worker(worker(i % 32)));
+                    claim.ports[0].ports = Ports::Count(ports);
+                    claim
+                });
+                let applied = done(&mut state, &allocate(claims.collect()));
+                let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!() };
+                for held in allocations {
+                    let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
+                    done(&mut state, &Command::Release { name, authority });
+                }
+            });
         });
-    });
+    }
     group.finish();
 }
 

@@ -271,6 +271,7 @@ impl Change<'_> {
             let wanted = wanted.entry((name, &pool.name)).or_default();
             *wanted = wanted.saturating_add(count);
             claim.lease.is_none()
+                && claim.gpus.is_none()
                 && worker.phase == WorkerPhase::Ready
                 && *wanted <= pool.free_count()
         })

@@ -31,6 +31,7 @@ mod name;
 mod place;
 mod ports;
 mod selector;
+mod slots;
 mod state;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -43,20 +43,17 @@ pub(super) fn place(state: &mut State, claim: &Claim) -> Result<WorkerName, Refu
             state.settle();
             let state = &*state;
             let (resource, least) = need(claim);
-            let search = || {
-                sources(state, selector, resource)
-                    .candidates(least, *policy)
-                    .take(PLACEMENT_CANDIDATES_MAX)
-            };
-            let found = search();
+            let found = sources(state, selector, resource)
+                .candidates(least, *policy)
+                .take(PLACEMENT_CANDIDATES_MAX);
             #[cfg(planted)]
             let found = crate::planted::in_hash_order(found);
+            let mut weighed = Weighed::new(claim, selector);
             found
                 .filter_map(|name| state.worker(name))
-                .filter(|worker| selector.matches(&worker.spec.labels))
-                .find(|worker| fits(worker, claim).is_ok())
+                .find(|worker| weighed.fits(worker))
                 .map(|worker| worker.name.clone())
-                .ok_or_else(|| nothing_fits(why_none_fits(state, claim, selector, search())))
+                .ok_or_else(|| nothing_fits(weighed.shortage(state)))
         }
     }
 }
@@ -192,52 +189,67 @@ impl<'a> Sources<'a> {
     }
 }
 
-/// Counts what each worker of a bounded sample lacks: first those that the search weighed, then
-/// those that it passed over for having too little of what the claim needs most.
-fn why_none_fits<'a>(
-    state: &'a State,
-    claim: &Claim,
-    selector: &Selector,
-    searched: impl Iterator<Item = &'a WorkerName>,
-) -> Shortage {
-    let all = sources(state, selector, Resource::Ports);
-    let candidates = all.len() as u64;
-    let mut looked_at = 0;
-    let mut counts: BTreeMap<LackKind, u64> = BTreeMap::new();
-    let mut seen = BTreeSet::new();
-    let sample = searched
-        .chain(all.candidates(0, Policy::Spread))
-        .filter(|name| seen.insert(*name))
-        .take(PLACEMENT_CANDIDATES_MAX);
-    for worker in sample.filter_map(|name| state.worker(name)) {
-        looked_at += 1;
-        let kind = match selector.matches(&worker.spec.labels) {
-            false => Some(LackKind::Labels),
-            true => fits(worker, claim).err().map(|lack| lack.kind()),
+/// What each worker of a bounded sample lacks: first those that the search finds, then those that it
+/// passed over for having too little of what the claim needs most.
+struct Weighed<'a> {
+    claim: &'a Claim,
+    selector: &'a Selector,
+    seen: BTreeSet<&'a WorkerName>,
+    lacks: BTreeMap<LackKind, u64>,
+}
+
+impl<'a> Weighed<'a> {
+    fn new(claim: &'a Claim, selector: &'a Selector) -> Self {
+        Weighed { claim, selector, seen: BTreeSet::new(), lacks: BTreeMap::new() }
+    }
+
+    fn fits(&mut self, worker: &'a Worker) -> bool {
+        let lack = match self.selector.matches(&worker.spec.labels) {
+            false => Err(LackKind::Labels),
+            true => fits(worker, self.claim).map_err(|lack| lack.kind()),
         };
-        if let Some(kind) = kind {
-            *counts.entry(kind).or_default() += 1;
+        if let Err(kind) = lack
+            && self.seen.insert(&worker.name)
+        {
+            *self.lacks.entry(kind).or_default() += 1;
         }
+        lack.is_ok()
     }
-    let mut reasons: Vec<_> = counts.into_iter().collect();
-    reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    Shortage::OnSelection { looked_at, candidates, not_ready: state.indexes.not_ready, reasons }
+
+    /// None of those that were weighed fits.
+    fn shortage(mut self, state: &'a State) -> Shortage {
+        let all = sources(state, self.selector, Resource::Ports);
+        let candidates = all.len() as u64;
+        for name in all.candidates(0, Policy::Spread) {
+            if self.seen.len() == PLACEMENT_CANDIDATES_MAX {
+                break;
+            }
+            if !self.seen.contains(name)
+                && let Some(worker) = state.worker(name)
+            {
+                self.fits(worker);
+            }
+        }
+        let looked_at = self.seen.len() as u64;
+        let mut reasons: Vec<_> = self.lacks.into_iter().collect();
+        reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        Shortage::OnSelection { looked_at, candidates, not_ready: state.indexes.not_ready, reasons }
+    }
 }
 
-/// What the claim lacks on the worker, if anything. Where counting does not tell, it is tried on a copy.
+/// What the claim lacks on the worker, if anything. Where counting its ports does not tell, it is tried
+/// on a copy.
 fn fits(worker: &Worker, claim: &Claim) -> Result<(), Lack> {
-    match enough_by_count(worker, claim) {
-        true => Ok(()),
-        false => take(&mut worker.clone(), claim).map(drop),
+    match (counted(worker, claim), &claim.gpus) {
+        (Some((pool, count)), None) if pool.free_count() >= count => Ok(()),
+        (Some((pool, count)), Some(gpus)) if pool.free_count() >= count => {
+            choose_gpus(worker, gpus, claim.placement.policy()).map(drop)
+        }
+        _ => take(&mut worker.clone(), claim).map(drop),
     }
 }
 
-/// Is there enough for a claim of counted ports in one range, without GPUs? Says no of any other.
-fn enough_by_count(worker: &Worker, claim: &Claim) -> bool {
-    counted(worker, claim).is_some_and(|(pool, count)| pool.free_count() >= count)
-}
-
-/// Of a claim of counted ports in one range, without GPUs: whence it takes them, and how many.
+/// Of a claim of counted ports in one range: whence it takes them, and how many.
 pub(super) fn counted<'a>(worker: &'a Worker, claim: &Claim) -> Option<(&'a Pool, u32)> {
     let [PortRequest { range, ports: Ports::Count(count), .. }] = claim.ports.as_slice() else {
         return None;
@@ -246,7 +258,7 @@ pub(super) fn counted<'a>(worker: &'a Worker, claim: &Claim) -> Option<(&'a Pool
         Some(range) => worker.pool(range),
         None => worker.pools.first(),
     };
-    pool.filter(|_| claim.gpus.is_none()).map(|pool| (pool, *count))
+    pool.map(|pool| (pool, *count))
 }
 
 /// Takes what the claim asks for, so that its requests see each other (field failures nomad-9506,
@@ -266,7 +278,10 @@ pub(super) fn take(worker: &mut Worker, claim: &Claim) -> Result<Grant, Lack> {
     }
     ports.sort_by_key(|port| port.request);
     let gpus = match &claim.gpus {
-        Some(request) => take_gpus(worker, &claim.name, request, claim.placement.policy())?,
+        Some(request) => {
+            let chosen = choose_gpus(worker, request, claim.placement.policy())?;
+            take_gpus(worker, &claim.name, request.share, chosen)
+        }
         None => Vec::new(),
     };
     worker.allocations.insert(claim.name.clone(), ());
@@ -351,13 +366,33 @@ fn ports_lack(pool: &Pool, wanted: u32) -> Lack {
     }
 }
 
+/// Takes the GPUs that were [chosen](choose_gpus).
 fn take_gpus(
     worker: &mut Worker,
     holder: &InstanceName,
-    request: &GpuRequest,
-    policy: Policy,
-) -> Result<Vec<HeldGpu>, Lack> {
-    let chosen: Vec<usize> = match &request.which {
+    share: GpuShare,
+    chosen: Vec<usize>,
+) -> Vec<HeldGpu> {
+    let mut held: Vec<_> = chosen
+        .into_iter()
+        .map(|at| {
+            let gpu = &mut worker.gpus[at];
+            gpu.take(holder, share);
+            HeldGpu {
+                index: gpu.index,
+                uuid: worker.spec.gpus[at].uuid.clone(),
+                memory_bytes: gpu.bytes_of(share),
+                exclusive: share == GpuShare::Exclusive,
+            }
+        })
+        .collect();
+    held.sort_by_key(|gpu| gpu.index);
+    held
+}
+
+/// Which GPUs a request gets, by their places on the worker.
+fn choose_gpus(worker: &Worker, request: &GpuRequest, policy: Policy) -> Result<Vec<usize>, Lack> {
+    match &request.which {
         GpuChoice::Indexes(indexes) => indexes
             .iter()
             .map(|index| {
@@ -368,7 +403,7 @@ fn take_gpus(
                     false => Err(gpu_lack(&worker.gpus[at], request.share)),
                 }
             })
-            .collect::<Result<_, _>>()?,
+            .collect(),
         GpuChoice::Count(count) => {
             let mut fitting: Vec<usize> =
                 (0..worker.gpus.len()).filter(|at| worker.gpus[*at].fits(request.share)).collect();
@@ -395,29 +430,23 @@ fn take_gpus(
                 (free, gpu.index)
             });
             fitting.truncate(wanted);
-            fitting
+            Ok(fitting)
         }
-    };
-    let mut held: Vec<_> = chosen
-        .into_iter()
-        .map(|at| {
-            let gpu = &mut worker.gpus[at];
-            gpu.take(holder, request.share);
-            HeldGpu {
-                index: gpu.index,
-                uuid: worker.spec.gpus[at].uuid.clone(),
-                memory_bytes: gpu.bytes_of(request.share),
-                exclusive: request.share == GpuShare::Exclusive,
-            }
-        })
-        .collect();
-    held.sort_by_key(|gpu| gpu.index);
-    Ok(held)
+    }
 }
 
 /// A few different names, in the order in which they come, as a refusal lists them.
 fn some_of<'a>(names: impl Iterator<Item = &'a InstanceName>) -> Vec<InstanceName> {
-    names.dedup().unique().take(HOLDERS_SHOWN + 1).cloned().collect()
+    let mut some = Vec::new();
+    for name in names.dedup() {
+        if !some.contains(name) {
+            some.push(name.clone());
+        }
+        if some.len() > HOLDERS_SHOWN {
+            break;
+        }
+    }
+    some
 }
 
 fn gpu_lack(gpu: &Gpu, share: GpuShare) -> Lack {

@@ -14,6 +14,7 @@ use imbl::{OrdMap, Vector};
 use super::invariants::COUNTER_MAX;
 use super::limits::BAND_WINDOWS_MAX;
 use super::name::{InstanceName, Port, RangeName, Revision};
+use super::slots::{Slot, Slots};
 
 /// Why a port is not given, and since when.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +65,7 @@ pub struct Pool {
     pub(super) first: u16,
     pub(super) last: u16,
     /// What every port is, but those that were never used.
-    slots: OrdMap<u16, Slot>,
+    slots: Slots,
     /// How many of them are held and reserved.
     held: u32,
     reserved: u32,
@@ -74,18 +75,8 @@ pub struct Pool {
     free_bits: Vector<u64>,
     /// No never-used port lies below this one. `u32`: it ends one past `last`.
     cursor: u32,
-    /// Freed ports by the order in which they became free.
-    freed: OrdMap<u64, u16>,
+    /// Place of the port that is freed next.
     next_freed: u64,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Slot {
-    Held(InstanceName),
-    /// Free again, at this place in the queue.
-    Freed(u64),
-    Quarantined,
-    Reserved,
 }
 
 impl Pool {
@@ -100,20 +91,22 @@ impl Pool {
         assert!(first <= last, "ranges are checked before they come here");
         let managed = u32::from(last - first) + 1;
         let words = managed.div_ceil(64);
+        let free = |word| match managed % 64 {
+            rest @ 1.. if word + 1 == words => (1 << rest) - 1,
+            _ => u64::MAX,
+        };
         let mut pool = Pool {
             name,
             first,
             last,
-            slots: OrdMap::new(),
+            slots: Slots::default(),
             held: 0,
             reserved: 0,
             quarantined: OrdMap::new(),
-            free_bits: std::iter::repeat_n(0, words as usize).collect(),
+            free_bits: (0..words).map(free).collect(),
             cursor: u32::from(first),
-            freed: OrdMap::new(),
             next_freed: 1,
         };
-        (first..=last).for_each(|number| pool.turn(number));
         for port in reserved {
             if pool.is_free(port.get()) {
                 pool.put(port.get(), Slot::Reserved);
@@ -135,9 +128,9 @@ impl Pool {
                 self.put_quarantine(*number, quarantine.clone());
             }
         }
-        for number in old.freed.values() {
-            if self.is_free(*number) {
-                self.enqueue(*number);
+        for (_, number) in old.slots.queue() {
+            if self.is_unused(number) {
+                self.enqueue(number);
             }
         }
     }
@@ -164,7 +157,7 @@ impl Pool {
                 let what = format!("port {number} cannot wait at place {at} of the freed");
                 return Err(format!("range {}: {what}", pool.name));
             }
-            pool.put(number, Slot::Freed(at));
+            pool.free_at(number, at);
             before = at;
         }
         Ok(pool)
@@ -212,7 +205,7 @@ impl Pool {
 
     /// Freed ports with their place in the queue, longest free first.
     pub fn freed_order(&self) -> impl ExactSizeIterator<Item = (u64, u16)> + '_ {
-        self.freed.iter().map(|(at, port)| (*at, *port))
+        self.slots.queue()
     }
 
     /// Place in the range where the search for a never-used port goes on, and the next number of
@@ -224,14 +217,14 @@ impl Pool {
     /// Holders by port.
     pub fn holders(&self) -> impl Iterator<Item = (u16, &InstanceName)> {
         let held = self.slots.iter().filter_map(|(port, slot)| match slot {
-            Slot::Held(holder) => Some((*port, holder)),
+            Slot::Held(holder) => Some((port, holder)),
             _ => None,
         });
         held.take(self.held as usize)
     }
 
     pub fn holder(&self, number: u16) -> Option<&InstanceName> {
-        match self.slots.get(&number) {
+        match self.slots.get(number) {
             Some(Slot::Held(holder)) => Some(holder),
             _ => None,
         }
@@ -246,12 +239,12 @@ impl Pool {
 
     /// Is it free, and was it always?
     pub fn is_unused(&self, number: u16) -> bool {
-        self.is_free(number) && !self.slots.contains_key(&number)
+        self.is_free(number) && self.slots.get(number).is_none()
     }
 
     /// Why this port cannot be given; `None` where it can.
     pub fn taken(&self, number: u16) -> Option<Taken> {
-        match self.slots.get(&number) {
+        match self.slots.get(number) {
             Some(Slot::Held(holder)) => Some(Taken::Held(holder.clone())),
             Some(Slot::Quarantined) => {
                 let why = self.quarantine_of(number).map(|quarantine| quarantine.reason.clone());
@@ -265,7 +258,7 @@ impl Pool {
 
     /// Gives the next port: never used first, then the longest free. `None` where none is free.
     pub fn take_next(&mut self, holder: &InstanceName) -> Option<u16> {
-        let number = self.next_unused().or_else(|| self.freed.get_min().map(|(_, p)| *p))?;
+        let number = self.next_unused().or_else(|| self.slots.oldest())?;
         self.take(number, holder);
         Some(number)
     }
@@ -326,28 +319,31 @@ impl Pool {
         self.free_bits[word] ^= bit;
     }
 
-    /// The one way in which a port changes: counts, queue and bit follow.
+    /// What a port is from now on, but free.
     fn put(&mut self, number: u16, slot: Slot) {
-        if let Slot::Freed(at) = slot {
-            self.freed.insert(at, number);
-        }
         self.count(&slot, 1);
-        let frees = matches!(slot, Slot::Freed(_));
-        let was_free = match self.slots.insert(number, slot) {
-            None => true,
-            Some(Slot::Freed(at)) => {
-                self.freed.remove(&at);
-                true
-            }
-            Some(old) => {
-                self.count(&old, -1);
-                self.quarantined.remove(&number);
-                false
-            }
-        };
-        if was_free != frees {
+        let was = self.slots.put(number, slot);
+        if self.forget(number, was) {
             self.turn(number);
         }
+    }
+
+    /// Takes a port that is not free into the queue.
+    fn free_at(&mut self, number: u16, at: u64) {
+        let was = self.slots.free(number, at);
+        if !self.forget(number, was) {
+            self.turn(number);
+        }
+    }
+
+    /// Takes what a port was out of the counts. Was it free?
+    fn forget(&mut self, number: u16, was: Option<Slot>) -> bool {
+        match was {
+            None | Some(Slot::Freed(_)) => return true,
+            Some(Slot::Quarantined) => drop(self.quarantined.remove(&number)),
+            Some(slot) => self.count(&slot, -1),
+        }
+        false
     }
 
     fn put_quarantine(&mut self, number: u16, quarantine: Arc<Quarantine>) {
@@ -365,7 +361,7 @@ impl Pool {
     }
 
     fn enqueue(&mut self, number: u16) {
-        self.put(number, Slot::Freed(self.next_freed));
+        self.free_at(number, self.next_freed);
         self.next_freed += 1;
     }
 
@@ -393,8 +389,8 @@ impl Pool {
         let mut best: Option<(u64, u16)> = None;
         for first in windows {
             let youngest = (first..=first + (count - 1) as u16)
-                .map(|number| match self.slots.get(&number) {
-                    Some(Slot::Freed(at)) => *at,
+                .map(|number| match self.slots.get(number) {
+                    Some(Slot::Freed(place)) => place.at,
                     _ => 0,
                 })
                 .max()
@@ -443,32 +439,26 @@ impl Pool {
     pub(super) fn check(&self) -> Result<(), String> {
         let fail = |what: String| Err(format!("range {}: {what}", self.name));
         let mut counted = Pool { held: 0, reserved: 0, ..self.clone() };
-        let (mut queued, mut quarantined) = (0, 0);
-        for (number, slot) in &self.slots {
+        let mut quarantined = 0;
+        for (number, slot) in self.slots.iter() {
             counted.count(slot, 1);
-            if !self.contains(*number) {
+            if !self.contains(number) {
                 return fail("a port outside the range".into());
             }
-            if self.is_free(*number) != matches!(slot, Slot::Freed(_)) {
+            if self.is_free(number) != matches!(slot, Slot::Freed(_)) {
                 return fail(format!("port {number} is {slot:?}, its bit says otherwise"));
             }
-            match slot {
-                Slot::Freed(at) if self.freed.get(at) != Some(number) => {
-                    return fail(format!("freed port {number} is not at its place in the queue"));
-                }
-                Slot::Quarantined if !self.quarantined.contains_key(number) => {
+            if *slot == Slot::Quarantined {
+                quarantined += 1;
+                if !self.quarantined.contains_key(&number) {
                     return fail(format!("port {number} is quarantined for nothing"));
                 }
-                Slot::Freed(_) => queued += 1,
-                Slot::Quarantined => quarantined += 1,
-                Slot::Held(_) | Slot::Reserved => {}
             }
         }
-        if (queued, quarantined) != (self.freed.len(), self.quarantined.len()) {
-            return fail(
-                "a port waits in the queue, or has a quarantine, and is something else".into(),
-            );
+        if quarantined != self.quarantined.len() {
+            return fail("a port has a quarantine, and is something else".into());
         }
+        self.slots.check().or_else(fail)?;
         let counts = |pool: &Pool| [pool.held, pool.reserved];
         if counts(&counted) != counts(self) {
             return fail(format!(
@@ -477,7 +467,7 @@ impl Pool {
                 counts(self)
             ));
         }
-        for number in (self.first..=self.last).filter(|number| !self.slots.contains_key(number)) {
+        for number in (self.first..=self.last).filter(|number| self.slots.get(*number).is_none()) {
             if !self.is_free(number) {
                 return fail(format!("port {number} was never used and is not free"));
             }
@@ -488,7 +478,7 @@ impl Pool {
         if !(u32::from(self.first)..=u32::from(self.last) + 1).contains(&self.cursor) {
             return fail(format!("the cursor {} is outside", self.cursor));
         }
-        if self.freed.get_max().is_some_and(|(at, _)| *at >= self.next_freed) {
+        if self.slots.newest().is_some_and(|at| at >= self.next_freed) {
             return fail("the queue of freed ports runs ahead of its counter".into());
         }
         if self.next_freed > COUNTER_MAX {

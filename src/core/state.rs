@@ -368,7 +368,8 @@ impl Restore {
         Restore { state: State { feature_level, revision, ..State::default() } }
     }
 
-    /// `pools` have their cursors, queues and quarantines, and no holders yet.
+    /// `pools` have their cursors, queues and quarantines, and no holders yet. That spec and pools are as
+    /// they should is for [`Restore::finish`] to see.
     pub fn worker(
         &mut self,
         name: WorkerName,
@@ -377,20 +378,11 @@ impl Restore {
         pools: Vec<Pool>,
         [created, version, booted]: [Revision; 3],
     ) -> Result<(), String> {
-        spec.validate().map_err(|e| format!("worker {name}: {e}"))?;
-        let fits = pools.len() == spec.ranges.len()
-            && pools.iter().zip(&spec.ranges).all(|(pool, range)| {
-                (&pool.name, pool.first, pool.last)
-                    == (&range.name, range.first.get(), range.last.get())
-            });
-        if !fits {
-            return Err(format!("worker {name}: its pools are not those of its ranges"));
-        }
         if self.state.worker(&name).is_some() {
             return Err(format!("worker {name} is recorded twice"));
         }
-        let new = Worker::new(name, spec, created);
-        let worker = Worker { phase, phase_before, pools, version, booted, ..new };
+        let new = Worker::with_pools(name, spec, pools, created);
+        let worker = Worker { phase, phase_before, version, booted, ..new };
         self.state.workers.insert(worker.name.clone(), Arc::new(worker));
         Ok(())
     }

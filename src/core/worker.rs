@@ -294,6 +294,16 @@ pub struct Worker {
 impl Worker {
     pub(super) fn new(name: WorkerName, spec: WorkerSpec, revision: Revision) -> Self {
         let pools = spec.ranges.iter().map(|r| new_pool(r, &spec)).collect();
+        Worker::with_pools(name, spec, pools, revision)
+    }
+
+    /// The same with pools that are those of its ranges.
+    pub(super) fn with_pools(
+        name: WorkerName,
+        spec: WorkerSpec,
+        pools: Vec<Pool>,
+        revision: Revision,
+    ) -> Self {
         let gpus = spec.gpus.iter().map(Gpu::new).collect();
         Worker {
             name,

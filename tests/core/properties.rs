@@ -219,6 +219,8 @@ fn any_spec() -> impl Strategy<Value = WorkerSpec> {
         ranges(&[("s", 40000, 40009)]),
         ranges(&[("s", 40000, 40005), ("r", 41000, 41003)]),
         ranges(&[("s", 40001, 40007), ("r", 41000, 41005)]),
+        // Over the end of a block of slots.
+        ranges(&[("s", 39995, 40006), ("r", 41000, 41005)]),
     ]);
     let gpus = select(vec![vec![], vec![8], vec![8, 8], vec![4, 8, 12]]);
     let known = proptest::bool::weighted(0.15);
