@@ -3,7 +3,8 @@
 //!
 //! A connection beyond the bound is closed at once, so that a client goes to another node; one that stays
 //! silent is closed too, or whoever opens many and says nothing would keep all others out. When accepting
-//! fails, the next attempt waits a little instead of spinning.
+//! fails, the next attempt waits a little instead of spinning. Metrics show, by kind, how many are open and how
+//! many were refused; the log says the latter once a minute at most.
 
 use std::io;
 use std::pin::Pin;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::{self, Stream};
+use metrics::{counter, gauge};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -35,6 +37,8 @@ const SILENT_BETWEEN: Duration = Duration::from_secs(120);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 /// After a failure to accept, which lasts while descriptors or memory are short.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// From one word on refused connections to the next.
+const TELL_EVERY: Duration = Duration::from_secs(60);
 
 /// Whose a connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +49,17 @@ pub enum Kind {
 }
 
 impl Kind {
+    pub const ALL: [Kind; 3] = [Kind::Client, Kind::Peer, Kind::Http];
+
+    /// For metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Client => "client",
+            Kind::Peer => "peer",
+            Kind::Http => "http",
+        }
+    }
+
     /// Most that may be open at a time. Five in sixteen of the files that there may be are left for the log.
     fn most(self) -> usize {
         let files = make_room();
@@ -81,17 +96,20 @@ fn at_most(
     let incoming =
         TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(KEEPALIVE_IDLE));
     let free = Arc::new(Semaphore::new(max));
-    stream::unfold((incoming, free), move |(mut incoming, free)| async move {
+    let refused = Refused { kind, max, untold: 0, told: None };
+    stream::unfold((incoming, free, refused), move |(mut incoming, free, mut refused)| async move {
         loop {
             match incoming.next().await? {
-                Ok(tcp) => {
-                    if let Ok(permit) = free.clone().try_acquire_owned() {
+                Ok(tcp) => match free.clone().try_acquire_owned() {
+                    Ok(permit) => {
                         let silent = Some(Box::pin(sleep(SILENT_FIRST)));
+                        let place = Place::new(kind, permit);
                         let connection =
-                            Connection { tcp, kind, silent, said_bytes: 0, _permit: permit };
-                        return Some((Ok(connection), (incoming, free)));
+                            Connection { tcp, kind, silent, said_bytes: 0, _place: place };
+                        return Some((Ok(connection), (incoming, free, refused)));
                     }
-                }
+                    Err(_) => refused.one(),
+                },
                 Err(error) => {
                     warn!(?kind, "cannot accept a connection: {error}");
                     sleep(ACCEPT_PAUSE).await;
@@ -101,6 +119,53 @@ fn at_most(
     })
 }
 
+/// What the log has still to say of connections beyond the bound.
+struct Refused {
+    kind: Kind,
+    max: usize,
+    untold: u64,
+    told: Option<Instant>,
+}
+
+impl Refused {
+    fn one(&mut self) {
+        counter!("portwarden_connections_refused_total", "kind" => self.kind.name()).increment(1);
+        if let Some(refused) = self.word(Instant::now()) {
+            let (kind, max) = (self.kind.name(), self.max);
+            warn!(kind, max, refused, "connections are refused: as many are open as may be");
+        }
+    }
+
+    /// One more: how many to tell of now.
+    fn word(&mut self, now: Instant) -> Option<u64> {
+        self.untold += 1;
+        if self.told.is_some_and(|told| now - told < TELL_EVERY) {
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
+/// Held by a connection for as long as it is open.
+struct Place {
+    kind: Kind,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Place {
+    fn new(kind: Kind, permit: OwnedSemaphorePermit) -> Place {
+        gauge!("portwarden_connections", "kind" => kind.name()).increment(1);
+        Place { kind, _permit: permit }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        gauge!("portwarden_connections", "kind" => self.kind.name()).decrement(1);
+    }
+}
+
 /// One of those that may be open at a time.
 pub struct Connection {
     tcp: TcpStream,
@@ -108,7 +173,7 @@ pub struct Connection {
     /// Until then it must have said something more.
     silent: Option<Pin<Box<Sleep>>>,
     said_bytes: usize,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Connected for Connection {
@@ -201,6 +266,36 @@ mod tests {
         drop(held);
         let _next = TcpStream::connect(addr).await.unwrap();
         assert!(incoming.next().await.unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_is_open_and_what_was_refused_is_shown() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        // A test of one thread: all of it is under this recorder.
+        let _shown = metrics::set_default_local_recorder(&recorder);
+        let shows = |line: &str| {
+            let shown = recorder.handle().render();
+            assert!(shown.lines().any(|shown| shown == line), "{line} is not in {shown}");
+        };
+        let (listener, addr) = listener().await;
+        let mut incoming = Box::pin(at_most(1, listener, Kind::Http));
+        let _first = TcpStream::connect(addr).await.unwrap();
+        let held = incoming.next().await.unwrap().unwrap();
+        shows("portwarden_connections{kind=\"http\"} 1");
+        let _more = TcpStream::connect(addr).await.unwrap();
+        let taken = tokio::time::timeout(Duration::from_millis(500), incoming.next()).await;
+        assert!(taken.is_err());
+        shows("portwarden_connections_refused_total{kind=\"http\"} 1");
+        drop(held);
+        shows("portwarden_connections{kind=\"http\"} 0");
+    }
+
+    #[test]
+    fn refused_connections_are_told_of_once_a_minute() {
+        let mut refused = Refused { kind: Kind::Client, max: 1, untold: 0, told: None };
+        let began = Instant::now();
+        let mut at = |seconds| refused.word(began + Duration::from_secs(seconds));
+        assert_eq!([at(0), at(1), at(59), at(60), at(61)], [Some(1), None, None, Some(3), None]);
     }
 
     /// What a connection that said `said` ends with once it is silent.

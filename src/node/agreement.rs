@@ -12,11 +12,16 @@
 //!   takes its place: so a long replay costs no more digests than it has time for.
 //! - A `Compare` waits for its digest. One of a table that this replica never had there, or skipped,
 //!   says nothing and is counted as `unknown`.
+//! - A replica that ends leaves a mark in its data directory, since nobody can look at it any more: from
+//!   its next start until it agrees, `portwarden_replica_differed` is 1. The leader shows that one differs
+//!   as well, unless it is that one; so it listens for a while to those that come after the majority.
 //! - Nothing is taken while nothing changed, or while the table may not grow for want of space; and
 //!   the leader rests ten times as long as its own digest took.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::time::Duration;
 
 use metrics::{counter, gauge, histogram};
@@ -42,6 +47,15 @@ const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the digests of the others; ten times as long as the leader's own took, if that
 /// is more.
 const GATHER_MAX: Duration = Duration::from_secs(30);
+/// How long the leader listens for the others once it has a majority; as long as its own digest took,
+/// if that is more.
+const LISTEN_MAX: Duration = Duration::from_secs(3);
+/// Longest wait for the mark of a replica that ends: its disk may hang.
+const MARK_MAX: Duration = Duration::from_secs(1);
+/// Least time for which a node shows that it differed. What it replays agrees with old comparisons at once.
+const SHOWN_MIN: Duration = Duration::from_secs(600);
+/// In the data directory: why the last process over it ended.
+const MARK: &str = "differed";
 /// Longest wait for the leader's own digest.
 const DIGEST_MAX: Duration = Duration::from_secs(600);
 const REST_FACTOR: u32 = 10;
@@ -126,12 +140,27 @@ struct Shared {
     node: NodeId,
     books: Mutex<Books>,
     latest: watch::Sender<Option<Taken>>,
+    mark: PathBuf,
+    marked: AtomicBool,
+    began: Instant,
 }
 
 impl Agreement {
-    pub fn new(node: NodeId) -> Agreement {
+    /// Blocks on the disk.
+    pub fn new(node: NodeId, data_dir: &Path) -> Agreement {
         let (latest, _) = watch::channel(None);
-        Agreement(Arc::new(Shared { node, books: Mutex::default(), latest }))
+        let mark = data_dir.join(MARK);
+        let why = std::fs::read_to_string(&mark).ok();
+        if let Some(why) = &why {
+            tracing::warn!(
+                why,
+                "this node's table differed from the others' before it was started"
+            );
+        }
+        let marked = AtomicBool::new(why.is_some());
+        show_differed(node, why.is_some());
+        let (books, began) = (Mutex::default(), Instant::now());
+        Agreement(Arc::new(Shared { node, books, latest, mark, marked, began }))
     }
 
     /// The last digest that this node took.
@@ -168,28 +197,53 @@ impl Agreement {
                 count("agrees");
                 let node = self.0.node.to_string();
                 gauge!("portwarden_checkpoint_revision", "node" => node).set(revision.0 as f64);
+                self.unmark();
             }
             Verdict::Unknown => count("unknown"),
             Verdict::Later => {}
-            Verdict::Differs { own, theirs } => {
-                count("differs");
-                disagree(self.0.node, &own, &theirs)
-            }
+            Verdict::Differs { own, theirs } => self.disagree(&own, &theirs),
+        }
+    }
+
+    /// What is wrong with this table nobody knows: nothing more may be said from it.
+    fn disagree(&self, own: &Taken, theirs: &Taken) -> ! {
+        let text = format!(
+            "node {} does not agree with the cluster: at log entry {} its table has revision {} and \
+             digest {}, the cluster's has revision {} and digest {}; the process ends. If it ends again \
+             after a restart, remove this node and let it join on an empty data directory under a new \
+             id; and report this: it is a bug, or broken memory",
+            self.0.node, own.at.0, own.revision, own.digest, theirs.revision, theirs.digest
+        );
+        tracing::error!("{text}");
+        leave_mark(&self.0.mark, &text);
+        exit_at_once(DISAGREES_EXIT, &text)
+    }
+
+    fn unmark(&self) {
+        let shown = self.0.began.elapsed() >= SHOWN_MIN;
+        if shown && self.0.marked.swap(false, Ordering::Relaxed) {
+            show_differed(self.0.node, false);
+            let mark = self.0.mark.clone();
+            // Where this fails, it is said once more at the next start.
+            spawn_blocking(move || drop(std::fs::remove_file(mark)));
         }
     }
 }
 
-/// What is wrong with this table nobody knows: nothing more may be said from it.
-fn disagree(node: NodeId, own: &Taken, theirs: &Taken) -> ! {
-    let text = format!(
-        "node {node} does not agree with the cluster: at log entry {} its table has revision {} and \
-         digest {}, the cluster's has revision {} and digest {}; the process ends. If it ends again \
-         after a restart, remove this node and let it join on an empty data directory under a new \
-         id; and report this: it is a bug, or broken memory",
-        own.at.0, own.revision, own.digest, theirs.revision, theirs.digest
-    );
-    tracing::error!("{text}");
-    exit_at_once(DISAGREES_EXIT, &text)
+fn show_differed(node: NodeId, differed: bool) {
+    gauge!("portwarden_replica_differed", "node" => node.to_string()).set(f64::from(differed));
+}
+
+/// Not on this thread, which answers nothing meanwhile: the process ends in time also where the disk takes
+/// nothing.
+fn leave_mark(mark: &Path, why: &str) {
+    let (mark, why) = (mark.to_path_buf(), why.to_string());
+    let (done, written) = mpsc::channel();
+    spawn_blocking(move || {
+        let _ = std::fs::write(mark, why);
+        let _ = done.send(());
+    });
+    let _ = written.recv_timeout(MARK_MAX);
 }
 
 impl ApplyObserver for Agreement {
@@ -258,27 +312,36 @@ async fn round(node: &Node, before: Option<CommandAt>) -> Result<Duration, Strin
     };
     let hashing = began.elapsed();
     let wait = GATHER_MAX.max(hashing * REST_FACTOR);
-    let Taken { at: (entry, command), revision, digest } = gather(node, own, wait).await;
+    let listen = LISTEN_MAX.max(hashing);
+    let Taken { at: (entry, command), revision, digest } = gather(node, own, wait, listen).await;
     propose(Checkpoint::Compare { entry, command, revision, digest }).await?;
     Ok(hashing)
 }
 
-/// What most voters took at the place of `own`; `own` itself where nothing has a majority in time.
-async fn gather(node: &Node, own: Taken, wait: Duration) -> Taken {
-    let deadline = Instant::now() + wait;
+/// What most voters took at the place of `own`; `own` itself where nothing has a majority within `wait`.
+/// With a majority it listens to the other voters for `listen`, so as to tell of one that differs.
+async fn gather(node: &Node, own: Taken, wait: Duration, listen: Duration) -> Taken {
+    let mut deadline = Instant::now() + wait;
+    // Who has answered may be gone when the last one does.
+    let mut votes = BTreeMap::from([(node.id(), own)]);
     loop {
         let membership = node.inner.metrics().membership_config;
         let voters: Vec<_> = membership.membership().voter_ids().collect();
-        let mut votes = BTreeMap::from([(node.id(), own)]);
         let answers = node.ask_others(ASK_TIMEOUT).await.into_iter();
         for (id, answer) in answers.filter(|(id, _)| voters.contains(id)) {
             let taken = answer.and_then(|answer| taken_of(&answer));
             votes.extend(taken.filter(|taken| taken.at == own.at).map(|taken| (id, taken)));
         }
-        let votes: Vec<_> = votes.into_iter().collect();
-        let late = Instant::now() >= deadline;
-        if let Some(most) = majority(&votes, voters.len()).or(late.then_some(own)) {
-            for (id, odd) in votes.iter().filter(|(_, taken)| *taken != most) {
+        votes.retain(|id, _| *id == node.id() || voters.contains(id));
+        let now = Instant::now();
+        let most = majority(&votes, voters.len());
+        if most.is_some() {
+            deadline = deadline.min(now + listen);
+        }
+        let complete = voters.iter().all(|id| votes.contains_key(id));
+        let late = now >= deadline;
+        if let Some(most) = most.filter(|_| complete || late).or(late.then_some(own)) {
+            for (id, odd) in votes.iter().filter(|(_, taken)| **taken != most) {
                 counter!("portwarden_replicas_differ_total").increment(1);
                 tracing::error!(
                     node = id, revision = %odd.revision, digest = %odd.digest,
@@ -292,9 +355,9 @@ async fn gather(node: &Node, own: Taken, wait: Duration) -> Taken {
     }
 }
 
-fn majority(votes: &[(NodeId, Taken)], voters: usize) -> Option<Taken> {
-    let count = |taken: &Taken| votes.iter().filter(|(_, other)| other == taken).count();
-    votes.iter().map(|(_, taken)| *taken).find(|taken| count(taken) > voters / 2)
+fn majority(votes: &BTreeMap<NodeId, Taken>, voters: usize) -> Option<Taken> {
+    let count = |taken: &Taken| votes.values().filter(|other| *other == taken).count();
+    votes.values().copied().find(|taken| count(taken) > voters / 2)
 }
 
 fn taken_of(answer: &peer::ProbeResponse) -> Option<Taken> {
@@ -356,14 +419,42 @@ mod tests {
     #[test]
     fn most_voters_decide_and_no_two_of_four_do() {
         let (a, b) = (taken(10, 5), taken(10, 6));
-        assert_eq!(
-            majority(&[(1, b), (2, a), (3, a)], 3),
-            Some(a),
-            "the leader may be the odd one"
-        );
-        assert_eq!(majority(&[(1, a), (2, b)], 3), None);
-        assert_eq!(majority(&[(1, a), (2, a)], 3), Some(a), "without waiting for the third");
-        assert_eq!(majority(&[(1, a), (2, a)], 4), None);
-        assert_eq!(majority(&[(1, a)], 1), Some(a));
+        let most =
+            |votes: &[(NodeId, Taken)], voters| majority(&votes.iter().copied().collect(), voters);
+        assert_eq!(most(&[(1, b), (2, a), (3, a)], 3), Some(a), "the leader may be the odd one");
+        assert_eq!(most(&[(1, a), (2, b)], 3), None);
+        assert_eq!(most(&[(1, a), (2, a)], 3), Some(a), "without waiting for the third");
+        assert_eq!(most(&[(1, a), (2, a)], 4), None);
+        assert_eq!(most(&[(1, a)], 1), Some(a));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_differed_says_so_from_its_next_start_until_it_agrees() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        // A test of one thread: all of it is under this recorder.
+        let _shown = metrics::set_default_local_recorder(&recorder);
+        let differed = |shown: u32| {
+            let line = format!("portwarden_replica_differed{{node=\"1\"}} {shown}");
+            let all = recorder.handle().render();
+            assert!(all.lines().any(|shown| shown == line), "{line} is not in {all}");
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let agreement = Agreement::new(1, dir.path());
+        differed(0);
+        leave_mark(&agreement.0.mark, "it ends");
+        let agreement = Agreement::new(1, dir.path());
+        differed(1);
+        agreement.heed(Verdict::Agrees(Revision(5)));
+        differed(1);
+        tokio::time::advance(SHOWN_MIN).await;
+        agreement.heed(Verdict::Unknown);
+        differed(1);
+        agreement.heed(Verdict::Agrees(Revision(6)));
+        differed(0);
+        while agreement.0.mark.exists() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        drop(Agreement::new(1, dir.path()));
+        differed(0);
     }
 }

@@ -103,12 +103,13 @@ impl Node {
             client_endpoint: config.advertise.clone(),
         };
         let network = PeerNetwork::over(local, cluster.clone(), dial);
-        let agreement = agreement::Agreement::new(config.id);
+        let agreement = agreement::Agreement::new(config.id, &config.data_dir);
+        let applied = telemetry::ApplyMetrics::default();
         let timers = timers::Timers::new(config.lifecycle.clone());
         let hub = watch::Hub::default();
         let sweeper = sweeper::Sweeper::default();
         let observers = observers::Observers(vec![
-            Arc::new(telemetry::ApplyMetrics::default()),
+            Arc::new(applied.clone()),
             Arc::new(agreement.clone()),
             Arc::new(timers.clone()),
             Arc::new(sweeper.clone()),
@@ -191,7 +192,7 @@ impl Node {
                 () = told.closed() => {}
             }
         });
-        spawn_essential("the watch over recovery", watch_recovery(node.clone()));
+        spawn_essential("the watch over recovery", watch_recovery(node.clone(), applied));
         spawn_essential("telemetry", telemetry::report(node.clone()));
         spawn_essential("the watch over the disk", stall::look_after(node.clone(), log.clone()));
         spawn_essential("the survey", survey::report(node.clone()));
@@ -277,8 +278,9 @@ impl Node {
 /// Marks the node recovered once it has applied all that it may have applied, and shown, before its restart.
 /// That may be more than its log has: what most of the others have on disk is applied while a slow disk here
 /// still writes it. So it is what a leader says, since the start, to be committed in its own term, which
-/// covers all that ever was. The first such word will do: others may write without a pause.
-async fn watch_recovery(node: Node) {
+/// covers all that ever was. The first such word will do: others may write without a pause. From then on what
+/// is applied is new, and counted.
+async fn watch_recovery(node: Node, applied: telemetry::ApplyMetrics) {
     let mut goal = None;
     let reached = node.raft_comes_to(|now| {
         #[cfg(planted)]
@@ -298,5 +300,6 @@ async fn watch_recovery(node: Node) {
     };
     if recovered {
         node.set_recovered();
+        applied.begin();
     }
 }

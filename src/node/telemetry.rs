@@ -2,7 +2,8 @@
 //! counter that never moved still finds it; label sets are bounded (never a worker or an instance).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use metrics::{
@@ -12,6 +13,8 @@ use openraft::ServerState;
 
 use super::lag::Lags;
 use super::{Node, ticks};
+use crate::connections::Kind;
+use crate::core::limits::{ALLOCATIONS_MAX, LEASES_MAX, WORKERS_MAX};
 use crate::core::{
     Applied, Cause, ChangeKind, Command, Event, Outcome, Phase, Refusal, ReleaseReason, State,
     WorkerPhase,
@@ -38,6 +41,10 @@ pub fn describe() {
         ("portwarden_reports_total", "Samples of agents, by what became of them"),
         ("portwarden_backups_total", "Scheduled backups, by result"),
         ("portwarden_watchers_cut_off_total", "Watchers that did not keep up"),
+        (
+            "portwarden_connections_refused_total",
+            "Connections that were closed because as many were open as may be, by kind",
+        ),
         ("portwarden_snapshots_installed_total", "Snapshots taken over from a peer"),
         (
             "portwarden_checkpoints_total",
@@ -96,6 +103,13 @@ pub fn describe() {
         ),
         ("portwarden_member_lag_entries", "Log entries that a member is behind; on the leader"),
         ("portwarden_watchers", "Watch streams that are served"),
+        ("portwarden_connections", "Connections that are open, by kind"),
+        ("portwarden_table_used_ratio", "How much of what the table may have it has, by kind"),
+        ("portwarden_backup_every_seconds", "Time between scheduled backups; 0: none are made"),
+        (
+            "portwarden_replica_differed",
+            "1 where this node has ended because its table differed, and has not agreed since",
+        ),
         ("portwarden_backup_revision", "Revision of the newest scheduled backup; 0: none yet"),
         (
             "portwarden_log_waits_seconds",
@@ -113,7 +127,7 @@ pub fn describe() {
         counter!("portwarden_proposals_refused_total", "reason" => reason).absolute(0);
     }
     counter!("portwarden_replicas_differ_total").absolute(0);
-    for result in ["agrees", "differs", "unknown"] {
+    for result in ["agrees", "unknown"] {
         counter!("portwarden_checkpoints_total", "result" => result).absolute(0);
     }
     counter!("portwarden_snapshots_installed_total").absolute(0);
@@ -142,6 +156,10 @@ pub fn describe() {
     counter!("portwarden_workers_lost_total").absolute(0);
     counter!("portwarden_watchers_cut_off_total").absolute(0);
     gauge!("portwarden_watchers").set(0.0);
+    for kind in Kind::ALL {
+        gauge!("portwarden_connections", "kind" => kind.name()).set(0.0);
+        counter!("portwarden_connections_refused_total", "kind" => kind.name()).absolute(0);
+    }
     for kind in ["bound_but_closed", "open_but_unknown", "held_by_another"] {
         gauge!("portwarden_drift", "kind" => kind).set(0.0);
     }
@@ -152,8 +170,17 @@ pub fn describe() {
 
 /// Counts what is applied, on every replica alike. Gathered over a round: to look a counter up by its
 /// labels takes as long as a quarter of a command.
+///
+/// What a node applies before it has what the cluster had at its start is not counted: it is old, and a
+/// restart would show as a rise of everything.
+#[derive(Default, Clone)]
+pub(super) struct ApplyMetrics(Arc<Shared>);
+
 #[derive(Default)]
-pub(super) struct ApplyMetrics(Mutex<Tally>);
+struct Shared {
+    counts: AtomicBool,
+    tally: Mutex<Tally>,
+}
 
 /// How often.
 #[derive(Default)]
@@ -172,8 +199,13 @@ enum Counted {
 }
 
 impl ApplyMetrics {
+    /// From now on.
+    pub fn begin(&self) {
+        self.0.counts.store(true, Ordering::Release);
+    }
+
     fn tally(&self) -> MutexGuard<'_, Tally> {
-        guard(&self.0)
+        guard(&self.0.tally)
     }
 }
 
@@ -260,7 +292,9 @@ impl Tally {
 
 impl ApplyObserver for ApplyMetrics {
     fn applied(&self, command: &Command, applied: &Applied, events: &[Event]) {
-        self.tally().command(command, applied, events);
+        if self.0.counts.load(Ordering::Acquire) {
+            self.tally().command(command, applied, events);
+        }
     }
 
     fn published(&self, _: &State) {
@@ -283,6 +317,9 @@ pub(super) async fn report(node: Node) {
     ] {
         gauge!(name, "node" => id.clone()).set(0.0);
     }
+    let backups = node.inner.config.backups.as_ref();
+    let backup_seconds = backups.map_or(0.0, |plan| plan.every.as_secs_f64());
+    gauge!("portwarden_backup_every_seconds", "node" => id.clone()).set(backup_seconds);
     let mut every = ticks(REPORT_EVERY);
     let mut lags = Lags::default();
     let mut shown = BTreeSet::from([node.id()]);
@@ -312,6 +349,14 @@ pub(super) async fn report(node: Node) {
             let labels = [("node", id.clone()), ("phase", phase.name().to_string())];
             gauge!("portwarden_allocations", &labels).set(count);
         }
+        for (kind, count, most) in [
+            ("workers", table.state.worker_count(), WORKERS_MAX),
+            ("allocations", table.state.allocation_count(), ALLOCATIONS_MAX),
+            ("leases", table.state.lease_count(), LEASES_MAX),
+        ] {
+            let labels = [("node", id.clone()), ("kind", kind.to_string())];
+            gauge!("portwarden_table_used_ratio", &labels).set(count as f64 / most as f64);
+        }
         show_lag(&raft, &mut lags, &mut shown);
     }
 }
@@ -336,5 +381,35 @@ fn show_lag(raft: &Metrics, lags: &mut Lags, shown: &mut BTreeSet<NodeId>) {
             Some(None) => {}                 // it has not said yet how far it is
             None => *lags = Lags::default(), // another leads, or nobody
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use metrics_exporter_prometheus::PrometheusBuilder;
+
+    use super::*;
+    use crate::core::{Millis, Origin, apply};
+
+    #[test]
+    fn what_a_node_applies_again_at_its_start_is_not_counted() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let mut state = State::default();
+        let counted = ApplyMetrics::default();
+        let mut grant = || {
+            let command = Command::GrantLease { ttl: Millis(60_000) };
+            let (applied, events) = apply(&mut state, &Origin::default(), &command);
+            counted.applied(&command, &applied, &events);
+            counted.published(&state);
+        };
+        metrics::with_local_recorder(&recorder, || {
+            (0..3).for_each(|_| grant());
+            counted.begin();
+            (0..2).for_each(|_| grant());
+        });
+        let shown = recorder.handle().render();
+        let applied =
+            shown.lines().find(|line| line.starts_with("portwarden_commands_applied_total{"));
+        assert!(applied.is_some_and(|line| line.ends_with(" 2")), "{shown}");
     }
 }

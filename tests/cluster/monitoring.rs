@@ -1,11 +1,12 @@
-//! What is watched is there: the alert rules and the dashboard name nothing that a node does not
-//! export, on every node, from the start.
+//! What is watched is there: the alert rules and the dashboard name no metric, and the rules no label,
+//! that a node does not export, on every node, from the start.
 
 use std::collections::BTreeSet;
 
 use crate::support::{Cluster, http_get, wait_for};
 
 const RULES: &str = include_str!("../../deploy/prometheus/portwarden.rules.yml");
+const RULE_TESTS: &str = include_str!("../../deploy/prometheus/portwarden.rules.test.yml");
 const DASHBOARD: &str = include_str!("../../deploy/grafana/portwarden.json");
 const OPERATIONS: &str = include_str!("../../docs/operations.md");
 
@@ -21,12 +22,32 @@ fn families(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// The words `family{label="value"` of the rules, for each label of a selector that must be equal.
+fn selectors(text: &str) -> BTreeSet<(String, String)> {
+    let mut found = BTreeSet::new();
+    for (at, _) in text.match_indices("portwarden_") {
+        let (family, rest) = match text[at..].split_once('{') {
+            Some((family, rest)) if families(family).contains(family) => (family, rest),
+            _ => continue, // it has no selector
+        };
+        let labels = rest.split_once('}').expect("a selector ends").0;
+        for label in labels.split(',').map(str::trim) {
+            let (name, value) = label.split_once('=').expect("a label");
+            assert!(value.starts_with('"'), "{family}{{{label}}}: only equality is looked for");
+            found.insert((family.to_string(), format!("{name}={value}")));
+        }
+    }
+    found
+}
+
 #[test]
 fn every_metric_that_is_watched_is_exported_by_every_node_from_the_start() {
     let cluster = Cluster::start(3);
     let watched: BTreeSet<_> =
         [RULES, DASHBOARD, OPERATIONS].into_iter().flat_map(families).collect();
     assert!(watched.len() >= 15, "{watched:?}");
+    let selected = selectors(RULES);
+    assert!(selected.len() >= 10, "{selected:?}");
     for node in &cluster.nodes {
         wait_for("every family to be there", || {
             let shown = http_get(&node.http(), "/metrics").ok()?;
@@ -37,7 +58,19 @@ fn every_metric_that_is_watched_is_exported_by_every_node_from_the_start() {
             if !missing.is_empty() {
                 eprintln!("node {} does not show {missing:?}", node.id);
             }
-            missing.is_empty().then_some(())
+            let series = |family: &str, label: &str| {
+                let with = |line: &str| {
+                    let labels = line.strip_prefix(family)?.strip_prefix('{')?.split_once('}')?.0;
+                    labels.split(',').any(|shown| shown == label).then_some(())
+                };
+                shown.lines().any(|line| with(line).is_some())
+            };
+            let unlabelled: Vec<_> =
+                selected.iter().filter(|(family, label)| !series(family, label)).collect();
+            if !unlabelled.is_empty() {
+                eprintln!("node {} does not show {unlabelled:?}", node.id);
+            }
+            (missing.is_empty() && unlabelled.is_empty()).then_some(())
         });
     }
 }
@@ -84,10 +117,19 @@ fn who_is_left_of_three_says_that_nobody_leads() {
     wait_for("none to be shown", || says(&cluster, 0.0, "503 Service Unavailable"));
 }
 
-/// Every alert says in the runbook what it means and what to do.
+/// Every alert says in the runbook what it means and what to do, and fires in a test of the rules.
 #[test]
-fn every_alert_is_in_the_runbook() {
-    let names = RULES.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
-    let missing: Vec<_> = names.filter(|name| !OPERATIONS.contains(*name)).collect();
+fn every_alert_is_in_the_runbook_and_tried() {
+    let names = || RULES.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
+    let missing: Vec<_> = names().filter(|name| !OPERATIONS.contains(*name)).collect();
     assert!(missing.is_empty(), "docs/operations.md does not say what to do on {missing:?}");
+    let fires = |name: &&str| {
+        let tried = RULE_TESTS.split("alertname: ").skip(1);
+        // Up to the next one: what it is expected to say, or nothing.
+        tried
+            .filter(|tried| tried.split(['\n', '}', ',']).next() == Some(name))
+            .any(|tried| tried.contains("exp_alerts"))
+    };
+    let untried: Vec<_> = names().filter(|name| !fires(name)).collect();
+    assert!(untried.is_empty(), "the tests of the rules see no {untried:?}");
 }
