@@ -5,26 +5,34 @@
 //! thread of its own, and passes it on to the other two over a stream each; those do the same, and
 //! answer. Once two of the three have synced it, the callers are answered, and the next is written. The
 //! same libraries (tonic, tokio, the allocator), requests of the same kinds and sizes, answers no larger, the same
-//! syncs (of what went through the page cache), as many threads; no Raft, no table, no checks, nothing decoded
+//! syncs past the page cache, as many threads; no Raft, no table, no checks, nothing decoded
 //! but by the first one: nothing that has less to do with such a call.
+//!
+//! Where callers ask for that, each of the three also has portwarden's table and applies to it what it has
+//! written: what a replicated table costs without Raft, its log and its watchers.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::convert::Infallible;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::Command as Program;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context as Waiting, Poll};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use bytes::{Bytes, BytesMut};
 use futures::future::{BoxFuture, FutureExt as _};
 use futures::stream::{BoxStream, FuturesUnordered, StreamExt as _};
 use portwarden::cli::bench::claim;
 use portwarden::cli::bench::load::{Caller, Done};
 use portwarden::client::session::{Answer as Answered, Command as Asked, release};
+use portwarden::core::{
+    self, Authority, Claim, Command, Labels, Millis, Origin, Placement, PortRequest, Ports,
+    RangeSpec, State, Token, Uid, WorkerSpec, apply,
+};
 use portwarden::proto::v1::{self, SessionAnswer, SessionCommand, SessionRequest, SessionResponse};
 use prost::Message;
 use tokio::sync::{mpsc, oneshot};
@@ -43,9 +51,14 @@ use super::processes::{Process, free_ports};
 
 const CALL: &str = "/bare/Call";
 const SESSION: &str = "/bare/Session";
+const TABLE: &str = "/bare/Table";
 const PASS: &str = "/bare/Pass";
 /// The file is written again from its start once it is as large.
 const FILE_BYTES: usize = 16 << 20;
+/// What is written past the page cache: whole ones.
+const BLOCK_BYTES: usize = 4096;
+/// Workers of the table.
+const WORKERS: u32 = 256;
 /// Writes that go together.
 const TOGETHER_MAX: usize = 4096;
 const RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -58,6 +71,9 @@ const TOKEN: u64 = 1 << 20;
 struct Passed {
     #[prost(bytes = "bytes", tag = "1")]
     bytes: Bytes,
+    /// They are to apply it, too.
+    #[prost(bool, tag = "2")]
+    table: bool,
 }
 
 /// How this program is started as one of the three.
@@ -79,19 +95,20 @@ impl Serve {
     pub async fn run(&self) -> anyhow::Result<()> {
         let Some(address) = self.bare else { return Ok(()) };
         let disk = disk(&self.bare_file)?;
+        let table = Table::new()?;
         let followers = self.bare_followers.iter().map(|address| follower(address));
         let log = log(std::iter::once(disk.clone()).chain(followers).collect());
-        Ok(Server::builder().add_service(Bare { disk, log }).serve(address).await?)
+        Ok(Server::builder().add_service(Bare { disk, log, table }).serve(address).await?)
     }
 }
 
 /// Where bytes are written and synced, in their order.
-type Place = mpsc::UnboundedSender<(Bytes, oneshot::Sender<()>)>;
+type Place = mpsc::UnboundedSender<(Passed, oneshot::Sender<()>)>;
 
 /// The place says when it is done.
-fn write(place: &Place, bytes: Bytes) -> oneshot::Receiver<()> {
+fn write(place: &Place, passed: Passed) -> oneshot::Receiver<()> {
     let (done, written) = oneshot::channel();
-    let _ = place.send((bytes, done)); // its end is this program's
+    let _ = place.send((passed, done)); // its end is this program's
     written
 }
 
@@ -99,25 +116,114 @@ fn disk(path: &Path) -> anyhow::Result<Place> {
     let file = File::create(path)?;
     file.write_all_at(&vec![0; FILE_BYTES], 0)?;
     file.sync_all()?;
-    let (disk, mut asked) = mpsc::unbounded_channel::<(Bytes, oneshot::Sender<()>)>();
+    // Where the file system does not, through the page cache.
+    let direct = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(path);
+    let file = direct.unwrap_or(file);
+    let (disk, mut asked) = mpsc::unbounded_channel::<(Passed, oneshot::Sender<()>)>();
     std::thread::spawn(move || {
+        let mut memory = vec![0; BLOCK_BYTES];
         let mut at = 0;
-        while let Some((bytes, done)) = asked.blocking_recv() {
-            if at + bytes.len() > FILE_BYTES {
+        while let Some((Passed { bytes, .. }, done)) = asked.blocking_recv() {
+            let length = bytes.len().next_multiple_of(BLOCK_BYTES);
+            if memory.len() < length + BLOCK_BYTES {
+                memory.resize(length + BLOCK_BYTES, 0);
+            }
+            let begin = memory.as_ptr().align_offset(BLOCK_BYTES);
+            let blocks = &mut memory[begin..begin + length];
+            blocks[..bytes.len()].copy_from_slice(&bytes);
+            if at + length > FILE_BYTES {
                 at = 0;
             }
-            let written = file.write_all_at(&bytes, at as u64).and_then(|()| file.sync_data());
+            let written = file.write_all_at(blocks, at as u64).and_then(|()| file.sync_data());
             written.expect("the disk takes what is written");
-            at = (at + bytes.len()).next_multiple_of(64);
+            at += length;
             let _ = done.send(());
         }
     });
     Ok(disk)
 }
 
+/// Portwarden's, of one program.
+#[derive(Clone)]
+struct Table(Arc<Mutex<State>>);
+
+impl Table {
+    fn new() -> anyhow::Result<Table> {
+        let mut state = State::default();
+        for number in 0..WORKERS {
+            let spec = WorkerSpec {
+                address: "127.0.0.1".into(),
+                labels: Labels::new(),
+                ranges: vec![RangeSpec {
+                    name: "bench".parse()?,
+                    first: core::Port::new("first", 10_000)?,
+                    last: core::Port::new("last", 10_999)?,
+                }],
+                reserved: BTreeSet::new(),
+                gpus: Vec::new(),
+                identity: None,
+            };
+            let name = worker(number).parse()?;
+            apply(&mut state, &Origin::default(), &Command::RegisterWorker { name, spec });
+        }
+        Ok(Table(Arc::new(Mutex::new(state))))
+    }
+
+    /// # Panics
+    ///
+    /// Where the table refuses one: it would not be what portwarden does.
+    fn apply(&self, commands: &[SessionCommand]) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for asked in commands {
+            let command = command(&state, asked).expect("a command that was made here");
+            let (applied, _) = apply(&mut state, &Origin::default(), &command);
+            assert!(applied.outcome.is_ok(), "{:?}", applied.outcome);
+        }
+    }
+
+    /// The messages that lie in these bytes, one after the other.
+    fn apply_all(&self, mut bytes: Bytes) {
+        while !bytes.is_empty() {
+            let request = SessionRequest::decode_length_delimited(&mut bytes);
+            self.apply(&request.expect("what was encoded").commands);
+        }
+    }
+}
+
+fn command(state: &State, asked: &SessionCommand) -> anyhow::Result<Command> {
+    Ok(match asked.command.as_ref().context("no command")? {
+        Asked::Allocate(request) => {
+            let claims = request.claims.iter().map(|claim| {
+                let Some(v1::claim::Placement::Worker(worker)) = &claim.placement else {
+                    anyhow::bail!("no worker");
+                };
+                Ok(Claim {
+                    name: claim.name.parse()?,
+                    uid: Uid::parse(&claim.uid)?,
+                    placement: Placement::Worker(worker.parse()?),
+                    ports: vec![PortRequest { name: None, range: None, ports: Ports::Count(1) }],
+                    gpus: None,
+                    lease: None,
+                    confirm_within: None,
+                    bound: claim.bound,
+                    labels: Labels::new(),
+                })
+            });
+            Command::allocate(claims.collect::<anyhow::Result<Vec<_>>>()?, Millis(600_000))
+        }
+        Asked::Release(request) => {
+            let name = request.name.parse()?;
+            // The callers are told another token.
+            let token = state.allocation(&name).map_or(Token(TOKEN), |held| held.token);
+            Command::Release { name, authority: Authority::Holder(token) }
+        }
+        _ => anyhow::bail!("neither an allocation nor a release"),
+    })
+}
+
 /// The disk of another one: what it has synced comes back in order.
 fn follower(address: &str) -> Place {
-    let (follower, mut asked) = mpsc::unbounded_channel::<(Bytes, oneshot::Sender<()>)>();
+    let (follower, mut asked) = mpsc::unbounded_channel::<(Passed, oneshot::Sender<()>)>();
     let address = format!("http://{address}");
     tokio::spawn(async move {
         let endpoint = Endpoint::from_shared(address).expect("an address").tcp_nodelay(true);
@@ -133,9 +239,9 @@ fn follower(address: &str) -> Place {
         let sent = waiting.clone();
         let requests = futures::stream::poll_fn(move |cx| {
             asked.poll_recv(cx).map(|next| {
-                next.map(|(bytes, done)| {
+                next.map(|(passed, done)| {
                     sent.lock().unwrap_or_else(PoisonError::into_inner).push_back(done);
-                    Passed { bytes }
+                    passed
                 })
             })
         });
@@ -153,14 +259,15 @@ fn follower(address: &str) -> Place {
 
 /// One write after the other on a majority of the places; what comes meanwhile goes together.
 fn log(places: Vec<Place>) -> Place {
-    let (log, mut asked) = mpsc::unbounded_channel::<(Bytes, oneshot::Sender<()>)>();
+    let (log, mut asked) = mpsc::unbounded_channel::<(Passed, oneshot::Sender<()>)>();
     tokio::spawn(async move {
         let mut waiting = Vec::new();
         while asked.recv_many(&mut waiting, TOGETHER_MAX).await > 0 {
             let mut bytes = BytesMut::new();
-            waiting.iter().for_each(|(request, _)| bytes.extend_from_slice(request));
-            let bytes = bytes.freeze();
-            let written = places.iter().map(|place| write(place, bytes.clone()));
+            waiting.iter().for_each(|(request, _)| bytes.extend_from_slice(&request.bytes));
+            let table = waiting.iter().any(|(request, _)| request.table);
+            let passed = Passed { bytes: bytes.freeze(), table };
+            let written = places.iter().map(|place| write(place, passed.clone()));
             let mut synced: FuturesUnordered<_> = written.collect();
             for _ in 0..=places.len() / 2 {
                 match synced.next().await {
@@ -182,12 +289,14 @@ struct Bare {
     disk: Place,
     /// For what callers ask.
     log: Place,
+    table: Table,
 }
 
 impl Bare {
     /// Returns once a majority has it.
-    async fn write(&self, request: &impl Message) -> Result<(), Status> {
-        let written = write(&self.log, request.encode_to_vec().into());
+    async fn write(&self, request: &impl Message, table: bool) -> Result<(), Status> {
+        let bytes = request.encode_length_delimited_to_vec().into();
+        let written = write(&self.log, Passed { bytes, table });
         written.await.map_err(|_| Status::unavailable("too few have it"))
     }
 }
@@ -229,7 +338,7 @@ impl Service<http::Request<Body>> for Bare {
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+    fn poll_ready(&mut self, _: &mut Waiting<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
     }
 
@@ -238,7 +347,8 @@ impl Service<http::Request<Body>> for Bare {
         async move {
             Ok(match request.uri().path() {
                 CALL => serve().unary(Call(bare), request).await,
-                SESSION => serve().streaming(Session(bare), request).await,
+                SESSION => serve().streaming(Session { bare, table: false }, request).await,
+                TABLE => serve().streaming(Session { bare, table: true }, request).await,
                 _ => serve().streaming(Pass(bare), request).await,
             })
         }
@@ -266,14 +376,17 @@ impl UnaryService<SessionCommand> for Call {
         let bare = self.0.clone();
         async move {
             let command = request.into_inner();
-            bare.write(&command).await?;
+            bare.write(&command, false).await?;
             Ok(Response::new(answer(command)))
         }
         .boxed()
     }
 }
 
-struct Session(Bare);
+struct Session {
+    bare: Bare,
+    table: bool,
+}
 
 impl StreamingService<SessionRequest> for Session {
     type Response = SessionResponse;
@@ -281,12 +394,15 @@ impl StreamingService<SessionRequest> for Session {
     type Future = BoxFuture<'static, Result<Response<Self::ResponseStream>, Status>>;
 
     fn call(&mut self, request: Request<Streaming<SessionRequest>>) -> Self::Future {
-        let bare = self.0.clone();
+        let (bare, table) = (self.bare.clone(), self.table);
         let answers = request.into_inner().then(move |request| {
             let bare = bare.clone();
             async move {
                 let request = request?;
-                bare.write(&request).await?;
+                bare.write(&request, table).await?;
+                if table {
+                    bare.table.apply(&request.commands);
+                }
                 Ok(SessionResponse { answers: request.commands.into_iter().map(answer).collect() })
             }
         });
@@ -302,9 +418,15 @@ impl StreamingService<Passed> for Pass {
     type Future = BoxFuture<'static, Result<Response<Self::ResponseStream>, Status>>;
 
     fn call(&mut self, request: Request<Streaming<Passed>>) -> Self::Future {
-        let disk = self.0.disk.clone();
+        let Bare { disk, table, .. } = self.0.clone();
         let answers = request.into_inner().then(move |passed| {
-            let written = passed.map(|Passed { bytes }| write(&disk, bytes));
+            let written = passed.map(|passed| {
+                let written = write(&disk, passed.clone());
+                if passed.table {
+                    table.apply_all(passed.bytes);
+                }
+                written
+            });
             async move {
                 written?.await.map_err(|_| Status::unavailable("the disk is gone"))?;
                 Ok(Passed::default())
@@ -326,7 +448,7 @@ impl Three {
         let address = |at: usize| format!("127.0.0.1:{}", ports[at]);
         let mut nodes = Vec::new();
         for at in 0..3 {
-            let mut command = Command::new(std::env::current_exe()?);
+            let mut command = Program::new(std::env::current_exe()?);
             command.args(["--bare", &address(at), "--bare-file"]);
             command.arg(dir.join(format!("bare-{at}")));
             if at == 0 {
@@ -347,16 +469,21 @@ impl Three {
     /// On as many connections as portwarden's. Of a session, `clients` commands are under way in all.
     pub fn callers(&self, name: &str, clients: u32) -> anyhow::Result<Vec<Box<dyn Caller>>> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.leader))?.tcp_nodelay(true);
-        let session = name == "session";
+        let path = match name {
+            "session" => Some(SESSION),
+            "table" => Some(TABLE),
+            _ => None,
+        };
+        let session = path.is_some();
         let channels: Vec<Channel> =
             (0..if session { 2 } else { 4 }).map(|_| endpoint.connect_lazy()).collect();
         let each = if session { SESSION_COMMANDS_MAX.min(clients / 2) } else { 1 };
         let caller = |i: u32| -> Box<dyn Caller> {
             let channel = channels[i as usize % channels.len()].clone();
             let commands = commands(i, each).into();
-            match session {
-                true => Box::new(Messages { channel, commands, stream: None }),
-                false => Box::new(Calls { channel, commands }),
+            match path {
+                Some(path) => Box::new(Messages { channel, path, commands, stream: None }),
+                None => Box::new(Calls { channel, commands }),
             }
         };
         let callers = clients / each;
@@ -364,12 +491,16 @@ impl Three {
     }
 }
 
+fn worker(number: u32) -> String {
+    format!("bench-01234567-w{number}")
+}
+
 /// Allocations of a caller, and then their releases, as portwarden's callers ask for them.
 fn commands(caller: u32, count: u32) -> [Vec<SessionCommand>; 2] {
     let name = |i| format!("bench-01234567-{caller}-{i}");
     let numbered = |command| SessionCommand { id: 0, command: Some(command) };
     let allocate = |i| {
-        let claims = vec![claim(&name(i), &format!("bench-01234567-w{i}"), 1)];
+        let claims = vec![claim(&name(i), &worker(i % WORKERS), 1)];
         numbered(Asked::Allocate(v1::AllocateRequest { claims, dry_run: false }))
     };
     let release = |i| numbered(release(&name(i), TOKEN));
@@ -397,6 +528,7 @@ const SESSION_COMMANDS_MAX: u32 = 256;
 
 struct Messages {
     channel: Channel,
+    path: &'static str,
     /// To be asked in turns.
     commands: VecDeque<Vec<SessionCommand>>,
     /// Once it is open.
@@ -411,7 +543,7 @@ impl Messages {
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await?;
         let outgoing = Request::new(UnboundedReceiverStream::new(outgoing));
-        let path = PathAndQuery::from_static(SESSION);
+        let path = PathAndQuery::from_static(self.path);
         let answers = grpc.streaming(outgoing, path, ProstCodec::default()).await?;
         Ok((messages, answers.into_inner()))
     }

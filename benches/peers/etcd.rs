@@ -1,6 +1,7 @@
 //! Three nodes of etcd, spoken to over its gRPC API (v3; the messages here have the fields that are
 //! used, by their numbers in etcd's `rpc.proto`).
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -33,11 +34,25 @@ struct PutResponse {}
 struct RangeRequest {
     #[prost(bytes = "vec", tag = "1")]
     key: Vec<u8>,
+    /// Where there is one: all keys from `key` on, and before this one.
+    #[prost(bytes = "vec", tag = "2")]
+    range_end: Vec<u8>,
     #[prost(bool, tag = "7")]
     serializable: bool,
+    #[prost(bool, tag = "8")]
+    keys_only: bool,
 }
 #[derive(Clone, PartialEq, Message)]
+struct DeleteRangeRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    key: Vec<u8>,
+}
+#[derive(Clone, PartialEq, Message)]
+struct DeleteRangeResponse {}
+#[derive(Clone, PartialEq, Message)]
 struct KeyValue {
+    #[prost(bytes = "vec", tag = "1")]
+    key: Vec<u8>,
     #[prost(int64, tag = "3")]
     mod_revision: i64,
     #[prost(bytes = "vec", tag = "5")]
@@ -48,7 +63,7 @@ struct RangeResponse {
     #[prost(message, repeated, tag = "2")]
     kvs: Vec<KeyValue>,
 }
-/// `result` EQUAL is 0; `target` MOD is 2.
+/// `result` EQUAL is 0; `target` CREATE is 1, MOD 2.
 #[derive(Clone, PartialEq, Message)]
 struct Compare {
     #[prost(int32, tag = "1")]
@@ -57,8 +72,10 @@ struct Compare {
     target: i32,
     #[prost(bytes = "vec", tag = "3")]
     key: Vec<u8>,
-    #[prost(int64, tag = "6")]
-    mod_revision: i64,
+    #[prost(int64, optional, tag = "5")]
+    create_revision: Option<i64>,
+    #[prost(int64, optional, tag = "6")]
+    mod_revision: Option<i64>,
 }
 #[derive(Clone, PartialEq, Message)]
 struct RequestOp {
@@ -171,6 +188,10 @@ impl Etcd {
         self.nodes[at].kill();
     }
 
+    pub fn pid(&self, at: usize) -> i32 {
+        self.nodes[at].pid()
+    }
+
     pub async fn restart(&mut self, at: usize) -> anyhow::Result<()> {
         self.nodes[at] = self.start_node(at)?;
         self.leader().await.map(drop)
@@ -194,6 +215,7 @@ impl Etcd {
             (0..4).map(|_| self.channel(leader)).collect::<Result<Vec<_>, _>>()?;
         let key = |i: u32| format!("bench/{i}").into_bytes();
         let hot = b"bench/hot".to_vec();
+        let first = |i: u32| (i * ANY_PORTS / clients) as usize;
         let put = |key: Vec<u8>, value: Vec<u8>| PutRequest { key, value };
         for (key, value) in [(hot.clone(), vec![0; 128]), (key(0), vec![b'x'; 64])] {
             call::<_, PutResponse>(&channels[0], "/etcdserverpb.KV/Put", put(key, value)).await?;
@@ -203,6 +225,7 @@ impl Etcd {
             match name {
                 "put" => Box::new(Puts { channel, key: key(i) }),
                 "hot" => Box::new(Ports { channel, key: hot.clone(), held: None }),
+                "any" => Box::new(AnyPort { channel, first: first(i), held: None }),
                 _ => Box::new(Gets { channel, key: key(0), serializable: name == "get-stale" }),
             }
         };
@@ -238,7 +261,7 @@ impl Caller for Gets {
 }
 
 async fn range(channel: &Channel, key: &[u8], serializable: bool) -> Result<KeyValue, String> {
-    let request = RangeRequest { key: key.to_vec(), serializable };
+    let request = RangeRequest { key: key.to_vec(), serializable, ..RangeRequest::default() };
     let response: RangeResponse =
         call(channel, "/etcdserverpb.KV/Range", request).await.map_err(|e| e.to_string())?;
     response.kvs.into_iter().next().ok_or_else(|| "the key is missing".into())
@@ -255,7 +278,7 @@ struct Ports {
 impl Caller for Ports {
     async fn call(&mut self) -> Result<Done, String> {
         loop {
-            let KeyValue { mod_revision, mut value } =
+            let KeyValue { mod_revision, mut value, .. } =
                 range(&self.channel, &self.key, false).await?;
             let (port, kind) = match self.held {
                 Some(port) => (port, "release"),
@@ -265,15 +288,76 @@ impl Caller for Ports {
                 }
             };
             value[port] = u8::from(self.held.is_none());
-            let compare = Compare { result: 0, target: 2, key: self.key.clone(), mod_revision };
-            let put = Some(PutRequest { key: self.key.clone(), value });
-            let txn = TxnRequest { compare: vec![compare], success: vec![RequestOp { put }] };
-            let done: TxnResponse = call(&self.channel, "/etcdserverpb.KV/Txn", txn)
-                .await
-                .map_err(|e| e.to_string())?;
-            if done.succeeded {
+            let compare = Compare {
+                target: 2,
+                key: self.key.clone(),
+                mod_revision: Some(mod_revision),
+                ..Compare::default()
+            };
+            let put = PutRequest { key: self.key.clone(), value };
+            if put_if(&self.channel, compare, put).await? {
                 self.held = self.held.is_none().then_some(port);
                 return Ok(Done { kind, operations: 1, ports: u64::from(kind == "allocate") });
+            }
+        }
+    }
+}
+
+/// Where the comparison holds; false: it did not.
+async fn put_if(channel: &Channel, compare: Compare, put: PutRequest) -> Result<bool, String> {
+    let success = vec![RequestOp { put: Some(put) }];
+    let txn = TxnRequest { compare: vec![compare], success };
+    let done = call::<_, TxnResponse>(channel, "/etcdserverpb.KV/Txn", txn).await;
+    done.map(|done| done.succeeded).map_err(|e| e.to_string())
+}
+
+/// Ports of the worker of [`AnyPort`].
+const ANY_PORTS: u32 = 1000;
+
+/// Any free port of one worker, as a key for each that is held: lists them, and makes the first that is
+/// missing, each caller from its own place on. Nothing says how long it was free.
+struct AnyPort {
+    channel: Channel,
+    first: usize,
+    held: Option<Vec<u8>>,
+}
+
+#[tonic::async_trait]
+impl Caller for AnyPort {
+    async fn call(&mut self) -> Result<Done, String> {
+        if let Some(key) = self.held.clone() {
+            let request = DeleteRangeRequest { key };
+            call::<_, DeleteRangeResponse>(&self.channel, "/etcdserverpb.KV/DeleteRange", request)
+                .await
+                .map_err(|e| e.to_string())?;
+            self.held = None;
+            return Ok(Done::one("release"));
+        }
+        let key = |port: usize| format!("bench/any/{port:05}").into_bytes();
+        loop {
+            let request = RangeRequest {
+                key: b"bench/any/".to_vec(),
+                range_end: b"bench/any0".to_vec(),
+                serializable: true,
+                keys_only: true,
+            };
+            let response: RangeResponse = call(&self.channel, "/etcdserverpb.KV/Range", request)
+                .await
+                .map_err(|e| e.to_string())?;
+            let held: HashSet<Vec<u8>> = response.kvs.into_iter().map(|kv| kv.key).collect();
+            let ports = ANY_PORTS as usize;
+            let mut keys = (0..ports).map(|i| key((self.first + i) % ports));
+            let free = keys.find(|key| !held.contains(key)).ok_or("no port is free")?;
+            let compare = Compare {
+                target: 1,
+                key: free.clone(),
+                create_revision: Some(0),
+                ..Compare::default()
+            };
+            let put = PutRequest { key: free.clone(), value: vec![b'x'; 64] };
+            if put_if(&self.channel, compare, put).await? {
+                self.held = Some(free);
+                return Ok(Done { kind: "allocate", operations: 1, ports: 1 });
             }
         }
     }

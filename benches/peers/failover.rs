@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use portwarden::cli::bench::callers::Pairs;
+use anyhow::Context as _;
+use portwarden::cli::bench::callers::{Pairs, Turns};
 use portwarden::cli::bench::load::Caller as _;
 use portwarden::cli::bench::{self, spec};
 use portwarden::client::{Client, ClientError, Options};
 use portwarden::proto::v1;
+use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::etcd::Etcd;
 use super::ours::Ours;
@@ -19,6 +21,9 @@ use super::report::Failovers;
 const WORKER: &str = "failover";
 /// One attempt at one node.
 const ATTEMPT: Duration = Duration::from_millis(200);
+/// Between two of them.
+const AGAIN_AFTER: Duration = Duration::from_millis(2);
+const SERVED_WITHIN: Duration = Duration::from_secs(60);
 const MOVE_CALLERS: usize = 16;
 const BETWEEN_MOVES: Duration = Duration::from_millis(500);
 
@@ -33,22 +38,28 @@ pub struct LeaderMove {
     pub longest_without_ms: f64,
 }
 
+/// How a leader goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Its kernel closes its connections, and its peers hear of it.
+    Killed,
+    /// Nothing says that it is gone, as when its power or its network fails.
+    Stopped,
+}
+
 pub async fn of_both(
-    mut ours: Ours,
-    mut etcd: Etcd,
+    ours: &Ours,
+    etcd: &mut Etcd,
     times: u32,
-    moved: &mut LeaderMove,
+    loss: Loss,
 ) -> anyhow::Result<Failovers> {
-    *moved = move_leader(&ours, times).await?;
     let mut failovers = Failovers::default();
-    for time in 0..times {
-        failovers.portwarden.push(of_ours(&mut ours).await?);
-        failovers.etcd.push(of_etcd(&mut etcd).await?);
+    for time in 1..=times {
+        let (portwarden, etcd) = (of_ours(ours, loss).await?, of_etcd(etcd, loss).await?);
+        failovers.portwarden.push(portwarden);
+        failovers.etcd.push(etcd);
         eprintln!(
-            "failover {}/{times}: portwarden {:.0} ms, etcd {:.0} ms",
-            time + 1,
-            failovers.portwarden.last().unwrap_or(&0.0),
-            failovers.etcd.last().unwrap_or(&0.0)
+            "leader {loss:?} {time}/{times}: portwarden {portwarden:.0} ms, etcd {etcd:.0} ms"
         );
     }
     Ok(failovers)
@@ -58,8 +69,13 @@ fn millis(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
 
-/// From the kill of the leader to the next acknowledged allocation, asked for at the nodes that live.
-async fn of_ours(ours: &mut Ours) -> anyhow::Result<f64> {
+fn signal(pid: i32, signal: Signal) -> anyhow::Result<()> {
+    let pid = Pid::from_raw(pid).context("no process")?;
+    Ok(kill_process(pid, signal)?)
+}
+
+/// Until the next acknowledged allocation, asked for at the nodes that live.
+async fn of_ours(ours: &Ours, loss: Loss) -> anyhow::Result<f64> {
     let leader = ours.leader().await?;
     let mut endpoints = ours.endpoints();
     endpoints.remove(leader);
@@ -67,35 +83,51 @@ async fn of_ours(ours: &mut Ours) -> anyhow::Result<f64> {
     let client = Client::connect(endpoints, options)?;
     client.worker_register(WORKER, worker()).await?;
     pair(&client, "before").await?;
-    ours.kill(leader);
-    let killed = Instant::now();
+    let began = Instant::now();
+    match loss {
+        Loss::Killed => ours.kill(leader),
+        Loss::Stopped => signal(ours.pid(leader), Signal::STOP)?,
+    }
     let granted = client.allocate(vec![claim("after")]).await?;
-    let took = millis(killed);
+    let took = millis(began);
     for held in granted.allocations {
         client.release(&held.name, held.token).await?;
     }
-    ours.restart(leader).await?;
+    match loss {
+        Loss::Killed => ours.restart(leader).await?,
+        Loss::Stopped => signal(ours.pid(leader), Signal::CONT)?,
+    }
+    ours.healthy().await?;
     Ok(took)
 }
 
-async fn of_etcd(etcd: &mut Etcd) -> anyhow::Result<f64> {
+async fn of_etcd(etcd: &mut Etcd, loss: Loss) -> anyhow::Result<f64> {
     let leader = etcd.leader().await?;
     let others: Vec<usize> = (0..3).filter(|at| *at != leader).collect();
     etcd.put(others[0], Duration::from_secs(2)).await;
-    etcd.kill(leader);
-    let killed = Instant::now();
+    let began = Instant::now();
+    match loss {
+        Loss::Killed => etcd.kill(leader),
+        Loss::Stopped => signal(etcd.pid(leader), Signal::STOP)?,
+    }
     let mut at = 0;
     while !etcd.put(others[at % 2], ATTEMPT).await {
+        anyhow::ensure!(began.elapsed() < SERVED_WITHIN, "etcd takes no put without its leader");
         at += 1;
+        sleep(AGAIN_AFTER).await; // one that is refused at once is not asked in a circle
     }
-    let took = millis(killed);
-    etcd.restart(leader).await?;
+    let took = millis(began);
+    match loss {
+        Loss::Killed => etcd.restart(leader).await?,
+        Loss::Stopped => signal(etcd.pid(leader), Signal::CONT)?,
+    }
+    etcd.leader().await?;
     Ok(took)
 }
 
 /// What callers that write all the time meet, while the lead goes from node to node, and for as long
 /// before while it stays.
-async fn move_leader(ours: &Ours, times: u32) -> anyhow::Result<LeaderMove> {
+pub async fn move_leader(ours: &Ours, times: u32) -> anyhow::Result<LeaderMove> {
     ours.client()?.worker_register(WORKER, worker()).await?;
     let stays = under_load(ours, async {
         tokio::time::sleep(BETWEEN_MOVES * (times + 1)).await;
@@ -146,7 +178,8 @@ async fn under_load<T>(
         let (client, stop) = (ours.client()?, stop.clone());
         callers.push(tokio::spawn(async move {
             let claims = vec![claim(&format!("mover-{caller}"))];
-            let mut pairs = Pairs { client, claims, held: Vec::new() };
+            let turns = Turns::new([].into(), 0);
+            let mut pairs = Pairs { client, claims, turns, held: Vec::new() };
             let mut met = Met::default();
             while !stop.load(Ordering::Relaxed) {
                 let began = Instant::now();

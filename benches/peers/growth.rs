@@ -2,14 +2,15 @@
 //! itself. `scripts/bench --growth`.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
+use itertools::Itertools as _;
 use portwarden::cli::bench;
-use portwarden::cli::bench::load::{self, Report};
+use portwarden::cli::bench::load::{self, Caller, Done, Report};
 use portwarden::client::session::{Answer, Command};
 use portwarden::client::{Client, Holding, Keeper, Standing};
 use portwarden::proto::v1;
@@ -81,7 +82,7 @@ pub struct Overload {
     pub example_error: Option<String>,
     pub p99_ms: f64,
     pub leader_resident_mib: f64,
-    /// The leader is another one than before.
+    /// There was an election.
     pub leader_moved: bool,
     /// Leases that were kept meanwhile, starts on them that were confirmed meanwhile, how many of both
     /// were lost, and how long the slowest confirmation took.
@@ -104,14 +105,16 @@ pub struct Size {
     pub p50_ms: f64,
     pub p99_ms: f64,
     /// The same pairs until each node has written a snapshot, which none did before: how many the leader
-    /// wrote, how long one took on average, and the p99 of the pairs.
+    /// wrote, how long one took on average, and the p99.
     pub snapshots: f64,
     pub snapshot_seconds: f64,
+    /// Of the calls that were under way while a node wrote one.
+    pub calls_with_snapshots: usize,
     pub p99_with_snapshots_ms: f64,
     /// All memory of the leader, after all that it did.
     pub leader_resident_mib: f64,
     pub disk_mib: f64,
-    /// The same pairs while a backup is read from the leader.
+    /// The same pairs while backups are read from the leader, one after the other.
     pub p99_in_backup_ms: f64,
     pub backup_mib: f64,
     pub backup_seconds: f64,
@@ -119,8 +122,8 @@ pub struct Size {
     pub restart_seconds: f64,
     /// All memory that it has then.
     pub restarted_resident_mib: f64,
-    /// A follower that was away for longer than the log reaches back: from its start until it has
-    /// all that the leader has, and the snapshots that it was sent.
+    /// A follower that was away for longer than the log reaches back, under the same load: from its start
+    /// until it has all that the leader had when it was ready, and the snapshots that it was sent.
     pub catch_up_seconds: f64,
     pub catch_up_snapshots: f64,
     /// All allocations, page by page.
@@ -157,12 +160,14 @@ const START_WITHIN_MS: u64 = 8_000;
 const START_EVERY: Duration = Duration::from_millis(20);
 /// For how long a follower is away, while more is written than two snapshots of the log are apart.
 const AWAY: Duration = Duration::from_secs(25);
+/// How often nodes are asked whether they have written one.
+const SNAPSHOT_LOOK: Duration = Duration::from_millis(25);
 /// For how long at least, where each node is to write a snapshot meanwhile.
 const LONGER: Duration = Duration::from_secs(15);
 
 /// `wanted` is asked with the name of each part, as [`Growth`] has it.
 pub async fn of(
-    ours: &mut Ours,
+    ours: &Ours,
     leases: usize,
     steps: &[(u32, u64)],
     wanted: impl Fn(&str) -> bool,
@@ -262,16 +267,59 @@ fn lost(holdings: &[Holding]) -> usize {
     holdings.len() - holdings.iter().filter(held).count()
 }
 
-/// Sessions with so many commands under way, until it is over.
+/// Sessions with so many commands under way, until it is over: on workers that there are, or on a
+/// thousand of their own.
 async fn driven(
     ours: &Ours,
+    workers: Vec<String>,
     under_way: u32,
     over: impl Future<Output = ()>,
-) -> anyhow::Result<Report> {
-    let (callers, left) = ours.callers("session", under_way).await?;
+) -> anyhow::Result<(Report, Calls)> {
+    let (callers, left) = ours.callers_on(workers, "session", under_way).await?;
+    let calls = Calls::default();
+    let noted = |caller| -> Box<dyn Caller> { Box::new(Noted { caller, calls: calls.clone() }) };
+    let callers = callers.into_iter().map(noted).collect();
     let report = load::drive("session", callers, Duration::from_secs(1), over).await;
     ours.clean_up(left).await?;
-    report
+    Ok((report?, calls))
+}
+
+/// When calls began and ended.
+#[derive(Clone, Default)]
+struct Calls(Arc<Mutex<Vec<[Instant; 2]>>>);
+
+struct Noted {
+    caller: Box<dyn Caller>,
+    calls: Calls,
+}
+
+#[tonic::async_trait]
+impl Caller for Noted {
+    async fn call(&mut self) -> Result<Done, String> {
+        let began = Instant::now();
+        let done = self.caller.call().await;
+        self.calls.all().push([began, Instant::now()]);
+        done
+    }
+}
+
+impl Calls {
+    fn all(&self) -> MutexGuard<'_, Vec<[Instant; 2]>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of those that were under way within one of these times: how many they are, and the 99th of a
+    /// hundred, in milliseconds; the longest, where they are fewer.
+    fn during(&self, times: &[[Instant; 2]]) -> (usize, f64) {
+        let calls = self.all();
+        let within = |call: &&[Instant; 2]| {
+            times.iter().any(|[from, until]| call[0] <= *until && call[1] >= *from)
+        };
+        let took = calls.iter().filter(within).map(|[began, ended]| *ended - *began);
+        let took: Vec<Duration> = took.sorted().collect();
+        let p99 = took.get(took.len() * 99 / 100).map_or(0.0, Duration::as_secs_f64);
+        (took.len(), p99 * 1e3)
+    }
 }
 
 /// For how long each node has written snapshots in all, and how many.
@@ -283,16 +331,25 @@ async fn snapshots(ours: &Ours) -> anyhow::Result<[[f64; 2]; 3]> {
     Ok(written)
 }
 
-/// Returns once each node has written one more, but not before [`LONGER`], nor later than a minute after that.
-async fn one_more(ours: &Ours, before: &[[f64; 2]; 3]) {
-    sleep(LONGER).await;
-    let last = Instant::now() + Duration::from_secs(60);
-    while Instant::now() < last {
-        match snapshots(ours).await {
-            Ok(now) if now.iter().zip(before).all(|(now, before)| now[1] > before[1]) => return,
-            _ => sleep(Duration::from_millis(200)).await,
+/// When snapshots were written, until each node has written one more, but not before [`LONGER`], nor later
+/// than a minute after that.
+async fn one_more(ours: &Ours, before: &[[f64; 2]; 3]) -> Vec<[Instant; 2]> {
+    let (began, mut known, mut times) = (Instant::now(), *before, Vec::new());
+    while began.elapsed() < LONGER + Duration::from_secs(60) {
+        sleep(SNAPSHOT_LOOK).await;
+        let Ok(now) = snapshots(ours).await else { continue };
+        for (now, known) in now.iter().zip(&known).filter(|(now, known)| now[1] > known[1]) {
+            let ended = Instant::now();
+            let took = Duration::from_secs_f64(now[0] - known[0]);
+            times.extend((ended - SNAPSHOT_LOOK).checked_sub(took).map(|from| [from, ended]));
+        }
+        known = now;
+        let all_did = now.iter().zip(before).all(|(now, before)| now[1] > before[1]);
+        if began.elapsed() >= LONGER && all_did {
+            break;
         }
     }
+    times
 }
 
 async fn watched(ours: &Ours, count: usize) -> anyhow::Result<Watchers> {
@@ -307,6 +364,7 @@ async fn watched(ours: &Ours, count: usize) -> anyhow::Result<Watchers> {
             events_heard += heard;
         }
     }
+    anyhow::ensure!(events_heard > 0, "no watcher heard anything");
     let mut of = |watchers| per_second.remove(&watchers).unwrap_or_default();
     let (without_per_second, with_per_second) = (of(0), of(count));
     Ok(Watchers { watchers: count, without_per_second, with_per_second, events_heard })
@@ -396,11 +454,14 @@ impl Starts {
 }
 
 async fn overloaded(ours: &Ours, under_way: u32) -> anyhow::Result<Overload> {
-    let lead = ours.leader().await?;
+    let (lead, term) = (ours.leader().await?, ours.term().await?);
     let starts = Starts::begin(ours).await?;
-    let (report, slowest) =
-        futures::future::join(driven(ours, under_way, sleep(MEASURED)), starts.confirm()).await;
-    let (report, lost) = (report?, starts.end().await?);
+    let (report, slowest) = futures::future::join(
+        driven(ours, Vec::new(), under_way, sleep(MEASURED)),
+        starts.confirm(),
+    )
+    .await;
+    let ((report, _), lost) = (report?, starts.end().await?);
     Ok(Overload {
         leases: STARTS,
         starts: STARTS,
@@ -412,7 +473,7 @@ async fn overloaded(ours: &Ours, under_way: u32) -> anyhow::Result<Overload> {
         example_error: report.example_error,
         p99_ms: report.latency["all"].p99_ms,
         leader_resident_mib: ours.resident_bytes(lead)? / MIB,
-        leader_moved: ours.leader().await? != lead,
+        leader_moved: ours.term().await? != term,
     })
 }
 
@@ -446,7 +507,25 @@ async fn fill(client: &Client, workers: u32, from: u64, to: u64) -> anyhow::Resu
     futures::future::try_join_all(filling).await.map(drop)
 }
 
-async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<Size> {
+/// Starts a follower again: after how many seconds it has all that the leader had when it was ready, and the
+/// snapshots that it was sent.
+async fn catch_up(ours: &Ours, lead: usize, follower: usize) -> anyhow::Result<(f64, f64)> {
+    let began = Instant::now();
+    ours.restart_until_ready(follower).await?;
+    let applied = "portwarden_log_applied_index";
+    let to = ours.metrics(lead).await?.sum(applied);
+    loop {
+        let now = ours.metrics(follower).await?;
+        if now.sum(applied) >= to {
+            let snapshots = now.sum("portwarden_snapshots_installed_total");
+            return Ok((began.elapsed().as_secs_f64(), snapshots));
+        }
+        anyhow::ensure!(began.elapsed() < Duration::from_secs(120), "the follower is still behind");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn grown(ours: &Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<Size> {
     let (workers, allocations) = to;
     let client = ours.client()?.with_timeout(Duration::from_secs(60));
     let spec = bench::spec(WORKER_FIRST, WORKER_LAST);
@@ -461,30 +540,39 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
         let names = ["portwarden_apply_seconds_sum", "portwarden_commands_applied_total"];
         Ok(names.map(|name| metrics.sum(name)))
     };
+    let all = || (0..workers).map(worker).collect::<Vec<_>>();
     let mut tries = 0..10;
     let (report, [apply, commands]) = loop {
         anyhow::ensure!(tries.next().is_some(), "snapshots are written all the time");
         let (written, before) = (snapshots(ours).await?, applied().await?);
-        let report = driven(ours, 2048, sleep(MEASURED)).await?;
+        let (report, _) = driven(ours, all(), 2048, sleep(MEASURED)).await?;
         let now = applied().await?;
         if snapshots(ours).await? == written {
             break (report, std::array::from_fn(|i| now[i] - before[i]));
         }
     };
-    let before = snapshots(ours).await?;
-    let longer = driven(ours, 2048, one_more(ours, &before)).await?;
+    let (before, mut times) = (snapshots(ours).await?, Vec::new());
+    let over = async { times = one_more(ours, &before).await };
+    let (_, calls) = driven(ours, all(), 2048, over).await?;
+    let (calls_with_snapshots, p99_with_snapshots_ms) = calls.during(&times);
     let now = snapshots(ours).await?[lead];
     let [writing, count]: [f64; 2] = std::array::from_fn(|i| now[i] - before[lead][i]);
 
     let leader_resident = ours.resident_bytes(lead)?;
     let leader = ours.client_at(lead)?.with_timeout(Duration::from_secs(60));
-    let backup = tokio::spawn(async move {
-        let began = Instant::now();
-        let (_, copied) = leader.backup(|| Ok(std::io::sink()), |_| {}).await?;
-        anyhow::Ok((copied.bytes, began.elapsed().as_secs_f64()))
-    });
-    let during = driven(ours, 2048, sleep(MEASURED)).await?;
-    let (backup_bytes, backup_seconds) = backup.await??;
+    let mut backups = Vec::new();
+    let over = async {
+        let until = Instant::now() + MEASURED;
+        while Instant::now() < until {
+            let began = Instant::now();
+            let copied = leader.backup(|| Ok(std::io::sink()), |_| {}).await;
+            backups.push((copied, began.elapsed().as_secs_f64()));
+        }
+    };
+    let (during, _) = driven(ours, all(), 2048, over).await?;
+    let backup_seconds = backups.iter().map(|(_, took)| took).sum::<f64>() / backups.len() as f64;
+    let (copied, _) = backups.pop().context("no backup was read")?;
+    let backup_bytes = copied?.1.bytes;
 
     let began = Instant::now();
     let listed = client.list(v1::ListRequest::default()).await?.items.len() as u64;
@@ -500,20 +588,13 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
     let restarted_resident = ours.resident_bytes(follower)?;
 
     ours.kill(follower);
-    driven(ours, 2048, sleep(AWAY)).await?;
-    let began = Instant::now();
-    ours.restart_until_ready(follower).await?;
-    let applied = "portwarden_log_applied_index";
-    let to = ours.metrics(lead).await?.sum(applied);
-    let caught_up = loop {
-        let now = ours.metrics(follower).await?;
-        if now.sum(applied) >= to {
-            break now;
-        }
-        anyhow::ensure!(began.elapsed() < Duration::from_secs(60), "the follower is still behind");
-        sleep(Duration::from_millis(20)).await;
+    let mut caught_up = None;
+    let over = async {
+        sleep(AWAY).await;
+        caught_up = Some(catch_up(ours, lead, follower).await);
     };
-    let catch_up_seconds = began.elapsed().as_secs_f64();
+    driven(ours, all(), 2048, over).await?;
+    let (catch_up_seconds, catch_up_snapshots) = caught_up.context("it did not begin")??;
     ours.healthy().await?;
 
     Ok(Size {
@@ -526,7 +607,8 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
         p99_ms: report.latency["all"].p99_ms,
         snapshots: count,
         snapshot_seconds: writing / count.max(1.0),
-        p99_with_snapshots_ms: longer.latency["all"].p99_ms,
+        calls_with_snapshots,
+        p99_with_snapshots_ms,
         leader_resident_mib: leader_resident / MIB,
         disk_mib: ours.disk_bytes(lead)? / MIB,
         p99_in_backup_ms: during.latency["all"].p99_ms,
@@ -535,7 +617,7 @@ async fn grown(ours: &mut Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Res
         restart_seconds,
         restarted_resident_mib: restarted_resident / MIB,
         catch_up_seconds,
-        catch_up_snapshots: caught_up.sum("portwarden_snapshots_installed_total"),
+        catch_up_snapshots,
         list_seconds,
     })
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use portwarden::cli::bench::load::Caller;
@@ -17,7 +18,7 @@ pub struct Ours {
     binary: PathBuf,
     dir: PathBuf,
     ports: Vec<u16>,
-    nodes: Vec<Process>,
+    nodes: Mutex<Vec<Process>>,
 }
 
 /// What a workload left in the table.
@@ -56,13 +57,17 @@ impl Ours {
     pub async fn start(binary: &Path, dir: &Path) -> anyhow::Result<Ours> {
         let ports = free_ports(9)?;
         let (binary, dir) = (binary.to_path_buf(), dir.to_path_buf());
-        let mut ours = Ours { binary, dir, ports, nodes: Vec::new() };
+        let ours = Ours { binary, dir, ports, nodes: Mutex::default() };
         for at in 0..3 {
             let node = ours.start_node(at)?;
-            ours.nodes.push(node);
+            ours.nodes().push(node);
         }
         ours.healthy().await?;
         Ok(ours)
+    }
+
+    fn nodes(&self) -> MutexGuard<'_, Vec<Process>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn start_node(&self, at: usize) -> anyhow::Result<Process> {
@@ -106,7 +111,7 @@ impl Ours {
     }
 
     fn stat(&self, at: usize) -> anyhow::Result<procfs::process::Stat> {
-        Ok(procfs::process::Process::new(self.nodes[at].pid())?.stat()?)
+        Ok(procfs::process::Process::new(self.nodes()[at].pid())?.stat()?)
     }
 
     /// Processor time that the node has used.
@@ -156,18 +161,27 @@ impl Ours {
         )
     }
 
+    pub async fn term(&self) -> anyhow::Result<u64> {
+        Ok(self.healthy().await?.term)
+    }
+
     /// Index of the node that leads.
     pub async fn leader(&self) -> anyhow::Result<usize> {
         Ok(self.healthy().await?.leader as usize - 1)
     }
 
-    pub fn kill(&mut self, at: usize) {
-        self.nodes[at].kill();
+    pub fn kill(&self, at: usize) {
+        self.nodes()[at].kill();
+    }
+
+    pub fn pid(&self, at: usize) -> i32 {
+        self.nodes()[at].pid()
     }
 
     /// Returns when the node says that it is ready.
-    pub async fn restart_until_ready(&mut self, at: usize) -> anyhow::Result<()> {
-        self.nodes[at] = self.start_node(at)?;
+    pub async fn restart_until_ready(&self, at: usize) -> anyhow::Result<()> {
+        let node = self.start_node(at)?;
+        self.nodes()[at] = node;
         for _ in 0..6000 {
             if self.http_get(at, "/readyz").await.is_ok() {
                 return Ok(());
@@ -177,8 +191,9 @@ impl Ours {
         anyhow::bail!("node {} is not ready after two minutes", at + 1)
     }
 
-    pub async fn restart(&mut self, at: usize) -> anyhow::Result<()> {
-        self.nodes[at] = self.start_node(at)?;
+    pub async fn restart(&self, at: usize) -> anyhow::Result<()> {
+        let node = self.start_node(at)?;
+        self.nodes()[at] = node;
         self.healthy().await.map(drop)
     }
 
@@ -187,8 +202,18 @@ impl Ours {
         name: &str,
         clients: u32,
     ) -> anyhow::Result<(Vec<Box<dyn Caller>>, Option<Left>)> {
+        self.callers_on(Vec::new(), name, clients).await
+    }
+
+    /// On these workers, which there are; none: on workers of its own.
+    pub async fn callers_on(
+        &self,
+        on: Vec<String>,
+        name: &str,
+        clients: u32,
+    ) -> anyhow::Result<(Vec<Box<dyn Caller>>, Option<Left>)> {
         let workload = match name {
-            "session" | "hot-session" | "gang8" | "gang64" => Workload::Session,
+            "session" | "hot-session" | "select" | "gang8" | "gang64" => Workload::Session,
             "get" => Workload::Get,
             "get-session" => Workload::GetSession,
             "get-stale" => Workload::GetStale,
@@ -198,6 +223,7 @@ impl Ours {
         let (callers, batch) = match (name, clients) {
             ("hot-session", _) => (64, clients / 64),
             ("session", 1) => (1, 1),
+            ("select", _) => (8, clients / 8),
             ("session", 256) => (4, 64),
             ("session", ..=4096) => (8, clients / 8),
             ("session", _) => (clients / 256, 256),
@@ -211,6 +237,7 @@ impl Ours {
             hot: name.starts_with("hot"),
             spread: !name.starts_with("hot"),
             workers: 1000,
+            by_label: name == "select",
             gang: match name {
                 "gang8" => 8,
                 "gang64" => 64,
@@ -224,7 +251,7 @@ impl Ours {
         let run: String = client.fresh_uid().chars().take(8).collect();
         let endpoints = leader_first(&client, &self.endpoints()).await?;
         let timeout = Duration::from_secs(10);
-        let bench = Bench { prefix: format!("bench-{run}-"), endpoints, timeout };
+        let bench = Bench { prefix: format!("bench-{run}-"), endpoints, timeout, on };
         bench.register(&args).await?;
         let callers = bench.callers(&args).await?;
         Ok((callers, Some(Left { bench, args })))

@@ -1,16 +1,18 @@
 //! One server of PostgreSQL, with a table of ports as one would write it.
 
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use portwarden::cli::bench::load::{Caller, Done};
+use rustix::process::{Signal, geteuid};
 use tokio_postgres::{Client, NoTls, Statement};
 
 use super::ours::Left;
-use super::processes::{Process, free_ports};
+use super::processes::{Process, free_ports, output};
 
 const WORKERS: i32 = 20;
 const PORTS: i32 = 1024;
@@ -21,40 +23,37 @@ pub struct Postgres {
 }
 
 impl Postgres {
+    /// Where this is root, `dir` is made readable for all.
     pub async fn start(dir: &Path) -> anyhow::Result<Postgres> {
         let bin = newest_bin()?;
         let data = dir.join("postgres");
         std::fs::create_dir_all(&data)?;
         // It does not run as root.
-        let root = is_root()?;
-        if root {
+        let user = if geteuid().is_root() { Some(debians_user()?) } else { None };
+        if let Some((uid, gid)) = user {
             std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755))?;
-            let chown = Command::new("chown").arg("postgres").arg(&data).status()?;
-            ensure!(chown.success(), "{} cannot be given to postgres", data.display());
+            chown(&data, Some(uid), Some(gid))?;
         }
+        // Not through `runuser` and the like: the server would be a child of what is started.
         let as_user = |program: &str| {
-            let program = bin.join(program);
-            if !root {
-                return Command::new(program);
+            let mut command = Command::new(bin.join(program));
+            if let Some((uid, gid)) = user {
+                command.uid(uid).gid(gid).current_dir("/");
             }
-            let mut command = Command::new("runuser");
-            command.args(["-u", "postgres", "--"]).arg(program).current_dir("/");
             command
         };
-        let made = as_user("initdb")
-            .args(["--auth", "trust", "-U", "bench", "-D"])
-            .arg(&data)
-            .output()
-            .context("initdb")?;
-        ensure!(made.status.success(), "initdb: {}", String::from_utf8_lossy(&made.stderr));
+        let mut initdb = as_user("initdb");
+        output(initdb.args(["--auth", "trust", "-U", "bench", "-D"]).arg(&data))?;
         let port = free_ports(1)?[0];
         let mut command = as_user("postgres");
-        command.arg("-D").arg(&data).args(["-p", &port.to_string(), "-h", "127.0.0.1", "-k"]);
-        command.arg(&data);
+        // No socket in the file system: its path may not be long.
+        command.arg("-D").arg(&data).args(["-p", &port.to_string(), "-h", "127.0.0.1", "-k", ""]);
         for setting in ["fsync=on", "synchronous_commit=on", "max_connections=300"] {
             command.args(["-c", setting]);
         }
-        let server = Process::start(&mut command, &dir.join("postgres.log"))?;
+        // An immediate shutdown: it ends its processes, and gives its shared memory back.
+        let log = dir.join("postgres.log");
+        let server = Process::start_to_end_by(Signal::QUIT, &mut command, &log)?;
         let postgres = Postgres { port, _server: server };
         postgres.fill().await?;
         Ok(postgres)
@@ -136,15 +135,20 @@ impl Caller for Ports {
     }
 }
 
+pub fn version() -> anyhow::Result<String> {
+    output(Command::new(newest_bin()?.join("postgres")).arg("--version"))
+}
+
 /// Debian keeps each major version's programs in a directory of its own.
-fn newest_bin() -> anyhow::Result<std::path::PathBuf> {
+fn newest_bin() -> anyhow::Result<PathBuf> {
     let versions =
         std::fs::read_dir("/usr/lib/postgresql").context("PostgreSQL is not installed")?;
     let bins = versions.filter_map(|version| Some(version.ok()?.path().join("bin")));
     bins.filter(|bin| bin.join("initdb").exists()).max().context("PostgreSQL is not installed")
 }
 
-fn is_root() -> anyhow::Result<bool> {
-    let id = Command::new("id").arg("-u").output()?;
-    Ok(String::from_utf8_lossy(&id.stdout).trim() == "0")
+/// The user and group that Debian's package makes.
+fn debians_user() -> anyhow::Result<(u32, u32)> {
+    let id = |what| anyhow::Ok(output(Command::new("id").args([what, "postgres"]))?.parse()?);
+    Ok((id("-u")?, id("-g")?))
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
@@ -18,10 +19,14 @@ pub struct Whole {
     pub machine: String,
     pub rounds: u32,
     pub seconds_a_round: u64,
-    /// Median of appends of 4 KiB with fdatasync, on the disk that all of them are on.
+    /// Median of `fdatasync` after appends of 4 KiB, on the disk that all of them are on, before each round.
     pub fdatasync_ms: f64,
+    #[serde(skip)]
+    fdatasyncs: Vec<f64>,
     pub rows: Vec<Summary>,
+    /// From the loss of the leader to the next acknowledged change: its process killed, and stopped.
     pub failover_ms: Failovers,
+    pub stopped_ms: Failovers,
     pub leader_move: LeaderMove,
     /// Ours against theirs: the larger, the better for portwarden.
     pub ratios: BTreeMap<&'static str, f64>,
@@ -85,18 +90,35 @@ impl Summary {
 }
 
 impl Whole {
-    pub fn begin(dir: &Path, rounds: u32, seconds_a_round: u64) -> anyhow::Result<Whole> {
-        Ok(Whole {
+    pub fn begin(rounds: u32, seconds_a_round: u64) -> Whole {
+        Whole {
             commit: output("git", &["describe", "--always", "--dirty"]),
             machine: machine(),
             rounds,
             seconds_a_round,
-            fdatasync_ms: fdatasync_ms(dir)?,
+            fdatasync_ms: 0.0,
+            fdatasyncs: Vec::new(),
             rows: Vec::new(),
             failover_ms: Failovers::default(),
+            stopped_ms: Failovers::default(),
             leader_move: LeaderMove::default(),
             ratios: BTreeMap::new(),
-        })
+        }
+    }
+
+    /// What the disk takes for a sync, without anybody's software.
+    pub fn probe(&mut self, dir: &Path) -> anyhow::Result<()> {
+        let path = dir.join("fdatasync");
+        let mut file = fs::File::create(&path)?;
+        for _ in 0..100 {
+            file.write_all(&[7; 4096])?;
+            let began = Instant::now();
+            file.sync_data()?;
+            self.fdatasyncs.push(began.elapsed().as_secs_f64() * 1000.0);
+        }
+        fs::remove_file(&path)?;
+        self.fdatasync_ms = median(self.fdatasyncs.iter().copied());
+        Ok(())
     }
 
     fn row(&self, system: &str, workload: &str, clients: u32) -> Option<&Summary> {
@@ -111,17 +133,13 @@ impl Whole {
         let rate = |system, workload, clients| {
             self.row(system, workload, clients).map(|row| row.median_per_second)
         };
-        let session = rate("portwarden", "session", 256)
-            .into_iter()
-            .chain(rate("portwarden", "session", 2048))
-            .reduce(f64::max);
+        let session = |clients| rate("portwarden", "session", clients);
         let p50 = |system, workload| self.row(system, workload, 1).map(|row| row.p50_ms);
         let (p50_rpc, p50_stream) = (p50("portwarden", "allocate"), p50("portwarden", "session"));
         let fdatasync = Some(self.fdatasync_ms);
         let over = |ours: Option<f64>, theirs: Option<f64>| Some(ours? / theirs?);
         let failover = |times: &[f64]| (!times.is_empty()).then(|| median(times.iter().copied()));
-        let (ours_failed, etcd_failed) =
-            (failover(&self.failover_ms.portwarden), failover(&self.failover_ms.etcd));
+        let lost = |both: &Failovers| over(failover(&both.etcd), failover(&both.portwarden));
         let put = |clients| rate("etcd", "put", clients);
         let hot = rate("portwarden", "hot", 64);
         let hot_session = rate("portwarden", "hot-session", 64);
@@ -129,7 +147,14 @@ impl Whole {
         let ratios = [
             ("allocate_rpc_vs_etcd_put_64", over(rate("portwarden", "allocate", 64), put(64))),
             ("allocate_rpc_vs_etcd_put_256", over(rate("portwarden", "allocate", 256), put(256))),
-            ("allocate_stream_vs_etcd_put_256", over(session, put(256))),
+            ("allocate_stream_vs_etcd_put_256", over(session(256), put(256))),
+            ("allocate_stream_vs_etcd_put_2048", over(session(2048), put(2048))),
+            ("allocate_hot_vs_etcd_any_64", over(hot, rate("etcd", "any", 64))),
+            ("allocate_hot_stream_vs_etcd_any_64", over(hot_session, rate("etcd", "any", 64))),
+            (
+                "select_vs_allocate_stream_2048",
+                over(rate("portwarden", "select", 2048), session(2048)),
+            ),
             ("allocate_hot_vs_postgres_64", over(hot, rate("postgres", "hot", 64))),
             ("allocate_hot_vs_etcd_txn_64", over(hot, rate("etcd", "hot", 64))),
             ("allocate_hot_stream_vs_postgres_64", over(hot_session, rate("postgres", "hot", 64))),
@@ -155,7 +180,8 @@ impl Whole {
                 "bare_stream_vs_etcd_txn_64",
                 over(rate("bare", "session", 64), rate("etcd", "hot", 64)),
             ),
-            ("bare_stream_vs_etcd_put_256", over(rate("bare", "session", 2048), put(256))),
+            ("bare_stream_vs_etcd_put_2048", over(rate("bare", "session", 2048), put(2048))),
+            ("bare_table_vs_etcd_put_2048", over(rate("bare", "table", 2048), put(2048))),
             ("get_vs_etcd_256", over(rate("portwarden", "get", 256), rate("etcd", "get", 256))),
             (
                 "get_stream_vs_etcd_256",
@@ -173,7 +199,8 @@ impl Whole {
                 "gang64_ports_per_second",
                 self.row("portwarden", "gang64", 64).map(|row| row.ports_per_second),
             ),
-            ("etcd_failover_vs_ours", over(etcd_failed, ours_failed)),
+            ("etcd_failover_vs_ours", lost(&self.failover_ms)),
+            ("etcd_stopped_vs_ours", lost(&self.stopped_ms)),
         ];
         self.ratios = ratios.into_iter().filter_map(|(name, is)| Some((name, is?))).collect();
     }
@@ -214,10 +241,12 @@ impl Whole {
             &self.leader_move;
         let _ = write!(
             text,
-            "\nLeader killed, ms until the next acknowledged change: portwarden {}; etcd {}.\n\
+            "\nLeader killed, ms until the next acknowledged change: portwarden {}; etcd {}. Stopped: portwarden {}; etcd {}.\n\
              Leader moved {moves} times under {requests} requests: {failed} failed, the longest took {longest_stall_ms:.0} ms ({longest_without_ms:.0} ms while it stayed).\n",
             list(&self.failover_ms.portwarden),
             list(&self.failover_ms.etcd),
+            list(&self.stopped_ms.portwarden),
+            list(&self.stopped_ms.etcd),
         );
         text
     }
@@ -284,20 +313,4 @@ fn machine() -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
     format!("{cpus} cores, {}, Linux {}", model.unwrap_or("unknown"), output("uname", &["-r"]))
-}
-
-/// What the disk takes for a sync, without anybody's software.
-fn fdatasync_ms(dir: &Path) -> anyhow::Result<f64> {
-    use std::io::Write as _;
-    let path = dir.join("fdatasync");
-    let mut file = fs::File::create(&path)?;
-    let mut took = Vec::new();
-    for _ in 0..300 {
-        file.write_all(&[7; 4096])?;
-        let began = Instant::now();
-        file.sync_data()?;
-        took.push(began.elapsed().as_secs_f64() * 1000.0);
-    }
-    fs::remove_file(&path)?;
-    Ok(median(took))
 }

@@ -1,14 +1,41 @@
 //! Callers of a portwarden cluster, one kind for each workload.
 
+use std::sync::Arc;
+
 use super::load::{Caller, Done};
 use crate::client::session::{Answer, Command, release};
 use crate::client::{Client, Session};
 use crate::proto::v1;
 
+/// Workers that claims go to in turns, once they were granted; where there are none, each stays where it
+/// is.
+#[derive(Clone)]
+pub struct Turns {
+    workers: Arc<[String]>,
+    next: usize,
+}
+
+impl Turns {
+    pub fn new(workers: Arc<[String]>, first: usize) -> Turns {
+        Turns { workers, next: first }
+    }
+
+    fn place(&mut self, claims: &mut [v1::Claim]) {
+        for claim in claims {
+            let Some(worker) = self.workers.get(self.next % self.workers.len().max(1)) else {
+                return;
+            };
+            claim.placement = Some(v1::claim::Placement::Worker(worker.clone()));
+            self.next += 1;
+        }
+    }
+}
+
 /// Allocates one instance, or a gang of so many, and releases it again.
 pub struct Pairs {
     pub client: Client,
     pub claims: Vec<v1::Claim>,
+    pub turns: Turns,
     pub held: Vec<v1::Allocation>,
 }
 
@@ -20,9 +47,10 @@ impl Caller for Pairs {
             return released.map(|_| Done::one("release")).map_err(|e| e.to_string());
         }
         let granted = self.client.allocate(self.claims.clone()).await.map_err(|e| e.to_string())?;
+        self.turns.place(&mut self.claims);
         self.held = granted.allocations;
         let ports = self.held.iter().map(|held| held.ports.len() as u64).sum();
-        Ok(Done { kind: "allocate", operations: 1, ports })
+        Ok(Done { kind: "allocate", operations: self.claims.len() as u64, ports })
     }
 }
 
@@ -31,6 +59,7 @@ impl Caller for Pairs {
 pub struct Batches {
     pub session: Session,
     pub gangs: Vec<Vec<v1::Claim>>,
+    pub turns: Turns,
     pub held: Vec<v1::Allocation>,
 }
 
@@ -38,6 +67,10 @@ pub struct Batches {
 impl Caller for Batches {
     async fn call(&mut self) -> Result<Done, String> {
         let releasing = !self.held.is_empty();
+        let operations = match releasing {
+            true => self.held.len(),
+            false => self.gangs.iter().map(Vec::len).sum(),
+        };
         let commands: Vec<Command> = match releasing {
             true => self.held.drain(..).map(|held| release(&held.name, held.token)).collect(),
             false => {
@@ -46,7 +79,6 @@ impl Caller for Batches {
                 self.gangs.iter().cloned().map(allocate).collect()
             }
         };
-        let operations = commands.len() as u64;
         let mut failed = None;
         for answer in self.session.all(commands).await {
             match answer {
@@ -57,7 +89,10 @@ impl Caller for Batches {
         }
         let ports = self.held.iter().map(|held| held.ports.len() as u64).sum();
         let kind = if releasing { "release" } else { "allocate" };
-        failed.map_or(Ok(Done { kind, operations, ports }), Err)
+        if !releasing && failed.is_none() {
+            self.gangs.iter_mut().for_each(|claims| self.turns.place(claims));
+        }
+        failed.map_or(Ok(Done { kind, operations: operations as u64, ports }), Err)
     }
 }
 

@@ -26,7 +26,7 @@ pub trait Caller: Send + 'static {
 pub struct Done {
     /// Which of the caller's kinds of calls it was.
     pub kind: &'static str,
-    /// Operations that it stands for: 1, or those of a batch.
+    /// Operations that it stands for: 1, or those of a batch. Of a gang, each claim is one.
     pub operations: u64,
     /// Ports that it was granted.
     pub ports: u64,

@@ -8,6 +8,7 @@ pub mod callers;
 pub mod load;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -18,7 +19,7 @@ use tokio::time::sleep;
 use super::{Globals, output};
 use crate::client::{Client, ClientError, Options};
 use crate::proto::v1;
-use callers::{Batches, Pairs, Reads, SessionReads};
+use callers::{Batches, Pairs, Reads, SessionReads, Turns};
 use load::{Caller, Report};
 
 #[derive(Debug, Clone, clap::Args)]
@@ -26,6 +27,7 @@ use load::{Caller, Report};
   portwarden bench
   portwarden bench --clients 256 --seconds 30 --hot -o json
   portwarden bench --workload session --clients 8 --batch 256
+  portwarden bench --by-label --workers 1000
   portwarden bench --workload get --clients 256
 
 Ctrl-C ends it early; what it made is removed either way.")]
@@ -48,6 +50,9 @@ pub struct Args {
     /// Workers to spread over
     #[arg(long, default_value_t = 16, conflicts_with = "hot", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub workers: u32,
+    /// Let the cluster choose the workers, each claim among a tenth of them, by a label
+    #[arg(long, conflicts_with = "hot")]
+    pub by_label: bool,
     /// Claims in each request; more than one is a gang
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub gang: u32,
@@ -93,6 +98,9 @@ const RANGE_FIRST: u32 = 10_000;
 const RANGE_LAST_HOT: u32 = 29_999;
 const RANGE_LAST: u32 = 10_999;
 const WARM_UP: Duration = Duration::from_secs(1);
+/// Of workers that are chosen by label, and how many values it has.
+const LABEL: &str = "bench";
+const LABELS: usize = 10;
 /// Workers that are registered, or removed, at a time.
 const AT_ONCE: usize = 64;
 /// Instances that the reads are spread over.
@@ -105,6 +113,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         prefix: format!("bench-{run}-"),
         endpoints: leader_first(&client, &globals.endpoints).await?,
         timeout: globals.timeout,
+        on: Vec::new(),
     };
     let stopped = super::stopped()?.shared();
     let make = async {
@@ -155,6 +164,8 @@ pub struct Bench {
     /// The leader first.
     pub endpoints: Vec<String>,
     pub timeout: Duration,
+    /// Workers that there are already; empty: it makes its own.
+    pub on: Vec<String>,
 }
 
 impl Bench {
@@ -163,26 +174,58 @@ impl Bench {
         Client::connect(self.endpoints.clone(), options)
     }
 
+    /// Those that it makes.
     fn workers(&self, args: &Args) -> impl Iterator<Item = String> {
-        let count = if args.hot { 1 } else { args.workers };
+        let count = match self.on.is_empty() {
+            true if args.hot => 1,
+            true => args.workers,
+            false => 0,
+        };
         (0..count).map(|i| format!("{}w{i}", self.prefix))
     }
 
     pub async fn register(&self, args: &Args) -> anyhow::Result<()> {
         let client = self.client()?;
         let last = if args.hot { RANGE_LAST_HOT } else { RANGE_LAST };
-        register(&client, self.workers(args), &spec(RANGE_FIRST, last)).await
+        let spec = spec(RANGE_FIRST, last);
+        if !args.by_label {
+            return register(&client, self.workers(args), &spec).await;
+        }
+        for label in 0..LABELS {
+            let labels = [(LABEL.into(), format!("{}{label}", self.prefix))].into();
+            let labelled = v1::WorkerSpec { labels, ..spec.clone() };
+            let workers = self.workers(args).skip(label).step_by(LABELS);
+            register(&client, workers, &labelled).await?;
+        }
+        Ok(())
+    }
+
+    /// Of the worker with this number, or of those with its label.
+    fn placement(&self, args: &Args, worker: &str, number: u32) -> v1::claim::Placement {
+        if !args.by_label {
+            return v1::claim::Placement::Worker(worker.into());
+        }
+        let selector = format!("{LABEL}={}{}", self.prefix, number as usize % LABELS);
+        v1::claim::Placement::Select(v1::Selection { selector, ..Default::default() })
     }
 
     pub async fn callers(&self, args: &Args) -> anyhow::Result<Vec<Box<dyn Caller>>> {
-        let workers: Vec<String> = self.workers(args).collect();
+        let workers: Vec<String> = match self.on.is_empty() {
+            true => self.workers(args).collect(),
+            false => self.on.clone(),
+        };
+        let in_turns: Arc<[String]> =
+            if args.by_label { [].into() } else { workers.clone().into() };
         let clients: Vec<Client> =
             (0..args.connections).map(|_| self.client()).collect::<Result<_, _>>()?;
         let sessions: Vec<_> = clients.iter().map(Client::session).collect();
         let at = |i: u32| i as usize % clients.len();
         let worker = |i: u32| workers[i as usize % workers.len()].as_str();
         let gang = |name: &str, i: u32| -> Vec<v1::Claim> {
-            let claim = |j| claim(&format!("{name}-{j}"), worker(i + j), args.ports);
+            let claim = |j| v1::Claim {
+                placement: Some(self.placement(args, worker(i + j), i + j)),
+                ..claim(&format!("{name}-{j}"), "", args.ports)
+            };
             (0..args.gang).map(claim).collect()
         };
         let read = |i: u32| format!("{}r{}", self.prefix, i % READ_INSTANCES);
@@ -197,6 +240,7 @@ impl Bench {
                 Workload::Allocate => Box::new(Pairs {
                     client: clients[at(i)].clone(),
                     claims: gang(&name, i * args.gang),
+                    turns: Turns::new(in_turns.clone(), (i * args.gang) as usize),
                     held: Vec::new(),
                 }),
                 Workload::Session => Box::new(Batches {
@@ -204,6 +248,7 @@ impl Bench {
                     gangs: (0..args.batch)
                         .map(|j| gang(&format!("{name}-{j}"), (i * args.batch + j) * args.gang))
                         .collect(),
+                    turns: Turns::new(in_turns.clone(), (i * args.batch * args.gang) as usize),
                     held: Vec::new(),
                 }),
                 Workload::Get | Workload::GetStale => Box::new(Reads {
