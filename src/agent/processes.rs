@@ -69,6 +69,11 @@ impl Processes {
         self.iter().any(|process| !process.dead && (is_it(process) || of_its_group(process)))
     }
 
+    /// Is there such a process, and has it not ended?
+    pub fn lives(&self, pid: u32) -> bool {
+        self.by_pid.get(&pid).is_some_and(|process| !process.dead)
+    }
+
     /// Is the process `pid` the one that a handle names, one that descends from it, or one in its
     /// cgroup?
     pub fn belongs(&self, pid: u32, handle: &v1::liveness::Handle) -> bool {

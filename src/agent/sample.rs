@@ -165,8 +165,10 @@ fn of_held(
             .then(|| found(v1::DriftKind::BoundButClosed, &allocation.name, number, detail));
     };
     let handle = allocation.liveness.as_ref()?.handle.as_ref()?;
+    // One that has ended may have left it to a child.
+    let mut living = port.pids.iter().filter(|pid| seen.processes.lives(**pid)).peekable();
     let foreign = |pid: &u32| !seen.processes.belongs(*pid, handle);
-    let other = !port.pids.is_empty() && port.pids.iter().all(foreign);
+    let other = living.peek().is_some() && living.all(foreign);
     other.then(|| {
         let detail = format!("{}, not by {}", by(port), shown(handle));
         found(v1::DriftKind::HeldByAnother, &allocation.name, number, detail)
@@ -296,12 +298,15 @@ mod tests {
             held("a", v1::Phase::Bound, &[20001, 20002], 50),
             held("b", v1::Phase::Reserved, &[20003], 0),
             held("c", v1::Phase::Bound, &[20004], 60),
+            held("d", v1::Phase::Bound, &[20005], 60),
         ]);
         let seen = Seen {
             // a's port is its grandchild's; c's is a stranger's.
             sockets: vec![
                 tcp(20001, State::Listening, &[52]),
                 tcp(20004, State::Listening, &[90]),
+                // Whoever had d's has ended.
+                tcp(20005, State::Listening, &[92]),
                 tcp(20007, State::Otherwise, &[91]),
             ],
             processes: [

@@ -96,8 +96,7 @@ pub trait Backend: Send + Sync + 'static {
     fn hub(&self) -> &Hub;
     /// The confirm deadline of claims that do not say their own.
     fn confirm_within(&self) -> Millis;
-    /// On the leader: the time to live that the lease has again; `None` where it is gone or its end
-    /// is under way.
+    /// On the leader: the time to live that the lease has again; `None` where it is gone.
     async fn keep_alive(
         &self,
         id: LeaseId,

@@ -36,7 +36,7 @@ arguments {port}, {ports} and {port:NAME} are replaced.
 
 When the lease cannot be kept alive: on a worker with an agent the program goes on, and what it holds is
 confirmed anew as soon as the cluster is back; on one without it is stopped before the lease ends, as
-its ports are given to others then.
+its ports are given to others then. So is one there that cannot be confirmed within --confirm-within.
 
 The exit code is the program's (128 + n where signal n ended it); 126 or 127 where it cannot be started;
 else as everywhere: 4 what it held is gone or the worker is elsewhere, 5 no port is left, 6 it did not

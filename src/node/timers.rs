@@ -75,6 +75,8 @@ struct Book {
     deadlines: BTreeMap<Key, Deadline>,
     /// The same by time.
     queue: BTreeSet<(Duration, Key)>,
+    /// Workers that events told of since the reign began; until the book is caught up with the table.
+    told: Option<BTreeSet<WorkerName>>,
 }
 
 struct Reign {
@@ -86,7 +88,11 @@ struct Reign {
 
 impl Reign {
     fn now(&self) -> Duration {
-        self.since.elapsed().saturating_sub(self.lost)
+        self.at(Instant::now())
+    }
+
+    fn at(&self, now: Instant) -> Duration {
+        now.duration_since(self.since).saturating_sub(self.lost)
     }
 }
 
@@ -94,7 +100,7 @@ impl Reign {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Renewal {
     Renewed,
-    /// The end of the lease is under way.
+    /// The end of the lease is under way. Ask again: it may yet not come.
     Ending,
     /// This node does not lead or has not begun to; or the lease has just ended. Ask again.
     NotLeading,
@@ -231,9 +237,15 @@ impl Book {
     }
 
     fn heard(&mut self, worker: &Worker) {
-        let key = Key::Silent(worker.name.clone());
-        if self.deadlines.get(&key).is_some_and(|deadline| !deadline.ending) {
+        let timed = self.deadlines.get(&Key::Silent(worker.name.clone()));
+        if timed.map_or(watched(worker), |deadline| !deadline.ending) {
             self.start_silence(worker);
+        }
+    }
+
+    fn is_told_of(&mut self, worker: &WorkerName) {
+        if let Some(told) = &mut self.told {
+            told.insert(worker.clone());
         }
     }
 
@@ -246,8 +258,12 @@ impl Book {
             Event::LeaseGranted(lease) => self.start_lease(lease),
             Event::LeaseEnded { lease, .. } => self.stop(&Key::Lease(lease.id)),
             Event::FeatureLevel(_) => {}
-            Event::Worker(worker) => self.follow_worker(worker),
+            Event::Worker(worker) => {
+                self.is_told_of(&worker.name);
+                self.follow_worker(worker);
+            }
             Event::WorkerRemoved(name) => {
+                self.is_told_of(name);
                 self.stop(&Key::Silent(name.clone()));
                 self.quarantines_on(name).iter().for_each(|key| self.stop(key));
             }
@@ -256,7 +272,8 @@ impl Book {
 
     fn begin(&mut self, leader: Leader) {
         let reign = Some(Reign { leader, since: Instant::now(), lost: Duration::ZERO });
-        *self = Book { reign, lifecycle: self.lifecycle.clone(), ..Book::default() };
+        let (lifecycle, told) = (self.lifecycle.clone(), Some(BTreeSet::new()));
+        *self = Book { reign, lifecycle, told, ..Book::default() };
     }
 
     /// Everything that the table has and no event told of since the reign began.
@@ -266,7 +283,10 @@ impl Book {
                 self.start_lease(lease);
             }
         }
-        state.workers_after(None).for_each(|worker| self.follow_worker(worker));
+        // An event may be newer than the table, and told of all that there is of its worker.
+        let told = self.told.take().unwrap_or_default();
+        let others = state.workers_after(None).filter(|worker| !told.contains(&worker.name));
+        others.for_each(|worker| self.follow_worker(worker));
         for allocation in state.reserved() {
             if !self.deadlines.contains_key(&Key::Confirm(allocation.name().clone())) {
                 self.follow(allocation);
@@ -285,9 +305,16 @@ impl Book {
         self.queue.first().is_some_and(|(at, _)| *at <= reign.now())
     }
 
-    /// Takes what is due off the queue; until [`Book::settle`] no keepalive is taken for it.
-    fn take_due(&mut self) -> Vec<(Key, Command)> {
-        let Some(now) = self.reign.as_ref().map(Reign::now) else { return Vec::new() };
+    /// Takes what is due off the queue; until [`Book::settle`] no keepalive is taken for it. `last`: up to
+    /// when it is known whether the clock stood still; it did since then if that is long ago.
+    fn take_due(&mut self, last: &mut Instant) -> Vec<(Key, Command)> {
+        let now = Instant::now();
+        let since = now.duration_since(*last);
+        if since > GAP {
+            self.stand_still(since);
+            *last = now;
+        }
+        let Some(now) = self.reign.as_ref().map(|reign| reign.at(now)) else { return Vec::new() };
         let mut due = Vec::new();
         while due.len() < DUE_MAX
             && let Some((at, key)) = self.queue.first().cloned()
@@ -366,11 +393,7 @@ impl Node {
                 counted("renewed");
                 Ok(Some(lease.ttl))
             }
-            Renewal::Ending => {
-                counted("gone");
-                Ok(None)
-            }
-            Renewal::NotLeading => Err(CallError::NotLeader { leader: None }),
+            Renewal::Ending | Renewal::NotLeading => Err(CallError::NotLeader { leader: None }),
         }
     }
 
@@ -443,20 +466,15 @@ async fn begin(node: &Node, timers: &Timers, leader: Leader) {
 /// Proposes what is due, if a quorum still stands behind this leader. `last`: up to when it is known
 /// whether the clock stood still.
 async fn act(node: &Node, timers: &Timers, last: &mut Instant) {
-    let asked = Instant::now();
-    let quorum = node.read(asked + PROPOSAL_MAX).await;
-    let took = asked.elapsed();
-    if took > GAP || quorum.is_err() {
-        // No holder could be answered meanwhile either.
-        timers.book().stand_still(took);
-        *last = Instant::now();
-    }
-    if quorum.is_err() {
-        // Nor before it was asked, and those who keep something alive come back after a pause.
-        timers.book().stand_still(GAP);
+    if node.read(Instant::now() + PROPOSAL_MAX).await.is_err() {
+        // No holder could be answered meanwhile either, nor before it was asked, and those who keep
+        // something alive come back after a pause.
+        let since = std::mem::replace(last, Instant::now()).elapsed();
+        timers.book().stand_still(since + GAP);
         return;
     }
-    let due = timers.book().take_due();
+    // Nor could one where that took long, or this node was paused before or after.
+    let due = timers.book().take_due(last);
     join_all(due.into_iter().map(|(key, command)| async move {
         #[cfg(planted)]
         if planted::is(Bug::ExpiryOutsideLog) && matches!(key, Key::Lease(_)) {
@@ -480,7 +498,7 @@ async fn act(node: &Node, timers: &Timers, last: &mut Instant) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::{Origin, apply};
+    use crate::core::{Identity, Origin, RangeSpec, WorkerPatch, WorkerSpec, apply};
 
     const LEADER: Leader = Leader { term: 3, node: 1 };
 
@@ -506,7 +524,7 @@ mod tests {
         assert!(!book.is_due());
         pass(1).await;
         assert!(book.is_due());
-        let due = book.take_due();
+        let due = book.take_due(&mut Instant::now());
         let expire = Command::ExpireLease { id: LeaseId(7), under: LEADER };
         assert_eq!(due, [(Key::Lease(LeaseId(7)), expire)]);
     }
@@ -520,13 +538,13 @@ mod tests {
         pass(1_500).await;
         assert!(!book.is_due());
         pass(500).await;
-        let due = book.take_due();
+        let due = book.take_due(&mut Instant::now());
         assert_eq!(book.renew(&lease(7, 2_000)), Renewal::Ending);
         // Whether it was proposed is not known: it stays under way, and is proposed again.
         let (key, command) = &due[0];
         book.settle(key, command, &Err(CallError::Unknown(String::new())));
         assert_eq!(book.renew(&lease(7, 2_000)), Renewal::Ending);
-        assert_eq!(book.take_due(), due);
+        assert_eq!(book.take_due(&mut Instant::now()), due);
         // It surely was not: the holder may come back.
         book.settle(key, command, &Err(CallError::Expired));
         assert_eq!(book.renew(&lease(7, 2_000)), Renewal::Renewed);
@@ -561,7 +579,104 @@ mod tests {
         pass(1).await;
         let under = Leader { term: 4, node: 1 };
         let expire = Command::ExpireLease { id: LeaseId(1), under };
-        assert_eq!(book.take_due(), [(Key::Lease(LeaseId(1)), expire)]);
+        assert_eq!(book.take_due(&mut Instant::now()), [(Key::Lease(LeaseId(1)), expire)]);
+    }
+
+    /// Wherever it was paused: before it asked the quorum, or after.
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_up_to_when_deadlines_are_acted_on_does_not_count() {
+        let mut book = leading();
+        book.start_lease(&lease(7, 2_000));
+        pass(1_500).await;
+        let mut last = Instant::now();
+        pass(60_000).await;
+        assert!(book.is_due());
+        assert_eq!(book.take_due(&mut last), []);
+        assert_eq!(last, Instant::now(), "it is made up for once");
+        pass(499).await;
+        assert_eq!(book.take_due(&mut last), []);
+        pass(1).await;
+        assert_eq!(book.take_due(&mut last).len(), 1);
+    }
+
+    fn change(state: &mut State, command: Command) -> Vec<Event> {
+        let origin = Origin { leader: LEADER, at: Millis(0) };
+        let (applied, events) = apply(state, &origin, &command);
+        applied.outcome.unwrap();
+        events.to_vec()
+    }
+
+    /// The table of a worker without an agent.
+    fn unwatched() -> (State, WorkerName) {
+        let (mut state, name) = (State::default(), WorkerName::parse("w").unwrap());
+        let spec = WorkerSpec {
+            address: "h".into(),
+            labels: Default::default(),
+            ranges: vec![RangeSpec {
+                name: "s".parse().unwrap(),
+                first: Port::new("port", 40_000).unwrap(),
+                last: Port::new("port", 40_009).unwrap(),
+            }],
+            reserved: Default::default(),
+            gpus: Vec::new(),
+            identity: None,
+        };
+        change(&mut state, Command::RegisterWorker { name: name.clone(), spec });
+        (state, name)
+    }
+
+    fn adopted(name: &WorkerName) -> Command {
+        let identity = Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 };
+        let patch = WorkerPatch { identity: Some(identity), ..Default::default() };
+        Command::UpdateWorker { name: name.clone(), patch }
+    }
+
+    fn keys(book: &Book) -> Vec<Key> {
+        book.deadlines.keys().cloned().collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_an_event_told_of_a_worker_outlives_a_table_that_is_older() {
+        let (before, name) = unwatched();
+        let quarantine = Command::Quarantine {
+            worker: name.clone(),
+            ports: vec![Port::new("port", 40_003).unwrap()],
+            reason: "in use".into(),
+            by: Actor::Leader(LEADER),
+        };
+        let silent = [Key::Silent(name.clone())];
+        let quarantined = [Key::Quarantine(name.clone(), 40_003)];
+        for (command, timed) in [(adopted(&name), silent), (quarantine, quarantined)] {
+            let (mut book, mut table) = (leading(), before.clone());
+            let events = change(&mut table, command);
+            events.iter().for_each(|event| book.heed(event));
+            book.catch_up(&before);
+            assert_eq!(keys(&book), timed);
+            // Without an event the table is what counts.
+            let mut book = leading();
+            book.catch_up(&table);
+            assert_eq!(keys(&book), timed);
+        }
+        // One that is removed is not timed again.
+        let mut table = before.clone();
+        change(&mut table, adopted(&name));
+        let stale = table.clone();
+        let remove = Command::RemoveWorker { name, force: None };
+        let mut book = leading();
+        change(&mut table, remove).iter().for_each(|event| book.heed(event));
+        book.catch_up(&stale);
+        assert_eq!(keys(&book), []);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_is_heard_is_timed_where_it_was_not() {
+        let (mut state, name) = unwatched();
+        let mut book = leading();
+        book.heard(state.worker(&name).unwrap());
+        assert_eq!(keys(&book), [], "it has no agent");
+        change(&mut state, adopted(&name));
+        book.heard(state.worker(&name).unwrap());
+        assert_eq!(keys(&book), [Key::Silent(name)]);
     }
 
     #[test]

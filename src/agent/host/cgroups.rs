@@ -15,25 +15,25 @@ const INIT_CGROUP_NAMESPACE: u64 = 0xEFFF_FFFB;
 /// Cgroups that are looked through for a container.
 const CGROUPS_MAX: usize = 20_000;
 
-/// The roots of all hierarchies that are mounted whole.
+/// The roots of all hierarchies that are mounted whole; one or more.
 pub struct Hierarchies(Vec<PathBuf>);
 
-/// Why cgroups cannot be told from here; then "there is no such cgroup" says nothing.
-pub fn blind_spot() -> Option<String> {
-    let namespace = fs::metadata("/proc/self/ns/cgroup").map(|ns| ns.ino());
-    if !matches!(namespace, Ok(INIT_CGROUP_NAMESPACE)) {
-        return Some("this is not the host's cgroup namespace: paths mean others here".into());
-    }
-    let none = Hierarchies::mounted().0.is_empty();
-    none.then(|| "no cgroup file system is mounted".into())
-}
-
 impl Hierarchies {
-    pub fn mounted() -> Self {
+    /// Or why cgroups cannot be told from here; then "there is no such cgroup" says nothing.
+    pub fn mounted() -> Result<Self, String> {
+        let namespace = fs::metadata("/proc/self/ns/cgroup").map(|ns| ns.ino());
+        if !matches!(namespace, Ok(INIT_CGROUP_NAMESPACE)) {
+            return Err("this is not the host's cgroup namespace: paths mean others here".into());
+        }
         let mounts = procfs::process::Process::myself().and_then(|p| p.mountinfo());
-        let mounts = mounts.map(|mounts| mounts.0).unwrap_or_default().into_iter();
-        let whole = mounts.filter(|m| m.fs_type.starts_with("cgroup") && m.root == "/");
-        Hierarchies(whole.map(|mount| mount.mount_point).collect())
+        let mounts = mounts.map_err(|error| format!("what is mounted is not known: {error}"))?;
+        let whole =
+            mounts.0.into_iter().filter(|m| m.fs_type.starts_with("cgroup") && m.root == "/");
+        let roots: Vec<_> = whole.map(|mount| mount.mount_point).collect();
+        match roots.is_empty() {
+            true => Err("no cgroup file system is mounted".into()),
+            false => Ok(Hierarchies(roots)),
+        }
     }
 
     /// Has the cgroup at `path`, or one below it, a process? One that does not exist has none; `None`
@@ -97,8 +97,10 @@ fn walk(
     }
 }
 
-/// What holds for one holds; what cannot be told of one does not fail to hold.
+/// What holds for one holds; what cannot be told of one does not fail to hold. Of none, nothing can be told.
 fn any(each: impl Iterator<Item = Option<bool>>) -> Option<bool> {
+    let mut each = each.peekable();
+    each.peek()?;
     let mut all_seen = true;
     for holds in each {
         match holds {
@@ -182,6 +184,13 @@ mod tests {
         }
         assert_eq!(hierarchies.is_container_populated("0123456789ab"), None);
         assert_eq!(hierarchies.is_container_populated("ffffffffffff"), Some(false));
+    }
+
+    #[test]
+    fn where_nothing_is_mounted_nothing_is_known_to_be_empty() {
+        let hierarchies = Hierarchies(vec![]);
+        assert_eq!(hierarchies.is_populated("a"), None);
+        assert_eq!(hierarchies.is_container_populated("0123456789ab"), None);
     }
 
     #[test]

@@ -62,8 +62,8 @@ pub trait Host: Send + Sync + 'static {
     fn look(&self, wanted: &Wanted) -> io::Result<Seen>;
 }
 
-/// Scans of all processes' file descriptors are spared while nothing new turns up, but for one in so
-/// many samples: who has a socket open may change.
+/// Scans of all processes' file descriptors are spared while nothing new turns up and somebody of those
+/// who had a socket open lives, but for one in so many samples: who has it open may change.
 const OWNERS_KEPT_SAMPLES: u32 = 12;
 
 /// This host.
@@ -82,7 +82,10 @@ struct Owners {
 impl Owners {
     fn of(&mut self, inodes: &BTreeSet<u64>) -> &BTreeMap<u64, BTreeSet<u32>> {
         self.samples += 1;
-        let known = inodes.iter().all(|inode| self.of.contains_key(inode));
+        // One may have left its socket to a child and ended.
+        let lives = |pid: &u32| processes::lives(*pid);
+        let is_known = |pids: &BTreeSet<u32>| pids.is_empty() || pids.iter().any(lives);
+        let known = inodes.iter().all(|inode| self.of.get(inode).is_some_and(is_known));
         if !known || self.samples >= OWNERS_KEPT_SAMPLES {
             self.samples = 0;
             self.of = inodes.iter().map(|inode| (*inode, BTreeSet::new())).collect();
@@ -124,7 +127,10 @@ impl Host for Linux {
     }
 
     fn blind_spots(&self) -> Vec<String> {
-        [processes::blind_spot(), cgroups::blind_spot()].into_iter().flatten().collect()
+        [processes::blind_spot(), cgroups::Hierarchies::mounted().err()]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 
     fn look(&self, wanted: &Wanted) -> io::Result<Seen> {
@@ -165,11 +171,10 @@ impl<'a> Judge<'a> {
     fn new(processes: &'a Processes, handles: &[Handle]) -> Self {
         let of_processes = handles.iter().any(|handle| process_of(handle).is_some());
         let of_cgroups = handles.iter().any(|handle| process_of(handle).is_none());
-        let sees_cgroups = of_cgroups && cgroups::blind_spot().is_none();
         Judge {
             processes,
             sees_all_processes: of_processes && processes::blind_spot().is_none(),
-            cgroups: sees_cgroups.then(cgroups::Hierarchies::mounted),
+            cgroups: of_cgroups.then(cgroups::Hierarchies::mounted).and_then(Result::ok),
         }
     }
 
@@ -237,6 +242,24 @@ mod tests {
         let seen = failed.look(&Wanted::default()).unwrap();
         assert_eq!(seen.gpus.iter().map(|gpu| gpu.index).collect::<Vec<_>>(), [1]);
         assert!(seen.gpu_trouble.unwrap().starts_with("GPU 0"));
+    }
+
+    /// As nginx does: it binds its port, leaves it to a child and ends.
+    #[test]
+    fn who_has_a_socket_is_looked_for_anew_when_those_who_had_it_have_ended() {
+        let host = Linux::new(Box::new(gpus::NoGpus));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let wanted = Wanted { ports: vec![port..=port], handles: vec![] };
+        host.look(&wanted).unwrap();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let ended = child.id();
+        child.wait().unwrap();
+        for pids in guard(&host.owners).of.values_mut() {
+            *pids = [ended].into();
+        }
+        let seen = host.look(&wanted).unwrap();
+        assert!(seen.sockets[0].1.contains(&std::process::id()), "{:?}", seen.sockets);
     }
 
     #[test]

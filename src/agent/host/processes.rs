@@ -117,6 +117,15 @@ pub fn owners(inodes: &BTreeSet<u64>) -> BTreeMap<u64, BTreeSet<u32>> {
     owners
 }
 
+/// Is it there, and has it not ended?
+pub fn lives(pid: u32) -> bool {
+    let process = i32::try_from(pid).ok().and_then(|pid| Proc::new(pid).ok());
+    let state = |process: &Proc| process.stat().map(|stat| stat.state);
+    process.is_some_and(|process| {
+        state(&process).is_ok_and(|state| !is_dead(state) || has_live_thread(&process))
+    })
+}
+
 /// When a process was started, in clock ticks from the boot.
 pub fn start_ticks(pid: u32) -> ProcResult<u64> {
     let pid = i32::try_from(pid).unwrap_or(i32::MAX);
@@ -196,7 +205,9 @@ mod tests {
             assert!(std::time::Instant::now() < deadline, "it ends");
             std::thread::park_timeout(std::time::Duration::from_millis(5));
         }
+        assert!(!lives(handle.pid));
         child.wait().unwrap();
+        assert!(!lives(handle.pid) && lives(std::process::id()));
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //!   it. Only where the cluster says that it is gone, or another's, must the program stop.
 //! - *stop* (it has none): when the lease ends, the ports are given to others. The program is stopped
 //!   before that, counted from when the last acknowledged keepalive was sent: asked when a third of
-//!   the TTL is left, killed when a tenth is.
+//!   the TTL is left, killed when a tenth is. So are those of a start that is not confirmed in time,
+//!   counted from when they were asked for: the program is stopped before that, too.
 
 use std::time::Duration;
 
@@ -23,6 +24,10 @@ use crate::proto::v1;
 
 /// Before the cluster is asked again.
 const PAUSE: Duration = Duration::from_secs(1);
+/// What is left of the time for a confirmation when the program is asked to end, and when it is killed;
+/// a third and a tenth of it where that is less.
+const UNCONFIRMED_ASK: Duration = Duration::from_secs(30);
+const UNCONFIRMED_KILL: Duration = Duration::from_secs(10);
 /// Longest sleep: the keeper's clock may have jumped, as after a suspension.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -46,6 +51,8 @@ pub struct Hold {
     keeper: Keeper,
     lease: Holding,
     on_lease_lost: OnLeaseLost,
+    /// When its ports were asked for, by the keeper's clock: the time for its confirmation began later.
+    asked: Duration,
     /// As it was last seen.
     pub held: v1::Allocation,
 }
@@ -56,9 +63,15 @@ impl Hold {
         keeper: Keeper,
         lease: Holding,
         on_lease_lost: OnLeaseLost,
+        asked: Duration,
         held: v1::Allocation,
     ) -> Self {
-        Hold { client, keeper, lease, on_lease_lost, held }
+        Hold { client, keeper, lease, on_lease_lost, asked, held }
+    }
+
+    /// From here on other ports are asked for.
+    pub fn asks_anew(&mut self) {
+        self.asked = self.keeper.now();
     }
 
     pub fn client(&self) -> Client {
@@ -77,20 +90,28 @@ impl Hold {
         }
     }
 
-    /// Until a program that is killed then has surely ended before the lease does.
+    /// Until a program that is killed then has surely ended before its ports are given to others.
     pub fn grace(&self) -> Duration {
-        match self.on_lease_lost {
-            OnLeaseLost::Keep => Duration::MAX,
-            OnLeaseLost::Stop => self.left().saturating_sub(self.lease.ttl() / 10),
-        }
+        self.left_but(10, UNCONFIRMED_KILL)
     }
 
     /// For how long the program may go on before it must be asked to end.
     fn spare(&self) -> Duration {
-        match self.on_lease_lost {
-            OnLeaseLost::Keep => Duration::MAX,
-            OnLeaseLost::Stop => self.left().saturating_sub(self.lease.ttl() / 3),
+        self.left_but(3, UNCONFIRMED_ASK)
+    }
+
+    /// Until only that part of the lease is left, or of the time for a confirmation, or this of it.
+    fn left_but(&self, part: u32, unconfirmed: Duration) -> Duration {
+        if self.on_lease_lost == OnLeaseLost::Keep {
+            return Duration::MAX;
         }
+        let lease = self.left().saturating_sub(self.lease.ttl() / part);
+        if self.held.phase() != v1::Phase::Reserved {
+            return lease;
+        }
+        let within = Duration::from_millis(self.held.confirm_within_ms);
+        let end = self.asked + within - unconfirmed.min(within / part);
+        lease.min(end.saturating_sub(self.keeper.now()))
     }
 
     /// Must a program not be started any more?
@@ -262,27 +283,17 @@ async fn find(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
-    use crate::agent::fake::served;
-    use crate::api::fake::{Fake, claim, spec};
+    use crate::agent::fake::{granted, node};
+    use crate::api::fake::Fake;
     use crate::core;
 
-    /// A node with a worker `w` that an agent watches.
-    async fn node() -> (std::sync::Arc<Fake>, Client) {
-        let (fake, client) = served().await;
-        let identity = v1::Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 };
-        let watched = v1::WorkerSpec { identity: Some(identity), ..spec() };
-        client.worker_register("w", watched).await.unwrap();
-        (fake, client)
-    }
-
-    /// An allocation on a lease of this time to live.
-    async fn granted(client: &Client, ttl: Duration) -> (Keeper, Holding, v1::Allocation) {
-        let keeper = Keeper::start(client.clone());
-        let lease = keeper.grant(ttl).await.unwrap();
-        let leased = v1::Claim { lease: lease.id(), ..claim("b") };
-        let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
-        (keeper, lease, held)
+    fn keeping(client: &Client, keeper: Keeper, lease: Holding, held: v1::Allocation) -> Hold {
+        let asked = keeper.now();
+        Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, asked, held)
     }
 
     fn apply(fake: &Fake, command: core::Command) {
@@ -295,7 +306,7 @@ mod tests {
     async fn what_has_another_token_under_its_uid_is_still_held() {
         let (fake, client) = node().await;
         let (keeper, lease, held) = granted(&client, Duration::from_secs(3)).await;
-        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, held.clone());
+        let mut hold = keeping(&client, keeper, lease, held.clone());
         hold.confirm(None).await.unwrap();
         hold.held.token = held.token + 1;
         let gone = hold.gone();
@@ -318,7 +329,7 @@ mod tests {
     async fn a_program_whose_ports_were_swapped_under_it_is_not_confirmed_on_others() {
         let (_, client) = node().await;
         let (keeper, lease, held) = granted(&client, Duration::from_secs(3)).await;
-        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, held.clone());
+        let mut hold = keeping(&client, keeper, lease, held.clone());
         hold.confirm(None).await.unwrap();
         let gone = hold.gone();
         let taken = held.ports[0].number;
@@ -336,7 +347,7 @@ mod tests {
         let (_, client) = node().await;
         let (keeper, lease, held) = granted(&client, Duration::from_secs(60)).await;
         let before = v1::Allocation { token: held.token + 1, ..held };
-        Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, before).release().await;
+        keeping(&client, keeper, lease, before).release().await;
         let error = client.get("b", None).await.unwrap_err();
         assert_eq!(error.code(), Some(Code::NotFound), "{error}");
     }
@@ -346,13 +357,40 @@ mod tests {
         let (_, client) = node().await;
         let (keeper, lease, held) = granted(&client, Duration::from_secs(3)).await;
         let id = lease.id();
-        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Stop, held);
+        let mut hold = keeping(&client, keeper, lease, held);
+        hold.on_lease_lost = OnLeaseLost::Stop;
         assert!(!hold.is_ending());
         client.lease_revoke(id).await.unwrap();
         hold.ending().await;
         assert!(hold.is_ending());
         hold.on_lease_lost = OnLeaseLost::Keep;
         assert!(!hold.is_ending(), "what an agent watches lingers");
+    }
+
+    /// Its ports are given to others then, however long its lease is.
+    #[tokio::test]
+    async fn a_program_is_stopped_where_it_is_not_confirmed_in_time() {
+        let (_, client) = node().await;
+        let (_, _, held) = granted(&client, Duration::from_secs(60)).await;
+        let clock = Arc::new(AtomicU64::new(0));
+        let shown = clock.clone();
+        let seconds = Arc::new(move || Duration::from_secs(shown.load(Ordering::Relaxed)));
+        let keeper = Keeper::start_with(client.clone(), seconds);
+        let lease = keeper.grant(Duration::from_secs(86_400)).await.unwrap();
+        let mut hold = keeping(&client, keeper, lease, held);
+        hold.on_lease_lost = OnLeaseLost::Stop;
+        assert_eq!(hold.held.confirm_within_ms, 600_000);
+        clock.store(569, Ordering::Relaxed);
+        assert_eq!([hold.spare(), hold.grace()], [1, 21].map(Duration::from_secs));
+        clock.store(570, Ordering::Relaxed);
+        hold.ending().await;
+        assert!(hold.is_ending());
+        assert!(matches!(hold.confirm(None).await, Err(Lost::LeaseEnds)));
+        hold.asks_anew();
+        assert!(!hold.is_ending(), "other ports have their own time");
+        hold.confirm(None).await.unwrap();
+        clock.store(6_000, Ordering::Relaxed);
+        assert!(!hold.is_ending(), "it is confirmed");
     }
 
     #[tokio::test]
@@ -370,7 +408,7 @@ mod tests {
                 under: core::Leader::default(),
             },
         );
-        let mut hold = Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, held);
+        let mut hold = keeping(&client, keeper, lease, held);
         hold.confirm(None).await.unwrap();
         let found = client.get("b", None).await.unwrap().allocation.unwrap();
         assert_eq!((found.phase(), found.lease), (v1::Phase::Bound, id));

@@ -89,7 +89,7 @@ pub enum RunError {
     #[error("{program} did not listen on {ports} within {within:?}, and was stopped")]
     NotListening { program: String, ports: String, within: Duration },
     #[error(
-        "the lease could not be kept alive, and without an agent its ports are given to others when it ends: the program does not run"
+        "the lease could not be kept alive, or what is on it not be confirmed in time, and without an agent its ports are given to others then: the program does not run"
     )]
     LeaseEnds,
     #[error("what the program held is gone, and it was stopped: {0}")]
@@ -102,6 +102,15 @@ pub enum RunError {
     /// The program ended before it listened, and not because of a port: its exit code.
     #[error("the program ended before it listened, with exit code {0}")]
     Ended(u8),
+}
+
+impl From<Lost> for RunError {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::LeaseEnds => RunError::LeaseEnds,
+            Lost::Gone(why) => RunError::Gone(why),
+        }
+    }
 }
 
 /// Runs a program to its end; its exit code, as a shell would tell it.
@@ -118,7 +127,7 @@ pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, Ru
     }
     let keeper = Keeper::start_with(client.clone(), boot_clock());
     let reserved = reserve(&client, &keeper, &job);
-    let (lease, held) = tokio::select! {
+    let (lease, asked, held) = tokio::select! {
         reserved = reserved => reserved?,
         // What may have been granted meanwhile goes with its lease.
         signal = signals.stop() => return Err(RunError::Stopped(signal)),
@@ -145,7 +154,7 @@ pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, Ru
         ?on_lease_lost,
         "reserved"
     );
-    let mut hold = Hold::new(client, keeper, lease, on_lease_lost, held);
+    let mut hold = Hold::new(client, keeper, lease, on_lease_lost, asked, held);
     let mut supervisor = Supervisor { host, job: &job, signals: &mut signals, left: false };
     let ended = supervisor.supervise(&mut hold).await;
     match supervisor.left {
@@ -165,16 +174,21 @@ pub async fn run(client: Client, host: Arc<dyn Host>, job: Job) -> Result<u8, Ru
     ended
 }
 
-/// A lease, and the allocation on it. Where that fails, the lease ends by itself.
+/// A lease, and the allocation on it, with when that was asked for by the keeper's clock. Where that fails,
+/// the lease ends by itself.
 async fn reserve(
     client: &Client,
     keeper: &Keeper,
     job: &Job,
-) -> Result<(Holding, v1::Allocation), RunError> {
+) -> Result<(Holding, Duration, v1::Allocation), RunError> {
     let lease = keeper.grant(job.lease_ttl).await?;
     let claim = v1::Claim { lease: lease.id(), ..job.claim.clone() };
+    let asked = keeper.now();
     match client.allocate(vec![claim]).await {
-        Ok(granted) => Ok((lease, granted.allocations.into_iter().next().unwrap_or_default())),
+        Ok(granted) => {
+            let held = granted.allocations.into_iter().next().unwrap_or_default();
+            Ok((lease, asked, held))
+        }
         Err(error) => {
             // In doubt it may have been granted: it goes with the lease.
             if let Err(error) = client.lease_revoke(lease.id()).await {
@@ -227,7 +241,11 @@ impl Supervisor<'_> {
         let (client, held) = (hold.client(), hold.held.clone());
         let started = client.start_on(held, self.job.retries, async |held| {
             hold.held = held.clone();
-            self.try_start(held, hold).await
+            let tried = self.try_start(held, hold).await;
+            if let Ok(Try::InUse { .. }) = tried {
+                hold.asks_anew();
+            }
+            tried
         });
         let (held, mut child) = match started.await {
             Ok(started) => started,
@@ -292,6 +310,7 @@ impl Supervisor<'_> {
         let deadline = Instant::now() + self.job.start_timeout;
         let mut look = Looks { ports: numbers(held), pause: LOOK_MIN, strangers: 0 };
         let mut stopping = false;
+        let mut gone = std::pin::pin!(hold.gone());
         loop {
             let pause = look.pause;
             tokio::select! {
@@ -307,6 +326,7 @@ impl Supervisor<'_> {
                     child.signal(signal);
                 }
                 () = hold.ending() => return Err(RunError::LeaseEnds),
+                lost = &mut gone => return Err(lost.into()),
                 () = sleep(pause) => match look.at(&self.host, self.job.ready, child).await? {
                     Stage::Ready => return Ok(None),
                     Stage::Stranger { port, pid } if look.strangers >= STRANGER_LOOKS && !stopping => {
@@ -363,10 +383,7 @@ impl Supervisor<'_> {
             }
         };
         warn!("the program is stopped");
-        match lost {
-            Lost::LeaseEnds => Err(RunError::LeaseEnds),
-            Lost::Gone(why) => Err(RunError::Gone(why)),
-        }
+        Err(lost.into())
     }
 
     /// Ends whatever is left of a program: asks it, and kills what has not ended in time.
@@ -466,7 +483,37 @@ impl Looks {
 
 #[cfg(test)]
 mod tests {
+    use super::super::host::Linux;
+    use super::super::host::gpus::NoGpus;
     use super::*;
+    use crate::agent::fake::{granted, node};
+
+    /// Its ports and its GPU memory may be another's by then.
+    #[tokio::test]
+    async fn a_program_that_is_starting_is_stopped_when_what_it_holds_is_gone() {
+        let (_, client) = node().await;
+        let (keeper, lease, held) = granted(&client, Duration::from_secs(3)).await;
+        let asked = keeper.now();
+        let mut hold =
+            Hold::new(client.clone(), keeper, lease, OnLeaseLost::Keep, asked, held.clone());
+        let job = Job {
+            claim: v1::Claim::default(),
+            command: ["sleep", "1000"].map(OsString::from).to_vec(),
+            retries: 0,
+            lease_ttl: Duration::from_secs(3),
+            on_lease_lost: None,
+            start_timeout: Duration::from_secs(60),
+            ready: Ready::All,
+            stop_grace: Duration::from_secs(10),
+        };
+        let host = Arc::new(Linux::new(Box::new(NoGpus)));
+        let mut signals = Signals::none();
+        let mut supervisor = Supervisor { host, job: &job, signals: &mut signals, left: false };
+        client.release(&held.name, held.token).await.unwrap();
+        let ended = supervisor.supervise(&mut hold).await;
+        assert!(matches!(ended, Err(RunError::Gone(_))), "{ended:?}");
+        assert!(!supervisor.left);
+    }
 
     #[test]
     fn a_program_is_run_where_its_worker_is() {

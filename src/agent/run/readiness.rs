@@ -27,7 +27,8 @@ pub enum Stage {
 }
 
 /// A socket is the program's if a process of its has it open. One whose owner cannot be told is not:
-/// saying that a stranger's port is bound would send it what is not its.
+/// saying that a stranger's port is bound would send it what is not its. Nor is it a stranger's: who had it
+/// may have ended since and left it to a child.
 pub fn stage(
     ports: &[u16],
     ready: Ready,
@@ -38,7 +39,9 @@ pub fn stage(
     for (socket, pids) in seen.sockets.iter().filter(|(s, _)| s.state == State::Listening) {
         if pids.iter().any(|pid| is_the_programs(*pid)) {
             listening.insert(socket.port);
-        } else if let (Some(pid), true) = (pids.first(), ports.contains(&socket.port)) {
+        } else if let Some(pid) = pids.iter().find(|pid| seen.processes.lives(**pid))
+            && ports.contains(&socket.port)
+        {
             return Stage::Stranger { port: socket.port, pid: *pid };
         }
     }
@@ -54,13 +57,19 @@ pub fn stage(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::Process;
     use crate::agent::host::sockets::Socket;
 
     fn stage_of(ready: Ready, sockets: &[(u16, State, u32)]) -> Stage {
         let socket = |&(port, state, pid): &(u16, State, u32)| {
             (Socket { port, state, udp: false, inode: 1 }, BTreeSet::from([pid]))
         };
-        let seen = Seen { sockets: sockets.iter().map(socket).collect(), ..Seen::default() };
+        let process = |pid| Process { pid, ..Process::default() };
+        let seen = Seen {
+            sockets: sockets.iter().map(socket).collect(),
+            processes: [50, 51, 90].map(process).into_iter().collect(),
+            ..Seen::default()
+        };
         stage(&[1, 2], ready, |pid| [50, 51].contains(&pid), &seen)
     }
 
@@ -86,5 +95,7 @@ mod tests {
         assert_eq!(stage_of(Ready::All, &stranger), Stage::Stranger { port: 2, pid: 90 });
         let elsewhere = [(9, State::Listening, 90)];
         assert_eq!(stage_of(Ready::All, &elsewhere), Stage::Waiting);
+        let has_ended = [(1, State::Listening, 91), (2, State::Listening, 51)];
+        assert_eq!(stage_of(Ready::All, &has_ended), Stage::Waiting);
     }
 }

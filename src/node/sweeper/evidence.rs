@@ -119,7 +119,8 @@ pub(super) struct Watched {
     at: Option<Instant>,
     gone: BTreeMap<InstanceName, Streak>,
     strangers: BTreeMap<u16, u32>,
-    free: BTreeMap<u16, u32>,
+    /// Samples in a row in which a quarantined port was free, with when that quarantine began.
+    free: BTreeMap<u16, (Revision, u32)>,
 }
 
 /// Samples in a row in which an allocation seemed gone.
@@ -350,10 +351,14 @@ impl Watched {
                 && quarantine.since <= sample.revision
                 && !sample.in_use.contains_key(&number);
             if known {
-                self.free.insert(number, before.get(&number).copied().unwrap_or(0) + 1);
+                let samples = match before.get(&number) {
+                    Some((since, samples)) if *since == quarantine.since => samples + 1,
+                    _ => 1,
+                };
+                self.free.insert(number, (quarantine.since, samples));
             }
         }
-        let proven = self.free.iter().filter(|(_, samples)| **samples >= FREE_SAMPLES);
+        let proven = self.free.iter().filter(|(_, (_, samples))| *samples >= FREE_SAMPLES);
         let ports: Vec<Port> = proven
             .filter_map(|(number, _)| Port::new("port", u64::from(*number)).ok())
             .take(crate::core::limits::QUARANTINE_PORTS_MAX)

@@ -565,6 +565,28 @@ async fn a_port_that_was_released_since_the_agent_looked_is_no_strangers() {
     assert_eq!(s.done, ["quarantine"]);
 }
 
+/// A holder found it in use between two samples.
+#[tokio::test(start_paused = true)]
+async fn what_was_seen_free_before_a_quarantine_says_nothing_of_it() {
+    let mut s = Scene::new();
+    let worker = s.sample.worker.clone();
+    let quarantine = Command::Quarantine {
+        worker: worker.clone(),
+        ports: vec![port(40_003)],
+        reason: "in use".into(),
+        by: Actor::Leader(LEADER),
+    };
+    s.ok(quarantine.clone());
+    s.looks(2).await;
+    let seen = s.state.revision;
+    s.ok(Command::LiftQuarantine { worker, ports: vec![port(40_003)], by: Actor::Operator, seen });
+    s.ok(quarantine);
+    s.looks(2).await;
+    assert!(s.done.is_empty(), "{:?}", s.done);
+    s.looks(1).await;
+    assert_eq!(s.done, ["lift_quarantine"]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_operators_quarantine_is_the_operators_to_lift() {
     let mut s = Scene::new();
