@@ -55,7 +55,7 @@ pub enum StartError {
     #[error("node {id} is refused by its peers: {why}")]
     Refused { id: NodeId, why: String },
     #[error(
-        "{} was node {id} of cluster {cluster}, and its log and snapshots are gone: a node that \
+        "{} was node {id} of cluster {cluster}, and its log is gone: a node that \
          lost its data is a new node; remove member {id} from the cluster (portwarden member remove \
          {id}), and start over an empty data directory with --join and a new id", .path.display()
     )]
@@ -91,8 +91,9 @@ impl Node {
         }
         let pristine = data.is_pristine()?;
         let ended_at = log.bounds().1.map(|at| at.index);
-        if let (true, Some(cluster)) = (pristine, data.cluster_id()) {
-            let path = config.data_dir.clone();
+        // A snapshot alone says nothing of the votes and entries that were acknowledged after it.
+        if log.is_pristine() && (!pristine || data.cluster_id().is_some()) {
+            let (cluster, path) = (data.cluster_id().unwrap_or_default(), config.data_dir.clone());
             return Err(StartError::LogLost { id: config.id, cluster, path });
         }
 

@@ -625,6 +625,8 @@ struct Round {
     appended: Vec<Done>,
     /// Votes and truncations.
     changed: Vec<tokio::sync::oneshot::Sender<()>>,
+    /// A snapshot has taken the place of the whole log: no other entry says that it must be there.
+    replaced: bool,
 }
 
 impl Writer {
@@ -745,6 +747,7 @@ impl Writer {
                 self.set(round, PURGED, Some(codec::encode_position(&upto)));
                 if round.ends.last.is_none_or(|last| last.index < upto.index) {
                     round.ends.last = Some(upto);
+                    round.replaced = true;
                 }
                 self.purging = Some(upto.index);
             }
@@ -755,7 +758,7 @@ impl Writer {
     fn finish(&mut self, mut round: Round) {
         self.write_batch(&mut round);
         self.write_committed(round.ends.last);
-        if round.appended.is_empty() && round.changed.is_empty() {
+        if round.appended.is_empty() && round.changed.is_empty() && !round.replaced {
             return; // nobody waits: it rides with the next flush
         }
         let began = Instant::now();
@@ -969,6 +972,32 @@ mod tests {
         let vote = log.save_vote(Ballot { term: 3, node: 1, committed: false });
         assert!(tokio::time::timeout(Duration::from_secs(1), vote).await.is_err());
         assert!(log.waits_for_disk() > Duration::ZERO, "a vote is waited for as well");
+    }
+
+    /// A snapshot from a peer has taken its place, and nothing may be written for long: a start must miss the
+    /// snapshot, were it lost.
+    #[tokio::test(start_paused = true)]
+    async fn that_a_snapshot_took_the_place_of_the_log_is_on_the_disk_by_itself() {
+        let (dir, disk) = (tempfile::tempdir().unwrap(), SimulatedDisk::default());
+        let open = || {
+            let lock = Arc::new(Lock::new(File::open(dir.path()).unwrap()));
+            let coverage = Arc::new(Coverage::new(dir.path().into()));
+            LogStore::simulated(dir.path(), disk.clone(), coverage, lock).unwrap()
+        };
+        let log = open();
+        log.save_vote(Ballot { term: 1, node: 1, committed: false }).await;
+        let flushes = disk.flushes();
+        let upto = Position { term: 1, node: 1, index: 100 };
+        log.purge(upto);
+        for _ in 0..1000 {
+            if disk.flushes() > flushes {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(log);
+        disk.crash(0);
+        assert_eq!(open().bounds(), (Some(upto), Some(upto)));
     }
 
     #[test]
