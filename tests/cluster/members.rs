@@ -182,8 +182,8 @@ fn adding_and_joining_come_in_either_order() {
     let pending = || member(&cluster, 4).map(|member| member["pending"].clone());
     assert_eq!(pending(), Some(Value::Bool(true)));
     cluster.spawn(at);
-    wait_for("it to join", || (member(&cluster, 4)?["state"] == "follower").then_some(()));
-    assert_eq!(member(&cluster, 4).unwrap()["pending"], false);
+    let joined = |found: &Value| found["state"] == "follower" && found["pending"] == false;
+    wait_for("it to join", || joined(&member(&cluster, 4)?).then_some(()));
     cluster.cli(&["member", "promote", "4", "--timeout", "60s"]).ok();
     cluster.cli(&add).ok();
     // Again, over its data: it is there already.
