@@ -22,6 +22,11 @@ pub mod session {
     pub const SESSION_CLAIMS_MAX: usize = 1024;
     /// As many as the largest gang asks for.
     pub const SESSION_PORTS_MAX: u64 = 16_384;
+    /// Of the commands of a message that the library sends: less than the bytes of a request, beyond which
+    /// the node ends the session.
+    pub const SESSION_MAX_BYTES: usize = 1_000_000;
+    /// Of the id and the lengths around a command, at most.
+    const AROUND_BYTES: usize = 24;
 
     /// How much of it is there.
     #[derive(Debug, Clone, Copy, Default)]
@@ -29,6 +34,8 @@ pub mod session {
         commands: usize,
         claims: usize,
         ports: u64,
+        /// 0 where they do not matter.
+        bytes: usize,
     }
 
     impl Size {
@@ -42,7 +49,12 @@ pub mod session {
                 Some(Ports::Count(count)) | Some(Ports::Contiguous(count)) => u64::from(count),
                 _ => 1,
             });
-            Size { commands: 1, claims: claims.len(), ports: ports.sum() }
+            Size { commands: 1, claims: claims.len(), ports: ports.sum(), bytes: 0 }
+        }
+
+        /// Of one command that is to be sent, with its bytes.
+        pub fn to_send(command: &Command) -> Size {
+            Size { bytes: command.encoded_len() + AROUND_BYTES, ..Size::of(Some(command)) }
         }
 
         pub fn and(self, other: Size) -> Size {
@@ -50,6 +62,7 @@ pub mod session {
                 commands: self.commands + other.commands,
                 claims: self.claims + other.claims,
                 ports: self.ports.saturating_add(other.ports),
+                bytes: self.bytes + other.bytes,
             }
         }
 
@@ -59,6 +72,7 @@ pub mod session {
                 ("commands", self.commands as u64, SESSION_COMMANDS_MAX as u64),
                 ("claims", self.claims as u64, SESSION_CLAIMS_MAX as u64),
                 ("ports", self.ports, SESSION_PORTS_MAX),
+                ("bytes", self.bytes as u64, SESSION_MAX_BYTES as u64),
             ]
             .into_iter()
             .find(|(_, given, limit)| given > limit)

@@ -11,7 +11,7 @@ use super::{CliError, Globals, output, parse};
     group(ArgGroup::new("to").args(["lease", "detach"]).required(true)),
     after_help = "Examples:
   portwarden attach qwen-0 --token 7 --lease 12
-  portwarden attach qwen-0 --token 7 --detach    it is held until it is released
+  portwarden attach qwen-0 --token 7 --detach    # it is held until it is released
 
 A scheduler that restarts moves its instances to a new lease, so that they keep their ports."
 )]

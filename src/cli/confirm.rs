@@ -14,9 +14,9 @@ use crate::proto::v1::liveness::Handle;
     group(ArgGroup::new("handle").args(["pid", "cgroup", "container"])),
     after_help = "Examples:
   portwarden confirm qwen-0 --token 7
-  portwarden confirm qwen-0 --token 7 --version 9    only if nothing changed since version 9
-  portwarden confirm qwen-0 --token 7 --pid 4242     on the worker itself
-  portwarden confirm qwen-0 --token 7 --lease 12     revives what lingers, on a new lease
+  portwarden confirm qwen-0 --token 7 --version 9    # only if nothing changed since version 9
+  portwarden confirm qwen-0 --token 7 --pid 4242     # on the worker itself
+  portwarden confirm qwen-0 --token 7 --lease 12     # revives what lingers, on a new lease
 
 With a liveness handle the worker's agent can tell whether the instance lives, whatever becomes of
 its ports; without one, closed ports are what tells."

@@ -159,6 +159,13 @@ fn hint(error: &ClientError, repeat: Option<&str>) -> Option<String> {
         ClientError::Endpoint { .. } => {
             return Some("give --endpoints HOST:PORT[,HOST:PORT…] or PORTWARDEN_ENDPOINTS".into());
         }
+        ClientError::Unavailable { overloaded: true, .. } => {
+            return Some(
+                "nothing was changed; the cluster has more to do than it takes on: try again later, with \
+                 fewer calls at once"
+                    .into(),
+            );
+        }
         ClientError::Unavailable { .. } => {
             return Some(
                 "nothing was changed; check that the nodes at --endpoints run and have a majority: \

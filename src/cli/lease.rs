@@ -76,7 +76,7 @@ struct Named {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   portwarden lease keep-alive 7
-  portwarden lease keep-alive 7 8 9 -o json    one line each time one is kept
+  portwarden lease keep-alive 7 8 9 -o json    # one line each time one is kept
   portwarden lease keep-alive 7 --once
 
 SIGTERM or Ctrl-C ends it with exit code 0; the leases live for their TTL from then on. Exit code 3:

@@ -12,9 +12,9 @@ use crate::proto::v1;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   portwarden list --worker w1 --phase BOUND
-  portwarden list --phase LINGERING    since when they linger, and why
+  portwarden list --phase LINGERING             # since when they linger, and why
   portwarden list --selector model=qwen -o json
-  portwarden list --stale --min-revision 120    any node's copy, once it has reached revision 120")]
+  portwarden list --stale --min-revision 120    # any node's copy, once it has reached revision 120")]
 pub struct Args {
     /// Only on this worker
     #[arg(long, value_parser = parse::name::<WorkerName>)]

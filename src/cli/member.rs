@@ -39,14 +39,14 @@ enum Command {
     /// Make a learner a voter, once it has caught up
     #[command(after_help = "Examples:
   portwarden member promote 4
-  portwarden member promote 4 --timeout 10m    waits so long for it to catch up
+  portwarden member promote 4 --timeout 10m    # waits so long for it to catch up
 
 If it has not caught up by then, the command is refused (exit code 4) and says how far it is.")]
     Promote(Id),
     /// Remove a node for good; a leader hands over first
     #[command(after_help = "Examples:
   portwarden member remove 1
-  portwarden member remove 1 --force    even if the rest has no majority of live nodes
+  portwarden member remove 1 --force    # even if the rest has no majority of live nodes
 
 What was removed already is a success. --force may leave a cluster that stands still until enough of
 the voters that are left are back; nothing is lost by it.")]

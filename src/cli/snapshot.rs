@@ -188,7 +188,7 @@ pub(super) fn begin_anew(
         format!(
             "{dir} begins cluster {cluster_id} with {workers} workers and {allocations} \
              allocations\n\nNext:\n  portwarden serve --id {id} --data-dir {dir} --listen-peer {peer}{beyond} \
-             --initial-cluster {initial_cluster}\n  portwarden worker verify --all    or let the \
+             --initial-cluster {initial_cluster}\n  portwarden worker verify --all    # or let the \
              agents report: until then nothing is granted"
         )
     })?;

@@ -8,8 +8,8 @@ use crate::proto::v1;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   portwarden status
-  portwarden status --check              for a health check: exit code 1 if anything is wrong
-  portwarden status --check --members    between restarts: workers and ports do not count
+  portwarden status --check              # for a health check: exit code 1 if anything is wrong
+  portwarden status --check --members    # between restarts: workers and ports do not count
 
 The answer is that of the first node in --endpoints that gives one.")]
 pub struct Args {

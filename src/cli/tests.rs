@@ -100,6 +100,47 @@ fn every_form_of_the_design_parses() {
     }
 }
 
+/// The arguments of `portwarden` as a shell takes them from a line: single quotes, and no word after a `#`,
+/// a redirection or the end of a substitution.
+fn words(line: &str) -> Vec<String> {
+    let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
+    let (_, args) = line.split_once("portwarden ").unwrap_or_default();
+    for c in args.chars() {
+        match c {
+            '\'' => quoted = !quoted,
+            '#' if !quoted && word.is_empty() => break,
+            '>' | ')' if !quoted => break,
+            ' ' if !quoted => words.push(std::mem::take(&mut word)),
+            c => word.push(c),
+        }
+    }
+    words.push(word);
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+#[test]
+fn every_example_of_the_help_can_be_pasted() {
+    fn examples(command: &clap::Command, found: &mut Vec<String>) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let help = help.replace("\\\n", " ");
+        let is_one = |line: &&str| {
+            ["  portwarden ", "  source "].iter().any(|begins| line.starts_with(begins))
+        };
+        found.extend(help.lines().filter(is_one).map(String::from));
+        command.get_subcommands().for_each(|inner| examples(inner, found));
+    }
+    let mut found = Vec::new();
+    examples(&Cli::command(), &mut found);
+    assert!(found.len() > 70, "{}", found.len());
+    for line in found {
+        if let Err(error) = Cli::try_parse_from([vec!["portwarden".into()], words(&line)].concat())
+        {
+            panic!("{line}: {error}");
+        }
+    }
+}
+
 #[test]
 fn bad_input_is_a_usage_error_that_names_flag_and_limit() {
     for (line, named) in [
@@ -184,7 +225,7 @@ fn errors_have_the_exit_codes_of_the_design() {
         (refused(Code::FailedPrecondition, ErrorDetails::new()), 4),
         (refused(Code::ResourceExhausted, info(reason::CAPACITY)), 5),
         (refused(Code::Unimplemented, ErrorDetails::new()), 1),
-        (ClientError::Unavailable { why: "w".into() }.into(), 6),
+        (ClientError::Unavailable { why: "w".into(), overloaded: false }.into(), 6),
         (ClientError::OutcomeUnknown { why: "w".into() }.into(), 6),
         (CliError::Usage("u".into()).into(), 2),
         (anyhow::anyhow!("other"), 1),
@@ -207,6 +248,12 @@ fn errors_say_what_then_details_then_what_to_do() {
     let (code, text) = describe(&error);
     assert_eq!(code, 6);
     assert!(text.contains("outcome unknown") && text.contains("--uid u1"), "{text}");
+
+    for (overloaded, advice) in [(true, "try again later"), (false, "have a majority")] {
+        let error = ClientError::Unavailable { why: "w".into(), overloaded };
+        let (_, text) = describe(&error.into());
+        assert!(text.contains("nothing was changed") && text.contains(advice), "{text}");
+    }
 }
 
 #[test]

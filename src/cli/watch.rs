@@ -14,7 +14,7 @@ use crate::proto::v1;
 #[command(after_help = "Examples:
   portwarden watch
   portwarden watch --worker w1 --prefix qwen-
-  portwarden watch --from-revision 120 -o json    one JSON object a line
+  portwarden watch --from-revision 120 -o json    # one JSON object a line
 
 Each change comes once and in order, whichever nodes come and go. Types: allocated, confirmed, swapped,
 attached, lingering, released, reclaimed, worker, worker_removed, lease_granted, lease_ended,
@@ -137,7 +137,7 @@ pub async fn run(args: Args, globals: Globals) -> anyhow::Result<ExitCode> {
         let lines = match heard {
             Ok(heard) => lines(heard, &globals.output, !std::mem::replace(&mut begun, true))?,
             // Once it has begun, it does not end because the cluster is away.
-            Err(ClientError::Unavailable { why }) if begun => {
+            Err(ClientError::Unavailable { why, .. }) if begun => {
                 note_silence(&watch, &why);
                 continue;
             }

@@ -198,7 +198,7 @@ struct Register {
     group(ArgGroup::new("change").multiple(true).args(CHANGES)),
     after_help = "Examples:
   portwarden worker apply -f workers.yaml
-  portwarden worker apply w1 --label zone=b    replaces the labels, keeps everything else
+  portwarden worker apply w1 --label zone=b    # replaces the labels, keeps everything else
   portwarden worker apply w1 --no-labels
 
 A file is a list of workers, or has them under the key `workers`:

@@ -57,7 +57,7 @@ impl Client {
                 })
                 .await
             };
-            let why = match copied.await {
+            let (why, asked_pause) = match copied.await {
                 Ok(copied) => {
                     tour.answered();
                     return Ok((out, copied));
@@ -66,15 +66,16 @@ impl Client {
                 Err(Broken::Verdict(Verdict::Refused(refused))) => {
                     return Err(ClientError::Refused(refused).into());
                 }
-                Err(Broken::Verdict(Verdict::NotDone { why, .. } | Verdict::Doubtful { why })) => {
-                    by(tour.door(), why)
-                }
+                Err(Broken::Verdict(Verdict::NotDone { why, pause })) => (why, pause),
+                Err(Broken::Verdict(Verdict::Doubtful { why })) => (why, None),
             };
-            if came.elapsed() >= self.timeout {
-                return Err(ClientError::Unavailable { why }.into());
+            let left = self.timeout.saturating_sub(came.elapsed());
+            if left.is_zero() {
+                let (why, overloaded) = (by(tour.door(), why), asked_pause.is_some());
+                return Err(ClientError::Unavailable { why, overloaded }.into());
             }
-            let pause = tour.move_on(None);
-            sleep(pause).await;
+            let pause = tour.move_on(asked_pause);
+            sleep(pause.min(left)).await;
         }
     }
 }

@@ -144,6 +144,7 @@ impl Client {
         let mut tour = self.tour();
         // Of each endpoint what was last heard: the one that runs knows more than the one that does not.
         let mut heard = BTreeMap::new();
+        let mut overloaded = true;
         for attempt in 1.. {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -156,7 +157,7 @@ impl Client {
             // Where it may be repeated, the time is for all endpoints of a round: one may be silent.
             let given = match method.effect {
                 Effect::Once => left,
-                _ => left / tour.untried(),
+                _ => (left / tour.untried()).min(self.shared.attempt_timeout),
             };
             let asked_pause = match self.attempt(method.path, tour.door(), message, given).await {
                 Ok(response) => {
@@ -169,11 +170,13 @@ impl Client {
                 }
                 Err(Verdict::NotDone { why, pause }) => {
                     heard.insert(tour.door().name.clone(), by(tour.door(), why));
+                    overloaded &= pause.is_some();
                     pause
                 }
                 Err(Verdict::Doubtful { why }) => {
                     let why = by(tour.door(), why);
                     heard.insert(tour.door().name.clone(), why.clone());
+                    overloaded = false;
                     match method.effect {
                         Effect::Read => {}
                         Effect::Once => return Err(ClientError::OutcomeUnknown { why }),
@@ -191,9 +194,10 @@ impl Client {
         Err(match doubt {
             Some(doubt) => ClientError::OutcomeUnknown { why: doubt },
             None if heard.is_empty() => {
-                ClientError::Unavailable { why: "the timeout is too short for one attempt".into() }
+                let why = "the timeout is too short for one attempt".into();
+                ClientError::Unavailable { why, overloaded: false }
             }
-            None => ClientError::Unavailable { why: heard.values().join("; ") },
+            None => ClientError::Unavailable { why: heard.values().join("; "), overloaded },
         })
     }
 
@@ -202,13 +206,12 @@ impl Client {
         path: &'static str,
         door: &Door,
         mut request: Request<Req>,
-        left: Duration,
+        given: Duration,
     ) -> Result<Res, Verdict>
     where
         Req: prost::Message + 'static,
         Res: prost::Message + Default + 'static,
     {
-        let given = left.min(self.shared.attempt_timeout);
         request.set_timeout(given);
         let path = PathAndQuery::from_static(path);
         ask(door, given, async |grpc| grpc.unary(request, path, ProstCodec::default()).await).await

@@ -15,9 +15,10 @@ pub enum ClientError {
     /// The cluster's answer. Nothing was changed.
     #[error("{}", .0.status.message())]
     Refused(Box<Refused>),
-    /// No node served the call in time. Nothing was changed.
+    /// No node served the call in time. Nothing was changed. `overloaded`: each that answered had too
+    /// much to do.
     #[error("no node served the call in time: {why}")]
-    Unavailable { why: String },
+    Unavailable { why: String, overloaded: bool },
     /// The call may or may not be done. Repeat it with the same uid or token to learn which.
     #[error("outcome unknown: {why}")]
     OutcomeUnknown { why: String },
@@ -91,7 +92,11 @@ pub(super) fn judge(status: Status) -> Verdict {
             let pause = details.retry_info().and_then(|info| info.retry_delay);
             return Verdict::NotDone { why, pause };
         }
-        Some(reason::OUTCOME_UNKNOWN) => return Verdict::Doubtful { why },
+        Some(reason::OUTCOME_UNKNOWN) => {
+            // The error says so itself.
+            let why = why.strip_prefix("outcome unknown: ").map_or(why.clone(), String::from);
+            return Verdict::Doubtful { why };
+        }
         _ => {}
     }
     match status.code() {
@@ -137,5 +142,18 @@ mod tests {
         assert!(doubtful(sent(Code::Unknown, reason::OUTCOME_UNKNOWN, DOMAIN)));
         assert!(refused(sent(Code::ResourceExhausted, reason::CAPACITY, DOMAIN)));
         assert!(refused(Status::not_found("")));
+    }
+
+    #[test]
+    fn a_doubt_is_named_once() {
+        let details =
+            ErrorDetails::with_error_info(reason::OUTCOME_UNKNOWN, DOMAIN, HashMap::new());
+        let text = "outcome unknown: it broke";
+        let Verdict::Doubtful { why } =
+            judge(Status::with_error_details(Code::Unknown, text, details))
+        else {
+            panic!("a doubt")
+        };
+        assert_eq!(ClientError::OutcomeUnknown { why }.to_string(), text);
     }
 }

@@ -5,7 +5,7 @@
 //! the leader. It stays with the endpoint that last answered and goes through the others in turn
 //! when that one fails, with a growing, jittered pause after each round, until the call's timeout.
 //! One attempt gets a part of the timeout only, so that a node that accepts and never answers does
-//! not eat all of it.
+//! not eat all of it; but the only attempt at what must not be repeated gets what is left.
 //!
 //! What an attempt without an answer leaves behind decides what comes next:
 //!
@@ -68,7 +68,7 @@ const LIST_RESTARTS_MAX: usize = 8;
 pub struct Options {
     /// For one call over all its attempts; for listings, for each page.
     pub timeout: Duration,
-    /// For one attempt.
+    /// For one attempt at what may be repeated.
     pub attempt_timeout: Duration,
     /// How often the members are asked for, at most, so that new ones are found.
     pub learn_every: Duration,
@@ -227,19 +227,22 @@ impl Client {
     pub async fn confirm(&self, held: &v1::Allocation) -> Result<v1::ConfirmResponse, ClientError> {
         let v1::Allocation { name, token, lease, ports, .. } = held;
         let deadline = Instant::now() + self.timeout;
-        let confirm = |version| {
+        let confirm = |version, doubt| {
             let liveness = None;
             let (name, token, lease) = (name.clone(), *token, *lease);
             let request = v1::ConfirmRequest { name, token, version, lease, liveness };
             let left = deadline.saturating_duration_since(Instant::now());
-            async move { self.with_timeout(left).confirm_with(request).await }
+            async move { self.with_timeout(left).call_after(methods::CONFIRM, request, doubt).await }
         };
-        let failed = match confirm(held.version).await {
+        let failed = match confirm(held.version, None).await {
             Err(error) if error.code() == Some(Code::FailedPrecondition) => error,
             Err(error @ ClientError::OutcomeUnknown { .. }) => error,
             answer => return answer,
         };
-        let unknown = matches!(failed, ClientError::OutcomeUnknown { .. });
+        let doubt = match &failed {
+            ClientError::OutcomeUnknown { why } => Some(why.clone()),
+            _ => None,
+        };
         let left = deadline.saturating_duration_since(Instant::now());
         let Ok(v1::GetResponse { allocation: Some(found), revision, .. }) =
             self.with_timeout(left).get(name, None).await
@@ -248,8 +251,8 @@ impl Client {
         };
         match found.phase() {
             _ if found.token != *token || found.ports != *ports => Err(failed),
-            v1::Phase::Lingering => confirm(found.version).await,
-            v1::Phase::Bound if unknown && (*lease == 0 || found.lease == *lease) => {
+            v1::Phase::Lingering => confirm(found.version, doubt).await,
+            v1::Phase::Bound if doubt.is_some() && (*lease == 0 || found.lease == *lease) => {
                 Ok(v1::ConfirmResponse { allocation: Some(found), revision })
             }
             _ => Err(failed),

@@ -4,8 +4,9 @@
 //! their order. A command that the stream does not settle (it broke, or the node could not serve)
 //! goes on as a call of its own, under the same uid or token, through the other endpoints: whoever
 //! calls hears the same as from the unary methods. What an overloaded node refuses goes over the stream
-//! again, after the pause that it asks for. All of that within the client's timeout, and what its caller
-//! waits for no longer is not sent.
+//! again, after the pause that it asks for. All of that within the client's timeout, which goes with the
+//! commands, and what its caller waits for no longer is not sent. What confirms, moves on or frees does not
+//! wait behind what allocates or reads.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use tonic::{Status, Streaming};
 use super::Client;
 use super::call::{Tour, by, methods};
 use super::error::{ClientError, Verdict, judge};
-use crate::proto::session::{SESSION_COMMANDS_MAX, Size};
+use crate::proto::session::Size;
 use crate::proto::v1;
 pub use v1::session_answer::Answer;
 pub use v1::session_command::Command;
@@ -32,20 +33,57 @@ const PATH: &str = "/portwarden.v1.Allocator/Session";
 const WINDOW: usize = 8192;
 /// Commands that go on as calls of their own at a time.
 const ALONE_AT_ONCE: usize = 64;
-/// Calls that may wait for their turn.
+/// Calls that may wait for their turn in each of the two queues.
 const JOBS_MAX: usize = 1024;
 
 /// Cheap to clone; clones share the stream. It is opened when first used, and ends with the last clone.
 #[derive(Clone)]
 pub struct Session {
     client: Client,
-    jobs: mpsc::Sender<Job>,
+    jobs: Jobs,
+}
+
+/// Where jobs are put.
+#[derive(Clone)]
+struct Jobs {
+    urgent: mpsc::Sender<Job>,
+    others: mpsc::Sender<Job>,
+}
+
+/// And from where they are sent: the urgent ones first.
+struct Queue {
+    urgent: mpsc::Receiver<Job>,
+    others: mpsc::Receiver<Job>,
+}
+
+impl Queue {
+    fn new() -> (Jobs, Queue) {
+        let (urgent, first) = mpsc::channel(JOBS_MAX);
+        let (others, then) = mpsc::channel(JOBS_MAX);
+        (Jobs { urgent, others }, Queue { urgent: first, others: then })
+    }
+
+    /// `None` once nobody can ask for anything any more. May be dropped and called again.
+    async fn recv(&mut self) -> Option<Job> {
+        tokio::select! {
+            biased;
+            Some(job) = self.urgent.recv() => Some(job),
+            Some(job) = self.others.recv() => Some(job),
+            else => None,
+        }
+    }
+
+    fn try_recv(&mut self) -> Option<Job> {
+        self.urgent.try_recv().or_else(|_| self.others.try_recv()).ok()
+    }
 }
 
 /// Commands that fit in one message, and who waits for their answers.
 struct Job {
     commands: Vec<v1::SessionCommand>,
     size: Size,
+    /// Whoever waits gives up then.
+    deadline: Instant,
     /// Whoever sets it first decides: the stream that it is sent, the caller that it is not.
     decided: Arc<AtomicBool>,
     done: Done,
@@ -53,8 +91,9 @@ struct Job {
 
 impl Job {
     /// Is it to be sent?
-    fn decide_to_send(&self) -> bool {
-        !self.done.is_closed() && !self.decided.swap(true, Ordering::AcqRel)
+    fn decide_to_send(&self, now: Instant) -> bool {
+        let waited_for = now < self.deadline && !self.done.is_closed();
+        waited_for && !self.decided.swap(true, Ordering::AcqRel)
     }
 }
 
@@ -65,7 +104,7 @@ type Done = oneshot::Sender<Given>;
 
 impl Client {
     pub fn session(&self) -> Session {
-        let (jobs, queue) = mpsc::channel(JOBS_MAX);
+        let (jobs, queue) = Queue::new();
         tokio::spawn(drive(self.clone(), queue));
         Session { client: self.clone(), jobs }
     }
@@ -145,7 +184,8 @@ impl Session {
                             pause = pause.max(asked);
                             left.push((at, command));
                         } else {
-                            answers.insert(at, Err(ClientError::Unavailable { why }));
+                            let unavailable = ClientError::Unavailable { why, overloaded: true };
+                            answers.insert(at, Err(unavailable));
                         }
                     }
                     Err(verdict) => rest.push((at, command, verdict)),
@@ -169,17 +209,21 @@ impl Session {
         deadline: Instant,
     ) -> Vec<(Command, Result<Answer, Verdict>)> {
         let mut waiting = Vec::new();
-        let mut commands = commands.into_iter().peekable();
-        while let Some(first) = commands.next() {
-            let mut size = Size::of(Some(&first));
+        let queue = match commands.iter().all(is_urgent) {
+            true => &self.jobs.urgent,
+            false => &self.jobs.others,
+        };
+        let sized = |command| (Size::to_send(&command), command);
+        let mut commands = commands.into_iter().map(sized).peekable();
+        while let Some((mut size, first)) = commands.next() {
             let mut part = vec![first];
-            while let Some(next) =
-                commands.next_if(|next| size.and(Size::of(Some(next))).beyond().is_none())
+            while let Some((more, next)) =
+                commands.next_if(|(more, _)| size.and(*more).beyond().is_none())
             {
-                size = size.and(Size::of(Some(&next)));
+                size = size.and(more);
                 part.push(next);
             }
-            waiting.push(self.submit(part, size, deadline).await);
+            waiting.push(self.submit(queue, part, size, deadline).await);
         }
         let mut settled = Vec::new();
         for (part, given) in waiting {
@@ -191,6 +235,7 @@ impl Session {
     /// Sends commands on their way. They are kept, for what the stream does not settle.
     async fn submit(
         &self,
+        queue: &mpsc::Sender<Job>,
         commands: Vec<Command>,
         size: Size,
         deadline: Instant,
@@ -204,8 +249,8 @@ impl Session {
                     command: Some(command.clone()),
                 };
                 let commands = commands.iter().map(numbered).collect();
-                let job = Job { commands, size, decided: decided.clone(), done };
-                matches!(timeout_at(deadline, self.jobs.send(job)).await, Ok(Ok(())))
+                let job = Job { commands, size, deadline, decided: decided.clone(), done };
+                matches!(timeout_at(deadline, queue.send(job)).await, Ok(Ok(())))
             }
             // A node refuses it, with the reason, as a call of its own.
             Some(_) => false,
@@ -215,8 +260,9 @@ impl Session {
                 return Err(None);
             }
             match timeout_at(deadline, settled).await {
-                Ok(settled) => settled.unwrap_or_else(|_| Err(Some("the session ended".into()))),
-                Err(_) if !decided.swap(true, Ordering::AcqRel) => Err(None),
+                Ok(Ok(given)) => given,
+                _ if !decided.swap(true, Ordering::AcqRel) => Err(None),
+                Ok(Err(_)) => Err(Some("the session ended".into())),
                 Err(_) => Err(Some("no answer on the session in time".into())),
             }
         };
@@ -245,8 +291,8 @@ impl Session {
         let left = deadline.saturating_duration_since(Instant::now());
         let doubt = match verdict {
             Verdict::Refused(refused) => return Err(ClientError::Refused(refused)),
-            Verdict::NotDone { why, .. } if left.is_zero() => {
-                return Err(ClientError::Unavailable { why });
+            Verdict::NotDone { why, pause } if left.is_zero() => {
+                return Err(ClientError::Unavailable { why, overloaded: pause.is_some() });
             }
             Verdict::Doubtful { why } if left.is_zero() => {
                 return Err(ClientError::OutcomeUnknown { why });
@@ -282,6 +328,17 @@ impl Session {
     }
 }
 
+/// As the node has it.
+fn is_urgent(command: &Command) -> bool {
+    match command {
+        Command::Confirm(_)
+        | Command::Attach(_)
+        | Command::Release(_)
+        | Command::ReportConflict(_) => true,
+        Command::Allocate(_) | Command::Get(_) => false,
+    }
+}
+
 /// What the stream said of each command.
 fn settle(commands: Vec<Command>, given: Given) -> Vec<(Command, Result<Answer, Verdict>)> {
     match given {
@@ -310,7 +367,7 @@ pub fn release(name: &str, token: u64) -> Command {
 
 /// A stream, and what is under way on it.
 struct Line {
-    messages: mpsc::UnboundedSender<v1::SessionRequest>,
+    messages: mpsc::UnboundedSender<Message>,
     answers: Streaming<v1::SessionResponse>,
     under_way: VecDeque<Waiting>,
     commands: usize,
@@ -327,18 +384,54 @@ struct Waiting {
     done: Done,
 }
 
-async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
+/// Commands that travel together, and have the same time there.
+struct Message {
+    commands: Vec<v1::SessionCommand>,
+    size: Size,
+    /// When the first of those who wait gives up, or the stream is given up.
+    earliest: Instant,
+    latest: Instant,
+}
+
+impl Message {
+    fn of(job: &mut Job, until: Instant) -> Message {
+        let commands = std::mem::take(&mut job.commands);
+        Message { commands, size: job.size, earliest: until, latest: until }
+    }
+
+    /// Takes in another one, where that keeps within bounds, and none loses more than half of its time.
+    fn join(&mut self, other: Message, now: Instant) -> Result<(), Message> {
+        let size = self.size.and(other.size);
+        let (earliest, latest) = (self.earliest.min(other.earliest), self.latest.max(other.latest));
+        if size.beyond().is_some() || latest - now > 2 * (earliest - now) {
+            return Err(other);
+        }
+        self.commands.extend(other.commands);
+        (self.size, self.earliest, self.latest) = (size, earliest, latest);
+        Ok(())
+    }
+
+    /// It may have waited until it could be sent.
+    fn request(self, now: Instant) -> v1::SessionRequest {
+        let left = self.earliest.saturating_duration_since(now).as_millis();
+        // 0 would be the node's default.
+        v1::SessionRequest { commands: self.commands, timeout_ms: left.clamp(1, 60_000) as u32 }
+    }
+}
+
+async fn drive(client: Client, mut queue: Queue) {
     let mut tour = client.tour();
     while let Some(first) = queue.recv().await {
         let timeout = client.shared.attempt_timeout;
         let (messages, outgoing) = mpsc::unbounded_channel();
-        let outgoing = UnboundedReceiverStream::new(outgoing);
+        let outgoing = UnboundedReceiverStream::new(outgoing)
+            .map(|message: Message| message.request(Instant::now()));
         let answers = match client.open(PATH, tour.door(), outgoing).await {
             Ok(answers) => answers,
             Err(verdict) => {
                 tracing::debug!(at = tour.door().name, ?verdict, "a session was not opened");
                 // Their callers try by themselves, while they have time.
-                let waiting = std::iter::from_fn(|| queue.try_recv().ok());
+                let waiting = std::iter::from_fn(|| queue.try_recv());
                 std::iter::once(first)
                     .chain(waiting)
                     .for_each(|job| drop(job.done.send(Err(None))));
@@ -361,8 +454,7 @@ async fn drive(client: Client, mut queue: mpsc::Receiver<Job>) {
 
 impl Line {
     /// Until the stream breaks, and why; or until nobody can ask for anything any more.
-    async fn serve(&mut self, queue: &mut mpsc::Receiver<Job>, tour: &mut Tour) -> Option<String> {
-        let mut jobs = Vec::new();
+    async fn serve(&mut self, queue: &mut Queue, tour: &mut Tour) -> Option<String> {
         let mut over = false;
         loop {
             if over && self.under_way.is_empty() {
@@ -382,15 +474,19 @@ impl Line {
                     Ok(None) => return Some("the node ended the session".into()),
                     Err(status) => return Some(status.message().to_string()),
                 },
-                taken = queue.recv_many(&mut jobs, SESSION_COMMANDS_MAX), if room => {
-                    over = taken == 0;
+                first = queue.recv(), if room => {
+                    let Some(first) = first else {
+                        over = true;
+                        continue;
+                    };
+                    let mut jobs = vec![first];
+                    self.gather(&mut jobs, queue);
                     if self.is_shared() {
                         // Whoever else is about to ask goes in the same message.
                         yield_now().await;
-                        let more = std::iter::from_fn(|| queue.try_recv().ok());
-                        jobs.extend(more.take(SESSION_COMMANDS_MAX));
+                        self.gather(&mut jobs, queue);
                     }
-                    self.send(std::mem::take(&mut jobs));
+                    self.send(jobs);
                 }
                 () = sleep_until(overdue.unwrap_or_else(Instant::now)), if overdue.is_some() => {
                     return Some(format!("no answer within {} ms", self.timeout.as_millis()));
@@ -404,32 +500,44 @@ impl Line {
         !self.under_way.is_empty() || self.answered > 1
     }
 
-    /// Packs the jobs into as few messages as may be.
-    fn send(&mut self, jobs: Vec<Job>) {
-        let overdue = Instant::now() + self.timeout;
-        let mut message = Vec::new();
-        let mut size = Size::default();
-        for job in jobs.into_iter().filter(Job::decide_to_send) {
-            if size.and(job.size).beyond().is_some() {
-                self.dispatch(std::mem::take(&mut message));
-                size = Size::default();
-            }
-            size = size.and(job.size);
-            self.commands += job.commands.len();
-            let missing = job.commands.len();
-            let answers = Vec::with_capacity(missing);
-            self.under_way.push_back(Waiting { missing, answers, overdue, done: job.done });
-            message.extend(job.commands);
+    /// Adds what is there already, while there is room: an urgent one may come yet.
+    fn gather(&self, jobs: &mut Vec<Job>, queue: &mut Queue) {
+        let taken = jobs.iter().map(|job| job.commands.len());
+        let mut commands = self.commands + taken.sum::<usize>();
+        while commands < WINDOW
+            && let Some(job) = queue.try_recv()
+        {
+            commands += job.commands.len();
+            jobs.push(job);
         }
-        self.dispatch(message);
     }
 
-    fn dispatch(&self, commands: Vec<v1::SessionCommand>) {
-        let timeout_ms = self.timeout.as_millis().min(60_000) as u32;
-        if !commands.is_empty() {
-            // A stream that broke is found so by its answers.
-            let _ = self.messages.send(v1::SessionRequest { commands, timeout_ms });
+    /// Packs the jobs into as few messages as may be.
+    fn send(&mut self, jobs: Vec<Job>) {
+        let now = Instant::now();
+        let overdue = now + self.timeout;
+        let mut message: Option<Message> = None;
+        for mut job in jobs.into_iter().filter(|job| job.decide_to_send(now)) {
+            let missing = job.commands.len();
+            self.commands += missing;
+            let until = job.deadline.min(overdue);
+            let next = Message::of(&mut job, until);
+            let answers = Vec::with_capacity(missing);
+            self.under_way.push_back(Waiting { missing, answers, overdue, done: job.done });
+            let apart = match &mut message {
+                Some(message) => message.join(next, now).err(),
+                None => Some(next),
+            };
+            if let Some(next) = apart {
+                message.replace(next).into_iter().for_each(|full| self.dispatch(full));
+            }
         }
+        message.into_iter().for_each(|last| self.dispatch(last));
+    }
+
+    fn dispatch(&self, message: Message) {
+        // A stream that broke is found so by its answers.
+        let _ = self.messages.send(message);
     }
 
     /// The next answer, for whoever waits for it. False where nobody does.
@@ -462,4 +570,59 @@ fn another(answer: Answer) -> ClientError {
 
 fn lost() -> ClientError {
     ClientError::OutcomeUnknown { why: "the session lost the answer".into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(deadline: Instant) -> Job {
+        let commands = vec![v1::SessionCommand { id: 0, command: Some(release("a", 1)) }];
+        let (size, decided) = (Size::to_send(&release("a", 1)), Arc::default());
+        Job { commands, size, deadline, decided, done: oneshot::channel().0 }
+    }
+
+    #[test]
+    fn commands_travel_with_those_that_have_about_as_much_time() {
+        let now = Instant::now();
+        let until = |ms| Message::of(&mut job(now), now + Duration::from_millis(ms));
+        let mut message = until(1_000);
+        assert!(message.join(until(501), now).is_ok());
+        assert!(message.join(until(499), now).is_err(), "half of the longest");
+        assert!(message.join(until(1_003), now).is_err(), "twice the shortest");
+        assert!(message.join(until(1_002), now).is_ok());
+        let sent_late = message.request(now + Duration::from_millis(100));
+        assert_eq!((sent_late.commands.len(), sent_late.timeout_ms), (3, 401));
+        assert_eq!(until(5).request(now + Duration::from_secs(1)).timeout_ms, 1);
+    }
+
+    #[test]
+    fn what_its_caller_gave_up_is_not_sent() {
+        let now = Instant::now();
+        let given_up = job(now + Duration::from_secs(1));
+        assert!(!given_up.decide_to_send(now));
+        let (done, _waits) = oneshot::channel();
+        let job = Job { done, ..given_up };
+        assert!(!job.decide_to_send(job.deadline));
+        assert!(job.decide_to_send(now));
+        assert!(!job.decide_to_send(now), "it is decided");
+    }
+
+    #[tokio::test]
+    async fn what_is_urgent_overtakes_what_waits() {
+        let (jobs, mut queue) = Queue::new();
+        let client = Client::connect(vec!["127.0.0.1:1".into()], Default::default()).unwrap();
+        let session = Session { client, jobs };
+        let get = || Command::Get(v1::GetRequest { name: "a".into(), read: None });
+        for commands in [vec![get()], vec![release("a", 1), get()], vec![release("b", 1)]] {
+            let session = session.clone();
+            tokio::spawn(async move { session.all(commands).await });
+            yield_now().await;
+        }
+        let mut sent = vec![queue.recv().await.unwrap()];
+        sent.extend(std::iter::from_fn(|| queue.try_recv()));
+        let commands = |job: Job| job.commands.into_iter().filter_map(|one| one.command).collect();
+        let sent: Vec<Vec<Command>> = sent.into_iter().map(commands).collect();
+        assert_eq!(sent, [vec![release("b", 1)], vec![get()], vec![release("a", 1), get()]]);
+    }
 }

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::future::{join, join_all};
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout};
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -15,7 +15,7 @@ use super::{
     Client, ClientError, Filter, Follow, Keeper, News, Options, Session, Standing, StartError, Try,
 };
 use crate::api::fake::{Fake, allocate, claim, fake, listen, spec, table};
-use crate::api::{Readiness, serve};
+use crate::api::{REQUEST_MAX_BYTES, Readiness, serve};
 use crate::connections::{Kind, tcp_incoming};
 use crate::core;
 use crate::node::{CallError, MemberReport};
@@ -26,6 +26,16 @@ use crate::raft::ApplyObserver as _;
 async fn node() -> (Arc<Fake>, String) {
     let (fake, api) = fake();
     (fake, listen(api, std::future::pending()).await)
+}
+
+/// A node at an address where nobody has answered yet.
+async fn begin_at(listener: TcpListener) -> Arc<Fake> {
+    let (fake, api) = fake();
+    let readiness = Readiness::new().await;
+    readiness.set(true).await;
+    let incoming = tcp_incoming(listener, Kind::Client);
+    tokio::spawn(serve(api, readiness, incoming, std::future::pending()));
+    fake
 }
 
 /// The leader's timers find that it was not confirmed in time.
@@ -175,6 +185,16 @@ async fn what_is_not_safe_to_repeat_is_left_unknown_at_once() {
 }
 
 #[tokio::test]
+async fn what_is_not_safe_to_repeat_may_take_longer_than_an_attempt() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = client(&[&listener.local_addr().unwrap().to_string()]);
+    let slow = tokio::spawn(async move { client.force_release("a", "").await });
+    sleep(2 * options().attempt_timeout).await;
+    begin_at(listener).await;
+    assert!(slow.await.unwrap().unwrap().released);
+}
+
+#[tokio::test]
 async fn silence_to_the_end_is_an_unknown_outcome_of_a_write_only() {
     let address = silent().await;
     let client = client(&[&address]);
@@ -236,6 +256,31 @@ async fn overload_and_unreadiness_are_waited_out() {
     client(&[&address]).allocate(vec![claim("b")]).await.unwrap();
 }
 
+#[tokio::test]
+async fn overload_to_the_end_is_told_from_a_node_that_does_not_serve() {
+    let (fake, address) = node().await;
+    let asked = CallError::Overloaded { retry_after: Duration::from_millis(100) };
+    for (then, told) in [(asked.clone(), true), (CallError::NotReady("starting".into()), false)] {
+        *fake.failures.lock().unwrap() = vec![then; 1000].into();
+        fake.failures.lock().unwrap().push_front(asked.clone());
+        match client(&[&address]).get("a", None).await {
+            Err(ClientError::Unavailable { overloaded, .. }) => assert_eq!(overloaded, told),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_backup_waits_as_long_as_an_overloaded_node_asks() {
+    let (fake, address) = node().await;
+    fake.hub.installed(&fake.state.lock().unwrap());
+    let retry_after = Duration::from_millis(600);
+    fake.failures.lock().unwrap().push_back(CallError::Overloaded { retry_after });
+    let began = Instant::now();
+    client(&[&address]).backup(|| Ok(Vec::new()), |_| ()).await.unwrap();
+    assert!(began.elapsed() >= retry_after / 2, "{:?}", began.elapsed());
+}
+
 /// Sixty commands wait out an overload together, and not one after the other.
 #[tokio::test]
 async fn what_an_overloaded_node_refuses_on_a_session_goes_again_as_one() {
@@ -260,8 +305,43 @@ async fn what_an_overloaded_node_refuses_on_a_session_goes_again_as_one() {
     *fake.failures.lock().unwrap() = vec![overloaded; 1000].into();
     let all = session.all((100..110).map(asked).collect());
     for answer in timeout(Duration::from_secs(20), all).await.unwrap() {
-        assert!(matches!(answer, Err(ClientError::Unavailable { .. })), "{answer:?}");
+        let overloaded = matches!(answer, Err(ClientError::Unavailable { overloaded: true, .. }));
+        assert!(overloaded, "{answer:?}");
     }
+}
+
+/// A session that a message ended would leave what is forced out unknown.
+#[tokio::test]
+async fn what_is_more_than_a_request_may_have_goes_in_several_messages() {
+    let (_, address) = node().await;
+    let forced = |reason: String| {
+        let authority = Some(v1::release_request::Authority::Force(v1::Force { reason }));
+        Command::Release(v1::ReleaseRequest { name: "b".into(), authority })
+    };
+    let mut commands = vec![forced("r".repeat(10_000)); 250];
+    commands.push(forced("r".repeat(REQUEST_MAX_BYTES)));
+    let answers = client(&[&address]).session().all(commands).await;
+    for (at, answer) in answers.into_iter().enumerate() {
+        let refused = answer.expect_err("its reason is too long").code();
+        let code = if at < 250 { Code::InvalidArgument } else { Code::OutOfRange };
+        assert_eq!(refused, Some(code), "{at}");
+    }
+}
+
+/// The node waits for a leader, longer than the caller waits for it.
+#[tokio::test]
+async fn what_is_sent_on_a_session_is_not_done_after_its_caller_gave_up() {
+    let (fake, address) = node().await;
+    *fake.failures.lock().unwrap() = vec![CallError::NotLeader { leader: None }; 10_000].into();
+    let options = Options { attempt_timeout: Duration::from_secs(30), ..options() };
+    let client = Client::connect(vec![address], options).unwrap();
+    let session = client.with_timeout(Duration::from_millis(500)).session();
+    session.allocate(vec![claim("b")]).await.unwrap_err();
+    // What was on its way.
+    sleep(Duration::from_millis(100)).await;
+    let proposed = *fake.proposed.lock().unwrap();
+    sleep(Duration::from_millis(700)).await;
+    assert_eq!(*fake.proposed.lock().unwrap(), proposed);
 }
 
 /// Each, in a task of its own, waits for its answer before it asks again; a message is read once.
@@ -304,10 +384,7 @@ async fn what_nobody_waits_for_any_more_is_not_sent_on_a_session() {
         let given_up = session.allocate(vec![claim(&format!("b{i}"))]);
         assert!(timeout(Duration::from_millis(100), given_up).await.is_err());
     }
-    let (fake, api) = fake();
-    let readiness = Readiness::new().await;
-    readiness.set(true).await;
-    tokio::spawn(serve(api, readiness, tcp_incoming(silent, Kind::Client), std::future::pending()));
+    let fake = begin_at(silent).await;
     let granted = session.allocate(vec![claim("b")]).await.unwrap().allocations;
     assert_eq!(granted[0].name, "b");
     assert_eq!(*fake.proposed.lock().unwrap(), 1);
@@ -471,24 +548,52 @@ async fn a_start_for_which_no_port_is_left_says_which_were_tried() {
 async fn a_start_that_missed_its_deadline_is_confirmed_on_its_lease_again() {
     let (fake, address) = node().await;
     let client = client(&[&address]);
-    let identity = v1::Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 };
-    let watched = v1::WorkerSpec { identity: Some(identity), ..spec() };
-    client.worker_register("w", watched).await.unwrap();
-    let lease = client.lease_grant(Duration::from_secs(60)).await.unwrap().lease.unwrap().id;
-    let leased = v1::Claim { lease, ..claim("b") };
-    let held = client.allocate(vec![leased]).await.unwrap().allocations.remove(0);
+    let held = watched(&client).await;
     miss_deadline(&fake, &held);
     let lingering = client.get("b", None).await.unwrap().allocation.unwrap();
     assert_eq!((lingering.phase(), lingering.lease), (v1::Phase::Lingering, 0));
 
     let revived = client.confirm(&held).await.unwrap().allocation.unwrap();
-    assert_eq!((revived.phase(), revived.lease), (v1::Phase::Bound, lease));
+    assert_eq!((revived.phase(), revived.lease), (v1::Phase::Bound, held.lease));
     assert_eq!(revived.token, held.token);
     // What changed otherwise is not overridden: its ports are others now.
     let swapped = client.report_conflict("b", held.token, 0, held.ports[0].number).await.unwrap();
     miss_deadline(&fake, &swapped.allocation.unwrap());
     let refused = client.confirm(&held).await.unwrap_err();
     assert_eq!(refused.code(), Some(Code::FailedPrecondition));
+}
+
+/// On a lease, and on a worker with an agent.
+async fn watched(client: &Client) -> v1::Allocation {
+    let identity = v1::Identity { machine_id: "m".into(), boot_id: "b".into(), namespace: 7 };
+    let watched = v1::WorkerSpec { identity: Some(identity), ..spec() };
+    client.worker_register("w", watched).await.unwrap();
+    let lease = client.lease_grant(Duration::from_secs(60)).await.unwrap().lease.unwrap().id;
+    let leased = v1::Claim { lease, ..claim("b") };
+    client.allocate(vec![leased]).await.unwrap().allocations.remove(0)
+}
+
+/// It is in doubt, then seen not to have been done yet, and the second one is not served.
+#[tokio::test]
+async fn a_doubtful_confirmation_stays_so_until_a_second_one_settles_it() {
+    let (fake, address) = node().await;
+    let client = client(&[&address]);
+    let held = watched(&client).await;
+    let moved = client.attach("b", held.token, 0, 0).await.unwrap().allocation.unwrap();
+    miss_deadline(&fake, &moved);
+    let reads = *fake.reads.lock().unwrap();
+    fake.failures.lock().unwrap().push_back(CallError::Unknown("lost".into()));
+    let once_seen = async {
+        while *fake.reads.lock().unwrap() == reads {
+            yield_now().await;
+        }
+        let not_served = vec![CallError::NotReady("starting".into()); 1000];
+        fake.failures.lock().unwrap().extend(not_served);
+    };
+    let both = join(client.confirm(&held), once_seen);
+    let (confirmed, ()) = timeout(Duration::from_secs(20), both).await.unwrap();
+    let unknown = matches!(confirmed, Err(ClientError::OutcomeUnknown { .. }));
+    assert!(unknown, "{confirmed:?}");
 }
 
 fn get_a(channel: &Channel) -> impl Future<Output = Result<(), tonic::Status>> + use<> {
@@ -506,14 +611,7 @@ async fn calls_that_are_given_up_in_masses_break_no_other() {
     let patient = tokio::spawn(get_a(&channel));
     let given_up = (0..60).map(|_| timeout(Duration::from_millis(200), get_a(&channel)));
     assert!(join_all(given_up).await.iter().all(Result::is_err));
-    let readiness = Readiness::new().await;
-    readiness.set(true).await;
-    tokio::spawn(serve(
-        fake().1,
-        readiness,
-        tcp_incoming(listener, Kind::Client),
-        std::future::pending(),
-    ));
+    begin_at(listener).await;
     patient.await.unwrap().unwrap();
 }
 

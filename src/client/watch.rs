@@ -99,12 +99,12 @@ impl Watch {
                 Verdict::Refused(refused) => (self.refused(refused)?, None),
             };
             self.look_whether_compacted(deadline)?;
-            let why = by(self.tour.door(), why);
+            let (why, overloaded) = (by(self.tour.door(), why), pause.is_some());
             tracing::debug!(why, seen = self.seen, "the watch goes on elsewhere");
             let pause = self.tour.move_on(pause).max(self.client.jitter(RETURN_PAUSE));
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(ClientError::Unavailable { why });
+                return Err(ClientError::Unavailable { why, overloaded });
             }
             sleep(pause.min(left)).await;
         }
