@@ -1,38 +1,110 @@
-//! How far a session works ahead of whoever reads its answers.
+//! Streams of calls: how far they are worked on ahead of whoever reads the answers.
 //!
-//! Messages are worked on side by side, and their answers wait in order until they are taken. A few
-//! commands may have large answers, and a caller may not read: so a message is begun only while what
-//! waits, and what is under way if it becomes as large as the last answer, is within a bound. One message
-//! may always be under way.
+//! Messages are worked on side by side, and their answers wait in order until they are taken. A client may
+//! not read, and what sends to it is not polled then. So the work is a task of its own, which the stream
+//! takes along when it is dropped: a call that has begun comes to its answer or its deadline, and holds
+//! nothing afterwards but the answer.
+//!
+//! - A message is begun only while fewer than so many are not taken yet. A few commands may have large
+//!   answers: so what waits, and what is under way if it becomes as large as the last answer, is within
+//!   a bound as well. One message may always be under way.
+//! - Messages are read where the answers are sent: whoever takes none has no more of them begun.
+//! - Where answers wait and none is taken for [`SEND_MAX`], all go, and the stream ends with an error.
 
+use std::collections::VecDeque;
+use std::future::ready;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 
-use futures::Stream;
+use futures::stream::{self, FuturesOrdered};
+use futures::{Stream, StreamExt as _};
+use tokio::sync::mpsc;
+use tokio::task::yield_now;
+use tokio::time::{Instant, timeout_at};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
 
+use super::errors;
+use super::watch::SEND_MAX;
 use crate::lock::guard;
 
-/// Answers of one session that wait to be taken, in bytes; one that is larger waits alone.
+/// Answers of one stream that wait to be taken, in bytes; one that is larger waits alone.
 pub(super) const AHEAD_MAX_BYTES: usize = 8 << 20;
+/// Answers that are handed on before they are taken: these do not go when the others do.
+const HANDED_ON_MAX: usize = 8;
+
+/// With its size in bytes.
+pub(super) type Answer<T> = (Result<T, Status>, usize);
 
 #[derive(Clone)]
 pub(super) struct Ahead(Arc<Mutex<Book>>);
 
 struct Book {
+    at_once: usize,
     under_way: usize,
+    waiting: usize,
     waiting_bytes: usize,
-    /// What an answer is expected to have; unknown at first, so that few are begun.
+    /// What an answer is expected to have.
     expected_bytes: usize,
     /// Of who waits for room.
     waiter: Option<Waker>,
 }
 
 impl Ahead {
-    pub fn new() -> Self {
-        let expected_bytes = AHEAD_MAX_BYTES / 4;
-        let (under_way, waiting_bytes, waiter) = (0, 0, None);
-        Ahead(Arc::new(Mutex::new(Book { under_way, waiting_bytes, expected_bytes, waiter })))
+    /// For answers of any size: it is unknown at first, so that few messages are begun.
+    pub fn new(at_once: usize) -> Self {
+        Self::expecting(at_once, AHEAD_MAX_BYTES / 4)
+    }
+
+    /// For answers that are small, and given as of no bytes.
+    pub fn of_small(at_once: usize) -> Self {
+        Self::expecting(at_once, 0)
+    }
+
+    fn expecting(at_once: usize, expected_bytes: usize) -> Self {
+        let (under_way, waiting, waiting_bytes, waiter) = (0, 0, 0, None);
+        let book = Book { at_once, under_way, waiting, waiting_bytes, expected_bytes, waiter };
+        Ahead(Arc::new(Mutex::new(book)))
+    }
+
+    /// An answer to each message, in their order.
+    pub fn answers<M, T, F>(
+        self,
+        messages: impl Stream<Item = M> + Unpin + Send + 'static,
+        mut call: impl FnMut(M) -> F + Send + 'static,
+    ) -> impl Stream<Item = Answer<T>> + Send + 'static
+    where
+        M: Send + 'static,
+        T: Send + 'static,
+        F: Future<Output = Answer<T>> + Send + 'static,
+    {
+        let (begin, begun) = mpsc::unbounded_channel();
+        let (out, answers) = mpsc::channel(HANDED_ON_MAX);
+        let made = self.clone();
+        tokio::spawn(work(begun, out, move |message| {
+            let (called, made) = (call(message), made.clone());
+            async move {
+                let answer = called.await;
+                made.made(answer.1);
+                answer
+            }
+        }));
+        let at_once = self.book().at_once;
+        let mut messages = self.begin(messages).ready_chunks(at_once);
+        let reading = async move {
+            while let Some(some) = messages.next().await {
+                // What its caller has given up by the time at which it is read is not begun: the server
+                // drops this then, at the latest here.
+                yield_now().await;
+                if some.into_iter().any(|message| begin.send(message).is_err()) {
+                    return;
+                }
+            }
+        };
+        let reading = stream::once(reading).filter_map(|()| ready(None));
+        let taken = move |(_, bytes): &Answer<T>| self.taken(*bytes);
+        stream::select(reading, ReceiverStream::new(answers).inspect(taken))
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -40,20 +112,22 @@ impl Ahead {
     }
 
     /// Messages, as many as may be begun.
-    pub fn begin<S: Stream + Unpin>(&self, messages: S) -> Begun<S> {
+    fn begin<S: Stream + Unpin>(&self, messages: S) -> Begun<S> {
         Begun { messages, ahead: self.clone() }
     }
 
-    pub fn made(&self, bytes: usize) {
+    fn made(&self, bytes: usize) {
         let mut book = self.book();
         book.under_way -= 1;
+        book.waiting += 1;
         book.waiting_bytes += bytes;
         book.expected_bytes = bytes.max(book.expected_bytes / 2);
         book.wake();
     }
 
-    pub fn taken(&self, bytes: usize) {
+    fn taken(&self, bytes: usize) {
         let mut book = self.book();
+        book.waiting -= 1;
         book.waiting_bytes -= bytes;
         book.wake();
     }
@@ -61,6 +135,9 @@ impl Ahead {
 
 impl Book {
     fn has_room(&self) -> bool {
+        if self.under_way + self.waiting >= self.at_once {
+            return false;
+        }
         let expected = self.under_way.saturating_add(1).saturating_mul(self.expected_bytes);
         let idle = self.under_way == 0 && self.waiting_bytes == 0;
         idle || self.waiting_bytes.saturating_add(expected) <= AHEAD_MAX_BYTES
@@ -73,7 +150,7 @@ impl Book {
     }
 }
 
-pub(super) struct Begun<S> {
+struct Begun<S> {
     messages: S,
     ahead: Ahead,
 }
@@ -96,41 +173,94 @@ impl<S: Stream + Unpin> Stream for Begun<S> {
     }
 }
 
+/// Until all is answered, nobody is there to take the answers, or nobody takes them.
+async fn work<M, T, F: Future<Output = Answer<T>>>(
+    begun: mpsc::UnboundedReceiver<M>,
+    out: mpsc::Sender<Answer<T>>,
+    call: impl FnMut(M) -> F,
+) {
+    let untaken = tokio::select! {
+        biased;
+        () = out.closed() => return,
+        untaken = call_all(begun, &out, call) => untaken,
+    };
+    if untaken {
+        let why = format!("nobody took the answers of this stream for {SEND_MAX:?}");
+        let _ = out.send((Err(errors::outcome_unknown(&why)), 0)).await; // or it is dropped
+    }
+}
+
+/// True: nobody takes the answers.
+async fn call_all<M, T, F: Future<Output = Answer<T>>>(
+    mut begun: mpsc::UnboundedReceiver<M>,
+    out: &mpsc::Sender<Answer<T>>,
+    mut call: impl FnMut(M) -> F,
+) -> bool {
+    let mut under_way = FuturesOrdered::new();
+    let mut made = VecDeque::new();
+    let (mut open, mut taken) = (true, Instant::now());
+    loop {
+        tokio::select! {
+            biased;
+            room = timeout_at(taken + SEND_MAX, out.reserve()), if !made.is_empty() => {
+                let Ok(room) = room else { return true };
+                let (Ok(room), Some(answer)) = (room, made.pop_front()) else { return false };
+                room.send(answer);
+                taken = Instant::now();
+            }
+            Some(answer) = under_way.next() => {
+                if made.is_empty() {
+                    taken = Instant::now();
+                }
+                made.push_back(answer);
+            }
+            message = begun.recv(), if open => match message {
+                Some(message) => under_way.push_back(call(message)),
+                None => open = false,
+            },
+            else => return false,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use futures::{FutureExt as _, StreamExt as _, stream};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use futures::FutureExt as _;
+    use tokio::sync::Semaphore;
+    use tokio::time::{advance, sleep};
 
     use super::*;
 
     /// How many of a thousand messages are begun where each has an answer of so many bytes, and only the
     /// first few are taken.
     async fn begun(answer_bytes: usize, taken: usize) -> usize {
-        let (ahead, mut begun) = (Ahead::new(), 0);
-        let (made, read) = (ahead.clone(), ahead.clone());
-        let mut answers = ahead
-            .begin(stream::iter(0..1_000))
-            .map(|_| {
-                begun += 1;
-                let made = made.clone();
-                async move {
-                    made.made(answer_bytes);
-                    answer_bytes
-                }
-            })
-            .buffered(64)
-            .inspect(|bytes| read.taken(*bytes));
+        let begun = Arc::new(AtomicUsize::new(0));
+        let counted = begun.clone();
+        let answers = Ahead::new(64).answers(stream::iter(0..1_000), move |_| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            async move { (Ok(()), answer_bytes) }
+        });
+        let mut answers = Box::pin(answers);
         for _ in 0..taken {
-            answers.next().await.unwrap();
+            answers.next().await.unwrap().0.unwrap();
         }
-        // Polled once more, as a server does that has sent what it has.
+        // All that can be done is done; then it is polled once more, as by a server that has sent what it
+        // has.
+        for _ in 0..10 {
+            sleep(Duration::from_millis(1)).await;
+        }
         let _ = answers.next().now_or_never();
-        drop(answers);
-        begun
+        sleep(Duration::from_millis(1)).await;
+        begun.load(Ordering::Relaxed)
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn small_answers_are_worked_on_side_by_side_and_large_ones_wait_for_their_reader() {
-        assert!(begun(100, 100).await > 150, "{}", begun(100, 100).await);
+        let side_by_side = begun(100, 100).await;
+        assert!((150..=100 + 64 + 1).contains(&side_by_side), "{side_by_side}");
         let most = AHEAD_MAX_BYTES / (1 << 20) + 2;
         assert!(begun(1 << 20, 3).await <= 3 + most, "{}", begun(1 << 20, 3).await);
         // Larger than the bound: one after the other.
@@ -142,19 +272,75 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_are_answered_whatever_their_size() {
+    async fn all_are_answered_in_their_order_whatever_their_size() {
         for answer_bytes in [0, 1, 3 << 20, 3 * AHEAD_MAX_BYTES] {
-            let ahead = Ahead::new();
-            let (made, read) = (ahead.clone(), ahead.clone());
-            let answers = ahead.begin(stream::iter(0..200)).map(|_| {
-                let made = made.clone();
-                async move {
-                    tokio::task::yield_now().await;
-                    made.made(answer_bytes);
+            let answers = Ahead::new(64).answers(stream::iter(0..200), move |number| async move {
+                for _ in 0..200 - number {
+                    yield_now().await;
                 }
+                (Ok(number), answer_bytes)
             });
-            let taken = answers.buffered(64).inspect(|()| read.taken(answer_bytes)).count().await;
-            assert_eq!(taken, 200);
+            let taken: Vec<_> = answers.map(|(answer, _)| answer.unwrap()).collect().await;
+            assert_eq!(taken, (0..200).collect::<Vec<_>>());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_begun_is_done_though_nobody_reads_and_the_stream_is_cut_off() {
+        const AT_ONCE: usize = 64;
+        let permits = Arc::new(Semaphore::new(1_000));
+        let held = permits.clone();
+        let answers = Ahead::of_small(AT_ONCE).answers(stream::iter(0..1_000), move |number| {
+            let held = held.clone();
+            async move {
+                let _permit = held.acquire().await;
+                sleep(Duration::from_secs(1)).await;
+                (Ok(number), 0)
+            }
+        });
+        let mut answers = Box::pin(answers);
+        let busy = || 1_000 - permits.available_permits();
+        // It is polled until all are begun that may be, and then no more.
+        while busy() < AT_ONCE {
+            assert!(answers.next().now_or_never().is_none());
+            yield_now().await;
+        }
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(busy(), 0, "all are answered, and hold nothing");
+        sleep(SEND_MAX).await;
+        let rest: Vec<_> = answers.map(|(answer, _)| answer).collect().await;
+        let (end, read) = rest.split_last().unwrap();
+        assert!(read.len() == HANDED_ON_MAX && read.iter().all(Result::is_ok), "{rest:?}");
+        assert!(errors::is_outcome_unknown(end.as_ref().unwrap_err()), "{end:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_is_slow_is_not_cut_off_and_one_that_leaves_takes_its_calls_along() {
+        let permits = Arc::new(Semaphore::new(1_000));
+        let held = permits.clone();
+        let call = move |number| {
+            let held = held.clone();
+            async move {
+                let _permit = held.acquire().await;
+                // The first one keeps the others waiting.
+                sleep(if number == 0 { 2 * SEND_MAX } else { Duration::ZERO }).await;
+                (Ok(number), 0)
+            }
+        };
+        let mut answers = Box::pin(Ahead::of_small(64).answers(stream::iter(0..100), call.clone()));
+        for number in 0..100 {
+            assert_eq!(answers.next().await.unwrap().0.unwrap(), number);
+            advance(SEND_MAX - Duration::from_secs(1)).await;
+        }
+        assert!(answers.next().await.is_none());
+
+        let mut answers = Box::pin(Ahead::of_small(64).answers(stream::iter(0..100), call));
+        while permits.available_permits() == 1_000 {
+            assert!(answers.next().now_or_never().is_none());
+            yield_now().await;
+        }
+        drop(answers);
+        yield_now().await;
+        assert_eq!(permits.available_permits(), 1_000);
     }
 }

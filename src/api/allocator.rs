@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use prost::Message as _;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::convert::Addresses;
@@ -11,12 +12,21 @@ use super::dispatch::{
 use super::filter::Filter;
 use super::pages::{PageToken, fill, page_size};
 use super::{convert, errors};
+use crate::blocking::blocking;
 use crate::core::{
     self, Authority, Claim, Command, InstanceName, Invalid, Millis, Origin, Outcome, Refusal,
     Revision, State, Token, WorkerName, limits,
 };
-use crate::node::Deadline;
+use crate::node::{CallError, Deadline};
 use crate::proto::v1;
+
+/// Explanations that one node works on at a time; each may weigh every worker for every claim.
+pub const EXPLAINING_MAX: usize = 8;
+/// An explanation shows no further workers from here on; what comes beside them is far smaller than the
+/// rest of an answer.
+const EXPLAINED_MAX_BYTES: usize = 3 << 20;
+/// What a message takes beside its content.
+const FIELD_BYTES: usize = 8;
 
 pub(super) struct Allocate;
 
@@ -47,9 +57,10 @@ impl Method for Allocate {
         if *dry_run {
             let mut view = node.read(deadline).await.map_err(Failure::Call)?;
             let revision = view.revision.0;
-            let allocations = tried(&mut view, claims)
-                .map_err(|refusal| Failure::Answer(errors::refusal(refusal)))?;
-            return Ok(v1::AllocateResponse { allocations, repeated_request: false, revision });
+            let (allocations, repeated_request) =
+                tried(&mut view, claims, node.confirm_within())
+                    .map_err(|refusal| Failure::Answer(errors::refusal(refusal)))?;
+            return Ok(v1::AllocateResponse { allocations, repeated_request, revision });
         }
         let confirm_within = node.confirm_within();
         let command = Command::Allocate { claims: claims.clone(), confirm_within };
@@ -223,62 +234,99 @@ pub(super) fn get(view: &State, name: &InstanceName) -> Result<v1::GetResponse, 
 
 pub(super) struct Explain;
 
-impl Read for Explain {
+impl Method for Explain {
     type Request = v1::ExplainRequest;
     type Response = v1::ExplainResponse;
-    type Query = Vec<Arc<Claim>>;
+    type Parsed = (Freshness, Vec<Arc<Claim>>);
     const PATH: &'static str = "/portwarden.v1.Allocator/Explain";
+    const WRITES: bool = false;
 
-    fn query(request: &v1::ExplainRequest) -> Result<(Freshness, Vec<Arc<Claim>>), Status> {
+    fn parse(request: &v1::ExplainRequest) -> Result<Self::Parsed, Status> {
         let claims = convert::claims(&request.claims)?;
         allocate_command(&claims).validate().map_err(errors::invalid)?;
         Ok((Freshness::parse(request.read.as_ref())?, claims))
     }
 
-    fn answer(
-        _: &Api,
-        view: &State,
-        claims: &Vec<Arc<Claim>>,
-    ) -> Result<v1::ExplainResponse, Status> {
-        // Each claim is weighed on a copy on which those before it took their places.
-        let mut copy = view.clone();
-        let mut explained = Vec::with_capacity(claims.len());
-        for claim in claims {
-            explained.push(explanation(claim, core::explain(&mut copy, claim)));
-            let _ = tried(&mut copy, std::slice::from_ref(claim));
-        }
-        let tried = tried(&mut view.clone(), claims);
-        let (allocations, refusal) = match tried {
-            Ok(granted) => (granted, String::new()),
-            Err(refusal) => (Vec::new(), refusal.to_string()),
+    fn runs_anywhere((freshness, _): &Self::Parsed) -> bool {
+        *freshness != Freshness::Linearizable
+    }
+
+    async fn run(
+        api: &Api,
+        (freshness, claims): &Self::Parsed,
+        deadline: Deadline,
+    ) -> Result<v1::ExplainResponse, Failure> {
+        let node = &api.inner.node;
+        let view = freshness.view(&**node, deadline).await?;
+        let Ok(room) = api.inner.explaining.clone().try_acquire_owned() else {
+            return Err(Failure::Answer(Api::overloaded()));
         };
-        Ok(v1::ExplainResponse {
-            allocations,
-            refusal,
-            claims: explained,
-            revision: view.revision.0,
-        })
+        let (claims, within) = (claims.clone(), node.confirm_within());
+        let explained = blocking(move || {
+            let _room = room;
+            explained(view, &claims, within)
+        });
+        let failed = |error| CallError::NotReady(format!("the explanation broke off: {error}"));
+        explained.await.map_err(|error| Failure::Call(failed(error)))
     }
 }
 
-fn explanation(claim: &Claim, explanation: core::Explanation) -> v1::ClaimExplanation {
+fn explained(view: State, claims: &[Arc<Claim>], within: Millis) -> v1::ExplainResponse {
+    let (allocations, refusal) = match tried(&mut view.clone(), claims, within) {
+        Ok((granted, _)) => (granted, String::new()),
+        Err(refusal) => (Vec::new(), refusal.to_string()),
+    };
+    let revision = view.revision.0;
+    let mut answer = v1::ExplainResponse { allocations, refusal, claims: Vec::new(), revision };
+    let mut room_bytes = EXPLAINED_MAX_BYTES.saturating_sub(answer.encoded_len());
+    // Each claim is weighed on a copy on which those before it took their places.
+    let mut copy = view;
+    for claim in claims {
+        let explanation = core::explain(&mut copy, claim);
+        answer.claims.push(explanation_within(&mut room_bytes, claim, explanation));
+        let _ = tried(&mut copy, std::slice::from_ref(claim), within);
+    }
+    answer
+}
+
+/// Without the workers for which there is no room.
+fn explanation_within(
+    room_bytes: &mut usize,
+    claim: &Claim,
+    explanation: core::Explanation,
+) -> v1::ClaimExplanation {
     let core::Explanation { candidates, not_ready, workers } = explanation;
     let verdict = |(worker, fits): (WorkerName, Result<(), String>)| v1::WorkerVerdict {
         worker: worker.to_string(),
         fits: fits.is_ok(),
         lack: fits.err().unwrap_or_default(),
     };
-    let workers = workers.into_iter().map(verdict).collect();
+    let fits_in = |verdict: &v1::WorkerVerdict| {
+        let left = room_bytes.checked_sub(verdict.encoded_len() + FIELD_BYTES);
+        *room_bytes = left.unwrap_or(0);
+        left.is_some()
+    };
+    let workers = workers.into_iter().map(verdict).take_while(fits_in).collect();
     v1::ClaimExplanation { name: claim.name.to_string(), candidates, not_ready, workers }
 }
 
-/// What an allocate would be answered: done on a copy, which is cheap.
-fn tried(copy: &mut State, claims: &[Arc<Claim>]) -> Result<Vec<v1::Allocation>, Refusal> {
-    let (applied, _) = core::apply(copy, &Origin::default(), &allocate_command(claims));
-    let Outcome::Allocated { allocations, .. } = applied.outcome? else {
-        return Ok(Vec::new());
+/// What an allocate would be answered, and whether it was granted before: done on a copy, which is cheap.
+/// Nobody holds the tokens and versions that it would have now, so they are left out.
+fn tried(
+    copy: &mut State,
+    claims: &[Arc<Claim>],
+    confirm_within: Millis,
+) -> Result<(Vec<v1::Allocation>, bool), Refusal> {
+    let command = Command::Allocate { claims: claims.to_vec(), confirm_within };
+    let (applied, _) = core::apply(copy, &Origin::default(), &command);
+    let Outcome::Allocated { allocations, repeated } = applied.outcome? else {
+        return Ok((Vec::new(), false));
     };
-    Ok(allocations.iter().map(|a| convert::allocation(a, copy)).collect())
+    let shown = allocations.iter().map(|a| convert::allocation(a, copy)).map(|a| match repeated {
+        true => a,
+        false => v1::Allocation { token: 0, version: 0, ..a },
+    });
+    Ok((shown.collect(), repeated))
 }
 
 /// The deadline is the leader's to fill in.
@@ -382,7 +430,7 @@ impl v1::allocator_server::Allocator for Api {
         &self,
         request: Request<v1::ExplainRequest>,
     ) -> Result<Response<v1::ExplainResponse>, Status> {
-        self.serve_unary::<Reading<Explain>>(request).await
+        self.serve_unary::<Explain>(request).await
     }
 
     async fn release(

@@ -214,6 +214,7 @@ pub(super) struct Inner {
     pub node: Arc<dyn Backend>,
     pub in_flight: Semaphore,
     pub urgent_in_flight: Semaphore,
+    pub explaining: Arc<Semaphore>,
     pub next_request: AtomicU64,
     stop: watch::Sender<bool>,
     views: Mutex<Views>,
@@ -336,6 +337,14 @@ impl Freshness {
             _ => Ok(Freshness::Linearizable),
         }
     }
+
+    pub async fn view(self, node: &dyn Backend, deadline: Deadline) -> Result<State, Failure> {
+        let view = match self {
+            Freshness::Linearizable => node.read(deadline).await,
+            Freshness::Stale { min } => node.read_stale(min, deadline).await,
+        };
+        view.map_err(Failure::Call)
+    }
 }
 
 /// A method that answers from a view of the table.
@@ -377,13 +386,9 @@ impl<R: Read> Method for Reading<R> {
         (freshness, query): &Self::Parsed,
         deadline: Deadline,
     ) -> Result<R::Response, Failure> {
-        let node = &api.inner.node;
-        let view = match (R::resumes(query), freshness) {
-            (Some(token), _) => api.resume(token).map_err(Failure::Answer)?,
-            (None, Freshness::Linearizable) => node.read(deadline).await.map_err(Failure::Call)?,
-            (None, Freshness::Stale { min }) => {
-                node.read_stale(*min, deadline).await.map_err(Failure::Call)?
-            }
+        let view = match R::resumes(query) {
+            Some(token) => api.resume(token).map_err(Failure::Answer)?,
+            None => freshness.view(&*api.inner.node, deadline).await?,
         };
         R::answer(api, &view, query).map_err(Failure::Answer)
     }
@@ -400,6 +405,7 @@ impl Api {
                 node,
                 in_flight: Semaphore::new(CALLS_IN_FLIGHT_MAX),
                 urgent_in_flight: Semaphore::new(URGENT_CALLS_MAX),
+                explaining: Arc::new(Semaphore::new(allocator::EXPLAINING_MAX)),
                 next_request: AtomicU64::new(1),
                 stop: watch::Sender::new(false),
                 views: Mutex::new(Views::default()),
@@ -563,7 +569,7 @@ impl Api {
             Writing<allocator::ReportConflict>,
             Reading<allocator::Get>,
             Reading<allocator::List>,
-            Reading<allocator::Explain>,
+            allocator::Explain,
             Writing<leases::Grant>,
             Writing<leases::Revoke>,
             leases::KeepAlive,

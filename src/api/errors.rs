@@ -229,7 +229,8 @@ pub fn not_ready(why: &str) -> Status {
 
 pub fn outcome_unknown(why: &str) -> Status {
     let text = format!(
-        "outcome unknown: {why}; it may or may not be done, a repeat with the same uid or token tells"
+        "outcome unknown: {why}; it may or may not be done: a repeat with the same uid or token tells, \
+         and where a call has neither (a forced one, a new lease) see what is there before a repeat"
     );
     reasoned(Code::Unknown, text, reason::OUTCOME_UNKNOWN)
 }

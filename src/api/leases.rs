@@ -1,9 +1,10 @@
 //! `portwarden.v1.Leases`: a time to live, kept alive by its holder.
 
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::ahead::Ahead;
 use super::convert::Addresses;
 use super::dispatch::{Api, Failure, Freshness, Method, Read, Reading, Responses, Write, Writing};
 use super::pages::{PageToken, fill, page_size};
@@ -163,11 +164,13 @@ impl v1::leases_server::Leases for Api {
         request: Request<Streaming<v1::KeepAliveRequest>>,
     ) -> Result<Response<Self::KeepAliveStream>, Status> {
         let api = self.clone();
-        let answers = request.into_inner().map(move |message| {
+        let ahead = Ahead::of_small(KEEP_ALIVES_AT_ONCE);
+        let answers = ahead.answers(request.into_inner(), move |message| {
             let api = api.clone();
-            async move { api.serve::<KeepAlive>(&MetadataMap::new(), message?).await }
+            let call = async move { api.serve::<KeepAlive>(&MetadataMap::new(), message?).await };
+            call.map(|answer| (answer.map(Response::into_inner), 0))
         });
-        let answers = answers.buffered(KEEP_ALIVES_AT_ONCE).map(|answer| Ok(answer?.into_inner()));
+        let answers = answers.map(|(answer, _)| answer);
         Ok(Response::new(Box::pin(answers.take_until(self.stopping()))))
     }
 

@@ -54,12 +54,12 @@ impl Views {
     /// True where [`Views::expire`] is to be called from now on.
     #[must_use]
     pub fn keep(&mut self, view: &State) -> bool {
-        if self.position(view.revision).is_none() {
-            if self.kept.len() == VIEWS_MAX {
-                self.kept.pop_front();
-            }
-            self.kept.push_back(Kept::new(view.clone(), VIEW_IDLE_MAX));
+        // Another listing may have ended at the same revision.
+        let known = self.position(view.revision).and_then(|at| self.kept.remove(at));
+        if known.is_none() && self.kept.len() == VIEWS_MAX {
+            self.kept.pop_front();
         }
+        self.kept.push_back(Kept::new(view.clone(), VIEW_IDLE_MAX));
         !std::mem::replace(&mut self.watched, true)
     }
 

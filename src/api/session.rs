@@ -2,7 +2,7 @@
 //!
 //! A message of commands is one call through the dispatcher: it goes to the leader whole, its
 //! commands are proposed as one group, and they are answered together. Messages are worked on
-//! side by side, and answered in their order.
+//! side by side, and answered in their order ([`super::ahead`]).
 
 use std::time::Duration;
 
@@ -229,29 +229,20 @@ impl Api {
     ) -> Result<Response<Responses<v1::SessionResponse>>, Status> {
         let (metadata, _, messages) = request.into_parts();
         let (api, stopping) = (self.clone(), self.stopping());
-        let ahead = Ahead::new();
-        let made = ahead.clone();
         // Messages under way are answered, whatever ends the stream.
-        let responses = ahead
-            .begin(messages.take_until(Box::pin(stopping)))
-            .map(move |message| {
-                let (api, metadata, made) = (api.clone(), metadata.clone(), made.clone());
-                async move {
-                    let response = api.serve_message(metadata, message).await;
-                    let bytes = response.as_ref().map_or(0, v1::SessionResponse::encoded_len);
-                    made.made(bytes);
-                    (response, bytes)
-                }
-            })
-            .buffered(SESSION_MESSAGES_AT_ONCE)
-            .map(move |(response, bytes)| {
-                ahead.taken(bytes);
-                match response {
-                    Ok(response) => stream::iter(in_parts(response, bytes).map(Ok)).left_stream(),
-                    Err(status) => stream::iter([Err(status)]).right_stream(),
-                }
-            })
-            .flatten();
+        let messages = messages.take_until(Box::pin(stopping));
+        let answers = Ahead::new(SESSION_MESSAGES_AT_ONCE).answers(messages, move |message| {
+            let (api, metadata) = (api.clone(), metadata.clone());
+            async move {
+                let response = api.serve_message(metadata, message).await;
+                let bytes = response.as_ref().map_or(0, v1::SessionResponse::encoded_len);
+                (response, bytes)
+            }
+        });
+        let responses = answers.flat_map(|(response, bytes)| match response {
+            Ok(response) => stream::iter(in_parts(response, bytes).map(Ok)).left_stream(),
+            Err(status) => stream::iter([Err(status)]).right_stream(),
+        });
         Ok(Response::new(Box::pin(responses)))
     }
 

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep};
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
+use super::allocator::EXPLAINING_MAX;
 use super::dispatch::{CALLS_IN_FLIGHT_MAX, URGENT_CALLS_MAX};
 use super::fake::{claim, count, fake, request, spec, table};
 use super::pages::{PAGE_SIZE_MAX, PAGE_SOFT_BYTES, SCAN_MAX, fill, page_size};
@@ -331,6 +332,76 @@ async fn an_allocation_comes_back_with_its_address_and_revision() {
 }
 
 #[tokio::test]
+async fn a_dry_run_and_an_explanation_show_the_servers_deadline_and_nothing_that_nobody_holds() {
+    let (fake, api) = fake();
+    let held = fake.state.lock().unwrap().allocation(&"a".parse().unwrap()).unwrap().token.0;
+    let dry_run = async |name: &str| {
+        let mut request = allocate(name);
+        request.get_mut().dry_run = true;
+        api.allocate(request).await.unwrap().into_inner()
+    };
+    let explain = async |name: &str| {
+        let request = v1::ExplainRequest { claims: vec![claim(name)], read: None };
+        let answer = api.explain(Request::new(request)).await.unwrap().into_inner();
+        answer.allocations[0].clone()
+    };
+    let shown = dry_run("b").await;
+    assert!(!shown.repeated_request);
+    for shown in [shown.allocations[0].clone(), explain("b").await] {
+        assert_eq!((shown.confirm_within_ms, shown.token, shown.version), (600_000, 0, 0));
+    }
+    let repeated = dry_run("a").await;
+    assert!(repeated.repeated_request);
+    assert_eq!([repeated.allocations[0].token, explain("a").await.token], [held; 2]);
+    assert_eq!(*fake.proposed.lock().unwrap(), 0);
+}
+
+/// Many claims, many workers, and names as long as may be.
+#[tokio::test]
+async fn an_explanation_is_bounded_in_bytes_and_in_how_many_are_under_way() {
+    use v1::port_request::Ports;
+    let (fake, api) = fake();
+    let long = |prefix: &str, i: usize| {
+        format!("{prefix}{i:0>width$}", width = limits::NAME_MAX_BYTES - prefix.len())
+    };
+    let done = |command: Command| {
+        let (applied, _) = apply(&mut fake.state.lock().unwrap(), &Origin::default(), &command);
+        applied.outcome.unwrap();
+    };
+    for i in 0..limits::EXPLAINED_WORKERS_MAX {
+        let spec = convert::worker_spec(Some(&spec())).unwrap();
+        done(Command::RegisterWorker { name: long("w", i).parse().unwrap(), spec });
+        let holder = v1::Claim {
+            placement: Some(v1::claim::Placement::Worker(long("w", i))),
+            ports: vec![request(Ports::Specific(40_000))],
+            ..claim(&long("a", i))
+        };
+        let holder = v1::Claim { uid: "u".into(), ..holder };
+        done(allocating(convert::claims(&[holder]).unwrap()));
+    }
+    let anywhere = |i: usize| v1::Claim {
+        uid: "u".into(),
+        placement: Some(v1::claim::Placement::Select(v1::Selection::default())),
+        ports: vec![request(Ports::Specific(40_000))],
+        ..claim(&format!("c{i}"))
+    };
+    let claims: Vec<_> = (0..limits::CLAIMS_MAX).map(anywhere).collect();
+    let request = || Request::new(v1::ExplainRequest { claims: claims.clone(), read: None });
+    let answer = api.explain(request()).await.unwrap().into_inner();
+    let bytes = answer.encoded_len();
+    assert!(bytes < super::ANSWER_MAX_BYTES, "{bytes}");
+    assert_eq!(answer.claims.len(), limits::CLAIMS_MAX);
+    assert_eq!(answer.claims[0].workers.len(), limits::EXPLAINED_WORKERS_MAX);
+    assert_eq!(answer.claims.last().unwrap().workers, [], "it would be larger");
+
+    let others = api.inner.explaining.try_acquire_many(EXPLAINING_MAX as u32).unwrap();
+    let refused = api.explain(request()).await.unwrap_err();
+    assert_eq!(reason_of(&refused).as_deref(), Some(reason::OVERLOADED));
+    drop(others);
+    api.explain(request()).await.unwrap();
+}
+
+#[tokio::test]
 async fn what_was_surely_not_done_is_tried_again() {
     let (fake, api) = fake();
     fake.failures.lock().unwrap().push_back(CallError::NotLeader { leader: Some(2) });
@@ -518,6 +589,9 @@ async fn a_view_goes_when_its_listing_is_over_or_given_up() {
     ask(&one).await.unwrap();
     sleep(VIEW_ENDED_MAX / 2).await;
     ask(&other).await.expect("another listing at the same revision");
+    let later = begin().await;
+    sleep(VIEW_ENDED_MAX + VIEWS_EXPIRE_EVERY).await;
+    ask(&later).await.expect("one that began at a revision at which others had ended");
     sleep(VIEW_ENDED_MAX + VIEWS_EXPIRE_EVERY).await;
     assert_eq!(kept(), 0);
 }

@@ -34,8 +34,8 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(3);
 const UNPROVEN_MAX: Duration = Duration::from_secs(10);
 /// From one attempt that failed to the next.
 const PROOF_PAUSE: Duration = Duration::from_millis(100);
-/// A watcher that takes nothing for so long is cut off.
-const SEND_MAX: Duration = Duration::from_secs(30);
+/// A watcher that takes nothing for so long is cut off, and so is a stream of calls.
+pub(super) const SEND_MAX: Duration = Duration::from_secs(30);
 /// A message is closed once it is this large; one event is at most ~1.6 MiB, an answer 4 MiB.
 const MESSAGE_SOFT_BYTES: usize = 512 << 10;
 /// Messages that wait to be sent.

@@ -10,7 +10,8 @@
 //!
 //! - Admission never waits: a full lane is [`CallError::Overloaded`].
 //! - The urgent lane (what confirms, frees or moves on) has its own room and goes first, so that a
-//!   flood of allocations cannot keep ports from being given back.
+//!   flood of allocations cannot keep ports from being given back. The last eighth of an entry is for the
+//!   normal lane where anything waits in it, so that no flood of releases keeps it waiting for ever.
 //! - A command whose caller's deadline has passed, or who is gone, is dropped unproposed. Whether it was
 //!   proposed is settled by one atomic step between caller and packer, so that "nothing was changed" is
 //!   true whenever it is said.
@@ -35,6 +36,9 @@ use crate::raft::{Batch, BatchReply, Raft};
 const LANE_COMMANDS_MAX: usize = 8192;
 /// Most commands in one entry, but that the last group to go in goes whole.
 const ENTRY_COMMANDS_MAX: usize = 512;
+/// Of which so many are for the normal lane. Its first group goes in even where the last urgent one left
+/// no room.
+const NORMAL_SHARE_COMMANDS: usize = ENTRY_COMMANDS_MAX / 8;
 /// Most weight (estimated bytes) in one entry; a single heavier command goes alone.
 const ENTRY_WEIGHT_MAX_BYTES: usize = 1 << 20;
 /// Entries proposed and not yet answered.
@@ -70,6 +74,7 @@ struct Lane {
 /// Commands that go into one entry, or none of them does.
 struct Group {
     commands: Vec<Command>,
+    urgent: bool,
     queued: Instant,
     deadline: Instant,
     fate: Arc<AtomicU8>,
@@ -175,7 +180,9 @@ impl Proposer {
         let fate = Arc::new(AtomicU8::new(QUEUED));
         let (answer, answered) = oneshot::channel();
         let queued = Instant::now();
-        let group = Group { commands, queued, deadline, fate: fate.clone(), answer, _room: room };
+        let fate_there = fate.clone();
+        let group =
+            Group { commands, urgent, queued, deadline, fate: fate_there, answer, _room: room };
         let stopping = || CallError::NotReady("the node is stopping".into());
         lane.queue.send(group).map_err(|_| stopping())?;
         if waiting([&self.urgent.room, &self.normal.room]) >= ENTRY_COMMANDS_MAX {
@@ -347,7 +354,16 @@ struct Lanes {
 }
 
 impl Lanes {
-    fn try_next(&mut self) -> Option<Group> {
+    /// What is here already, as far as the entry takes it.
+    fn try_next(&mut self, entry: &Entry) -> Option<Group> {
+        if entry.owes_normal()
+            && let Ok(group) = self.normal.try_recv()
+        {
+            return Some(group);
+        }
+        if !entry.has_room() {
+            return None;
+        }
         self.urgent.try_recv().or_else(|_| self.normal.try_recv()).ok()
     }
 
@@ -377,9 +393,7 @@ async fn pack(raft: Raft, mut in_flight: InFlight, mut lanes: Lanes) {
         }
         let mut entry = Entry::default();
         entry.add(first);
-        while entry.has_room()
-            && let Some(group) = lanes.try_next()
-        {
+        while let Some(group) = lanes.try_next(&entry) {
             entry.add(group);
         }
         let alone = in_flight.count() == 1;
@@ -409,6 +423,8 @@ async fn pack(raft: Raft, mut in_flight: InFlight, mut lanes: Lanes) {
 #[derive(Default)]
 struct Entry {
     commands: Vec<Command>,
+    /// So many of them are not urgent.
+    normal: usize,
     /// Of each group how many commands it has, and who waits for their answers.
     groups: Vec<(usize, Answer)>,
     weight_bytes: usize,
@@ -421,6 +437,17 @@ impl Entry {
         self.commands.len() < ENTRY_COMMANDS_MAX && self.weight_bytes < ENTRY_WEIGHT_MAX_BYTES
     }
 
+    /// What is left of it is for the normal lane.
+    fn owes_normal(&self) -> bool {
+        let nearly_full = self.commands.len() >= ENTRY_COMMANDS_MAX - NORMAL_SHARE_COMMANDS
+            || self.weight_bytes >= ENTRY_WEIGHT_MAX_BYTES / 8 * 7;
+        let goes_in = self.has_room() || self.normal == 0;
+        nearly_full
+            && goes_in
+            && self.normal < NORMAL_SHARE_COMMANDS
+            && self.weight_bytes < ENTRY_WEIGHT_MAX_BYTES
+    }
+
     /// Takes a group in, unless nobody waits for it any more.
     fn add(&mut self, group: Group) {
         let wanted = group.deadline > Instant::now() && !group.answer.is_closed();
@@ -431,6 +458,7 @@ impl Entry {
         let waited = group.queued.elapsed().as_secs_f64();
         metrics::histogram!("portwarden_queue_seconds").record(waited);
         self.weight_bytes += group.commands.iter().map(weight_bytes).sum::<usize>();
+        self.normal += if group.urgent { 0 } else { group.commands.len() };
         self.groups.push((group.commands.len(), group.answer));
         self.commands.extend(group.commands);
     }
@@ -630,6 +658,44 @@ mod tests {
         assert_eq!(last.gather(&mut lanes, 3, until).await, 0, "one came, and too late");
         assert_eq!(last.commands.len(), 2);
         assert_eq!(last.gather(&mut lanes, 3, until).await, 0, "nobody comes");
+    }
+
+    #[tokio::test]
+    async fn an_eighth_of_an_entry_is_for_what_is_not_urgent_where_any_waits() {
+        /// Of the entries, how many commands of each lane.
+        async fn entries(urgent: (usize, usize), normal: (usize, usize)) -> Vec<(usize, usize)> {
+            let (urgent_lane, urgent_queue) = Lane::new();
+            let (normal_lane, normal_queue) = Lane::new();
+            let proposer = Proposer::over(urgent_lane, normal_lane);
+            let mut lanes = Lanes { urgent: urgent_queue, normal: normal_queue };
+            let deadline = Instant::now() + Duration::from_secs(60);
+            let release = Command::RevokeLease { id: LeaseId(1) };
+            let grant = Command::GrantLease { ttl: Millis(1000) };
+            let ask = |command: &Command, (groups, each): (usize, usize)| {
+                let group = vec![command.clone(); each];
+                let asked = std::iter::repeat_n(group, groups);
+                asked.map(|group| Box::pin(proposer.propose_group(group, deadline))).collect()
+            };
+            let mut asked: Vec<_> = ask(&release, urgent);
+            asked.extend::<Vec<_>>(ask(&grant, normal));
+            assert!(asked.iter_mut().all(|asked| asked.now_or_never().is_none()));
+            let mut entries = Vec::new();
+            loop {
+                let mut entry = Entry::default();
+                while let Some(group) = lanes.try_next(&entry) {
+                    entry.add(group);
+                }
+                if entry.commands.is_empty() {
+                    return entries;
+                }
+                entries.push((entry.commands.len() - entry.normal, entry.normal));
+            }
+        }
+        assert_eq!(entries((1_000, 1), (100, 1)).await, [(448, 64), (476, 36), (76, 0)]);
+        assert_eq!(entries((600, 1), (0, 0)).await, [(512, 0), (88, 0)], "it costs nothing");
+        assert_eq!(entries((100, 1), (600, 1)).await, [(100, 412), (0, 188)], "urgent goes first");
+        let groups = [(512, 256), (512, 256), (0, 256)];
+        assert_eq!(entries((4, 256), (3, 256)).await, groups, "groups are whole");
     }
 
     #[tokio::test]

@@ -5,11 +5,14 @@ use std::process::Command;
 use std::time::Duration;
 
 use futures::future::Either;
+use futures::{StreamExt as _, stream};
+use portwarden::proto::v1::leases_client::LeasesClient;
 use portwarden::proto::{reason as reasons, v1};
 use prost::Message as _;
 use prost::bytes::{Buf, BufMut as _, Bytes};
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::codegen::http::uri::PathAndQuery;
+use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
 
 use crate::support::{BINARY, Cluster, wait_for};
@@ -265,6 +268,40 @@ fn two_thousand_calls_at_once_are_all_answered() {
     eprintln!("{refusals} of 2000 calls were turned away");
     assert_unharmed(&cluster, &before);
     crate::support::assert_unique(&cluster.list());
+}
+
+/// What is asked for on a stream that nobody reads must not take the room of other calls for longer than it
+/// takes to answer.
+#[test]
+fn streams_that_nobody_reads_keep_nobody_out() {
+    /// More requests than there may be calls at a time: of each stream, 256 are served side by side.
+    const STREAMS: usize = 90;
+    let cluster = Cluster::start(3);
+    cluster.worker("w", 40_999);
+    let pids = pids(&cluster);
+    let leader = cluster.leader();
+    block_on(async {
+        let endpoint = format!("http://{}", cluster.nodes[leader].client());
+        let endpoint = Endpoint::from_shared(endpoint).expect("an address");
+        // Room for a few answers, which nobody makes again.
+        let channel = endpoint.initial_stream_window_size(64).connect_lazy();
+        let mut unread = Vec::new();
+        for _ in 0..STREAMS {
+            let requests = stream::iter((1..=1_000).map(|id| v1::KeepAliveRequest { id }));
+            let mut leases = LeasesClient::new(channel.clone());
+            let answers = leases.keep_alive(requests.chain(stream::pending())).await;
+            unread.push(answers.expect("a stream"));
+        }
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let mut door = Door::to(&cluster, leader);
+        for at in 0..20 {
+            let name = format!("c{at}");
+            let held = door.allocate(claim(&name, "w", 1)).await.expect("room for a call");
+            door.release(&name, held.token).await.expect("room for a call");
+        }
+        drop(unread);
+    });
+    assert_unharmed(&cluster, &pids);
 }
 
 #[test]
