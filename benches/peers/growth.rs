@@ -566,13 +566,14 @@ async fn grown(ours: &Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<
         while Instant::now() < until {
             let began = Instant::now();
             let copied = leader.backup(|| Ok(std::io::sink()), |_| {}).await;
-            backups.push((copied, began.elapsed().as_secs_f64()));
+            let bytes = copied.map(|(_, copied)| copied.bytes);
+            backups.push(bytes.map(|bytes| (bytes, began.elapsed().as_secs_f64())));
         }
     };
     let (during, _) = driven(ours, all(), 2048, over).await?;
+    let backups: Vec<_> = backups.into_iter().collect::<Result<_, _>>()?;
     let backup_seconds = backups.iter().map(|(_, took)| took).sum::<f64>() / backups.len() as f64;
-    let (copied, _) = backups.pop().context("no backup was read")?;
-    let backup_bytes = copied?.1.bytes;
+    let (backup_bytes, _) = backups.last().context("no backup was read")?;
 
     let began = Instant::now();
     let listed = client.list(v1::ListRequest::default()).await?.items.len() as u64;
@@ -612,7 +613,7 @@ async fn grown(ours: &Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<
         leader_resident_mib: leader_resident / MIB,
         disk_mib: ours.disk_bytes(lead)? / MIB,
         p99_in_backup_ms: during.latency["all"].p99_ms,
-        backup_mib: backup_bytes as f64 / MIB,
+        backup_mib: *backup_bytes as f64 / MIB,
         backup_seconds,
         restart_seconds,
         restarted_resident_mib: restarted_resident / MIB,

@@ -500,8 +500,10 @@ impl Line {
         !self.under_way.is_empty() || self.answered > 1
     }
 
-    /// Adds what is there already, while there is room: an urgent one may come yet.
+    /// Adds what is there already, while there is room: an urgent one may come yet. One of the others goes
+    /// along in any case, or a flood of urgent ones would keep them all.
     fn gather(&self, jobs: &mut Vec<Job>, queue: &mut Queue) {
+        jobs.extend(queue.others.try_recv());
         let taken = jobs.iter().map(|job| job.commands.len());
         let mut commands = self.commands + taken.sum::<usize>();
         while commands < WINDOW

@@ -34,7 +34,7 @@ use crate::raft::{Batch, BatchReply, Raft};
 
 /// Commands that may wait in each lane.
 const LANE_COMMANDS_MAX: usize = 8192;
-/// Most commands in one entry, but that the last group to go in goes whole.
+/// Most commands in one entry, but that the last group of each lane to go in goes whole.
 const ENTRY_COMMANDS_MAX: usize = 512;
 /// Of which so many are for the normal lane. Its first group goes in even where the last urgent one left
 /// no room.
@@ -180,9 +180,8 @@ impl Proposer {
         let fate = Arc::new(AtomicU8::new(QUEUED));
         let (answer, answered) = oneshot::channel();
         let queued = Instant::now();
-        let fate_there = fate.clone();
         let group =
-            Group { commands, urgent, queued, deadline, fate: fate_there, answer, _room: room };
+            Group { commands, urgent, queued, deadline, fate: fate.clone(), answer, _room: room };
         let stopping = || CallError::NotReady("the node is stopping".into());
         lane.queue.send(group).map_err(|_| stopping())?;
         if waiting([&self.urgent.room, &self.normal.room]) >= ENTRY_COMMANDS_MAX {

@@ -92,8 +92,10 @@ impl Node {
         let pristine = data.is_pristine()?;
         let ended_at = log.bounds().1.map(|at| at.index);
         // A snapshot alone says nothing of the votes and entries that were acknowledged after it.
-        if log.is_pristine() && (!pristine || data.cluster_id().is_some()) {
-            let (cluster, path) = (data.cluster_id().unwrap_or_default(), config.data_dir.clone());
+        let was_used = data.cluster_id().is_some() || snapshots.newest().is_some();
+        if log.is_pristine() && was_used {
+            let cluster = data.cluster_id().unwrap_or_else(|| "(unknown)".into());
+            let path = config.data_dir.clone();
             return Err(StartError::LogLost { id: config.id, cluster, path });
         }
 

@@ -21,7 +21,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use metrics::counter;
 use openraft::ServerState;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use super::outcome::CallError;
@@ -43,6 +43,10 @@ const GAP: Duration = Duration::from_millis(500);
 const DUE_MAX: usize = 1024;
 /// How long a proposal may take; without an answer it is made again, which its guard makes safe.
 const PROPOSAL_MAX: Duration = Duration::from_secs(5);
+/// How long a keepalive waits to hear whether the end of its lease comes: others wait for their answers behind
+/// it. And from one look to the next.
+const ENDING_MAX: Duration = Duration::from_millis(250);
+const ENDING_PAUSE: Duration = Duration::from_millis(10);
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Key {
@@ -100,7 +104,7 @@ impl Reign {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Renewal {
     Renewed,
-    /// The end of the lease is under way. Ask again: it may yet not come.
+    /// The end of the lease is under way. It may yet not come.
     Ending,
     /// This node does not lead or has not begun to; or the lease has just ended. Ask again.
     NotLeading,
@@ -388,12 +392,20 @@ impl Node {
             counted("gone");
             return Ok(None);
         };
-        match self.inner.timers.renew(lease) {
-            Renewal::Renewed => {
-                counted("renewed");
-                Ok(Some(lease.ttl))
+        let until = Instant::now() + ENDING_MAX;
+        loop {
+            match self.inner.timers.renew(lease) {
+                Renewal::Renewed => {
+                    counted("renewed");
+                    return Ok(Some(lease.ttl));
+                }
+                Renewal::NotLeading => return Err(CallError::NotLeader { leader: None }),
+                Renewal::Ending if Instant::now() >= until => {
+                    counted("gone");
+                    return Ok(None);
+                }
+                Renewal::Ending => sleep(ENDING_PAUSE).await,
             }
-            Renewal::Ending | Renewal::NotLeading => Err(CallError::NotLeader { leader: None }),
         }
     }
 

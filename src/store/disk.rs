@@ -16,8 +16,7 @@ pub type Pairs<'a> = Box<dyn Iterator<Item = sled::Result<(IVec, IVec)>> + 'a>;
 /// Two maps that keep what was flushed. What was written and not flushed may be lost when the process
 /// ends, but only from the end on: what is left is a prefix of what was written.
 pub trait Disk: Debug + Send + Sync {
-    /// All of the changes or none. Below a journal, which brings them again after a crash, it may be some of
-    /// them.
+    /// In order. All of the changes or none where there is a journal, which brings them again to the disk below.
     fn write(&self, changes: Changes) -> sled::Result<()>;
     fn range(&self, bounds: (Bound<Key>, Bound<Key>)) -> Pairs<'_>;
     /// Values beside the entries.

@@ -100,7 +100,8 @@ impl Hold {
         self.left_but(3, UNCONFIRMED_ASK)
     }
 
-    /// Until only that part of the lease is left, or of the time for a confirmation, or this of it.
+    /// Until only a `part`th is left of the lease, or of the time for a confirmation; of that at most
+    /// `unconfirmed`.
     fn left_but(&self, part: u32, unconfirmed: Duration) -> Duration {
         if self.on_lease_lost == OnLeaseLost::Keep {
             return Duration::MAX;

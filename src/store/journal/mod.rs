@@ -50,7 +50,7 @@ use crate::lock::guard;
 const FILE_BYTES: u64 = 2 << 20;
 /// From this size on, in bytes, a frame is written without waiting for the flush.
 const FRAME_BYTES: usize = 512 << 10;
-/// Keys that go to sled in one batch.
+/// Keys that go to sled without a pause.
 const BATCH_KEYS: usize = 32;
 /// Longest pause between two batches.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
