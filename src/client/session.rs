@@ -171,6 +171,7 @@ impl Session {
         let deadline = Instant::now() + self.client.timeout;
         let mut answers: BTreeMap<usize, Result<Answer, ClientError>> = BTreeMap::new();
         let mut left: Vec<(usize, Command)> = commands.into_iter().enumerate().collect();
+        let mut again = false;
         loop {
             let (places, commands): (Vec<usize>, Vec<Command>) = left.drain(..).unzip();
             let (mut rest, mut pause) = (Vec::new(), Duration::ZERO);
@@ -188,6 +189,11 @@ impl Session {
                             answers.insert(at, Err(unavailable));
                         }
                     }
+                    // What it was refused for before is why: time was over for another try.
+                    Err(Verdict::NotDone { why, .. }) if again && Instant::now() >= deadline => {
+                        let unavailable = ClientError::Unavailable { why, overloaded: true };
+                        answers.insert(at, Err(unavailable));
+                    }
                     Err(verdict) => rest.push((at, command, verdict)),
                 }
             }
@@ -199,6 +205,7 @@ impl Session {
             }
             // The cluster is overloaded, and these were not done: again, all of them together.
             sleep(self.client.jitter(pause)).await;
+            again = true;
         }
     }
 
@@ -394,9 +401,8 @@ struct Message {
 }
 
 impl Message {
-    fn of(job: &mut Job, until: Instant) -> Message {
-        let commands = std::mem::take(&mut job.commands);
-        Message { commands, size: job.size, earliest: until, latest: until }
+    fn new(commands: Vec<v1::SessionCommand>, size: Size, until: Instant) -> Message {
+        Message { commands, size, earliest: until, latest: until }
     }
 
     /// Takes in another one, where that keeps within bounds, and none loses more than half of its time.
@@ -519,13 +525,12 @@ impl Line {
         let now = Instant::now();
         let overdue = now + self.timeout;
         let mut message: Option<Message> = None;
-        for mut job in jobs.into_iter().filter(|job| job.decide_to_send(now)) {
+        for job in jobs.into_iter().filter(|job| job.decide_to_send(now)) {
             let missing = job.commands.len();
             self.commands += missing;
-            let until = job.deadline.min(overdue);
-            let next = Message::of(&mut job, until);
             let answers = Vec::with_capacity(missing);
             self.under_way.push_back(Waiting { missing, answers, overdue, done: job.done });
+            let next = Message::new(job.commands, job.size, job.deadline.min(overdue));
             let apart = match &mut message {
                 Some(message) => message.join(next, now).err(),
                 None => Some(next),
@@ -587,7 +592,10 @@ mod tests {
     #[test]
     fn commands_travel_with_those_that_have_about_as_much_time() {
         let now = Instant::now();
-        let until = |ms| Message::of(&mut job(now), now + Duration::from_millis(ms));
+        let until = |ms| {
+            let Job { commands, size, .. } = job(now);
+            Message::new(commands, size, now + Duration::from_millis(ms))
+        };
         let mut message = until(1_000);
         assert!(message.join(until(501), now).is_ok());
         assert!(message.join(until(499), now).is_err(), "half of the longest");
