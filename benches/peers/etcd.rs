@@ -2,12 +2,14 @@
 //! used, by their numbers in etcd's `rpc.proto`).
 
 use std::collections::HashSet;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use portwarden::cli::bench::load::{Caller, Done};
 use prost::Message;
+use rustix::process::Signal;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
@@ -188,8 +190,8 @@ impl Etcd {
         self.nodes[at].kill();
     }
 
-    pub fn pid(&self, at: usize) -> i32 {
-        self.nodes[at].pid()
+    pub fn signal(&self, at: usize, signal: Signal) -> io::Result<()> {
+        self.nodes[at].signal(signal)
     }
 
     pub async fn restart(&mut self, at: usize) -> anyhow::Result<()> {

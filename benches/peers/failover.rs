@@ -4,13 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Context as _;
 use portwarden::cli::bench::callers::{Pairs, Turns};
 use portwarden::cli::bench::load::Caller as _;
 use portwarden::cli::bench::{self, spec};
 use portwarden::client::{Client, ClientError, Options};
 use portwarden::proto::v1;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
@@ -69,11 +68,6 @@ fn millis(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
 
-fn signal(pid: i32, signal: Signal) -> anyhow::Result<()> {
-    let pid = Pid::from_raw(pid).context("no process")?;
-    Ok(kill_process(pid, signal)?)
-}
-
 /// Until the next acknowledged allocation, asked for at the nodes that live.
 async fn of_ours(ours: &Ours, loss: Loss) -> anyhow::Result<f64> {
     let leader = ours.leader().await?;
@@ -86,7 +80,7 @@ async fn of_ours(ours: &Ours, loss: Loss) -> anyhow::Result<f64> {
     let began = Instant::now();
     match loss {
         Loss::Killed => ours.kill(leader),
-        Loss::Stopped => signal(ours.pid(leader), Signal::STOP)?,
+        Loss::Stopped => ours.signal(leader, Signal::STOP)?,
     }
     let granted = client.allocate(vec![claim("after")]).await?;
     let took = millis(began);
@@ -95,7 +89,7 @@ async fn of_ours(ours: &Ours, loss: Loss) -> anyhow::Result<f64> {
     }
     match loss {
         Loss::Killed => ours.restart(leader).await?,
-        Loss::Stopped => signal(ours.pid(leader), Signal::CONT)?,
+        Loss::Stopped => ours.signal(leader, Signal::CONT)?,
     }
     ours.healthy().await?;
     Ok(took)
@@ -108,7 +102,7 @@ async fn of_etcd(etcd: &mut Etcd, loss: Loss) -> anyhow::Result<f64> {
     let began = Instant::now();
     match loss {
         Loss::Killed => etcd.kill(leader),
-        Loss::Stopped => signal(etcd.pid(leader), Signal::STOP)?,
+        Loss::Stopped => etcd.signal(leader, Signal::STOP)?,
     }
     let mut at = 0;
     while !etcd.put(others[at % 2], ATTEMPT).await {
@@ -119,7 +113,7 @@ async fn of_etcd(etcd: &mut Etcd, loss: Loss) -> anyhow::Result<f64> {
     let took = millis(began);
     match loss {
         Loss::Killed => etcd.restart(leader).await?,
-        Loss::Stopped => signal(etcd.pid(leader), Signal::CONT)?,
+        Loss::Stopped => etcd.signal(leader, Signal::CONT)?,
     }
     etcd.leader().await?;
     Ok(took)

@@ -14,7 +14,6 @@ mod postgres;
 mod processes;
 mod report;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -249,7 +248,7 @@ async fn measure(args: &Args, dir: &Path) -> anyhow::Result<()> {
     }
     let workloads = args.workloads();
     let mut whole = Whole::begin(rounds, seconds);
-    for version in versions()?.values() {
+    for version in versions()? {
         whole.machine += &format!(", {version}");
     }
     let ours = Ours::start(&args.binary, dir).await?;
@@ -310,11 +309,11 @@ async fn measure(args: &Args, dir: &Path) -> anyhow::Result<()> {
 }
 
 /// Of what is compared with portwarden; the kernel's is part of `machine`.
-fn versions() -> anyhow::Result<BTreeMap<String, String>> {
+fn versions() -> anyhow::Result<[String; 2]> {
     let etcd = processes::output(Command::new("etcd").arg("--version"))?;
     // "etcd Version: 3.4.23", and lines about the build.
     let etcd = etcd.lines().next().unwrap_or_default().replace(" Version:", "");
-    Ok([("etcd", etcd), ("postgres", postgres::version()?)].map(|(of, is)| (of.into(), is)).into())
+    Ok([etcd, postgres::version()?])
 }
 
 /// Is it a result, every call and every round of it?

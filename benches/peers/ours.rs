@@ -1,5 +1,6 @@
 //! Three nodes of portwarden.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,6 +10,7 @@ use portwarden::cli::bench::load::Caller;
 use portwarden::cli::bench::{Args, Bench, Workload, leader_first};
 use portwarden::client::{Client, Options};
 use portwarden::proto::v1;
+use rustix::process::Signal;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -174,8 +176,8 @@ impl Ours {
         self.nodes()[at].kill();
     }
 
-    pub fn pid(&self, at: usize) -> i32 {
-        self.nodes()[at].pid()
+    pub fn signal(&self, at: usize, signal: Signal) -> io::Result<()> {
+        self.nodes()[at].signal(signal)
     }
 
     /// Returns when the node says that it is ready.

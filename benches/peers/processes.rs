@@ -66,6 +66,10 @@ impl Process {
         Ok(Process { child, ends_by })
     }
 
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
     pub fn pid(&self) -> i32 {
         self.child.id() as i32
     }
@@ -73,7 +77,7 @@ impl Process {
     /// Returns when it has ended.
     pub fn kill(&mut self) {
         if self.ends_by != Signal::KILL && self.lives() {
-            let _ = kill_process(Pid::from_child(&self.child), self.ends_by);
+            let _ = self.signal(self.ends_by);
             let looks = ENDS_WITHIN.as_millis() / LOOK_EVERY.as_millis();
             (0..looks).take_while(|_| self.lives()).for_each(|_| thread::sleep(LOOK_EVERY));
         }

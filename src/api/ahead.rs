@@ -81,12 +81,12 @@ impl Ahead {
     {
         let (begin, begun) = mpsc::unbounded_channel();
         let (out, answers) = mpsc::channel(HANDED_ON_MAX);
-        let made = self.clone();
+        let ahead = self.clone();
         tokio::spawn(work(begun, out, move |message| {
-            let (called, made) = (call(message), made.clone());
+            let (called, ahead) = (call(message), ahead.clone());
             async move {
                 let answer = called.await;
-                made.made(answer.1);
+                ahead.made(answer.1);
                 answer
             }
         }));
@@ -197,22 +197,22 @@ async fn call_all<M, T, F: Future<Output = Answer<T>>>(
     mut call: impl FnMut(M) -> F,
 ) -> bool {
     let mut under_way = FuturesOrdered::new();
-    let mut made = VecDeque::new();
-    let (mut open, mut taken) = (true, Instant::now());
+    let mut ready = VecDeque::new();
+    let (mut open, mut last_taken) = (true, Instant::now());
     loop {
         tokio::select! {
             biased;
-            room = timeout_at(taken + SEND_MAX, out.reserve()), if !made.is_empty() => {
+            room = timeout_at(last_taken + SEND_MAX, out.reserve()), if !ready.is_empty() => {
                 let Ok(room) = room else { return true };
-                let (Ok(room), Some(answer)) = (room, made.pop_front()) else { return false };
+                let (Ok(room), Some(answer)) = (room, ready.pop_front()) else { return false };
                 room.send(answer);
-                taken = Instant::now();
+                last_taken = Instant::now();
             }
             Some(answer) = under_way.next() => {
-                if made.is_empty() {
-                    taken = Instant::now();
+                if ready.is_empty() {
+                    last_taken = Instant::now();
                 }
-                made.push_back(answer);
+                ready.push_back(answer);
             }
             message = begun.recv(), if open => match message {
                 Some(message) => under_way.push_back(call(message)),

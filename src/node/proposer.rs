@@ -36,11 +36,12 @@ use crate::raft::{Batch, BatchReply, Raft};
 const LANE_COMMANDS_MAX: usize = 8192;
 /// Most commands in one entry, but that the last group of each lane to go in goes whole.
 const ENTRY_COMMANDS_MAX: usize = 512;
-/// Of which so many are for the normal lane. Its first group goes in even where the last urgent one left
-/// no room.
-const NORMAL_SHARE_COMMANDS: usize = ENTRY_COMMANDS_MAX / 8;
 /// Most weight (estimated bytes) in one entry; a single heavier command goes alone.
 const ENTRY_WEIGHT_MAX_BYTES: usize = 1 << 20;
+/// Of which so much is for the normal lane. Its first group goes in even where the last urgent one left
+/// no room.
+const NORMAL_SHARE_COMMANDS: usize = ENTRY_COMMANDS_MAX / 8;
+const NORMAL_SHARE_WEIGHT_BYTES: usize = ENTRY_WEIGHT_MAX_BYTES / 8;
 /// Entries proposed and not yet answered.
 const IN_FLIGHT_MAX: usize = 4;
 /// How long an entry that is not full waits for the answer to those before it.
@@ -106,15 +107,17 @@ fn waiting(rooms: [&Semaphore; 2]) -> usize {
 impl Proposer {
     /// The returned future packs and proposes until every sender is gone.
     pub fn new(raft: Raft) -> (Proposer, impl Future<Output = ()> + Send) {
-        let (urgent, urgent_queue) = Lane::new();
-        let (normal, normal_queue) = Lane::new();
-        let proposer = Proposer::over(urgent, normal);
+        let (proposer, lanes) = Proposer::with_lanes();
         let in_flight = InFlight::new(&proposer);
-        (proposer, pack(raft, in_flight, Lanes { urgent: urgent_queue, normal: normal_queue }))
+        (proposer, pack(raft, in_flight, lanes))
     }
 
-    fn over(urgent: Lane, normal: Lane) -> Proposer {
-        Proposer { urgent, normal, urgent_full: Arc::default(), entry_full: Arc::default() }
+    fn with_lanes() -> (Proposer, Lanes) {
+        let (urgent, urgent_queue) = Lane::new();
+        let (normal, normal_queue) = Lane::new();
+        let (urgent_full, entry_full) = Default::default();
+        let proposer = Proposer { urgent, normal, urgent_full, entry_full };
+        (proposer, Lanes { urgent: urgent_queue, normal: normal_queue })
     }
 
     /// Was a confirmation, or what is as urgent, turned away since the last call?
@@ -439,7 +442,7 @@ impl Entry {
     /// What is left of it is for the normal lane.
     fn owes_normal(&self) -> bool {
         let nearly_full = self.commands.len() >= ENTRY_COMMANDS_MAX - NORMAL_SHARE_COMMANDS
-            || self.weight_bytes >= ENTRY_WEIGHT_MAX_BYTES / 8 * 7;
+            || self.weight_bytes >= ENTRY_WEIGHT_MAX_BYTES - NORMAL_SHARE_WEIGHT_BYTES;
         let goes_in = self.has_room() || self.normal == 0;
         nearly_full
             && goes_in
@@ -554,9 +557,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_command_more_than_may_wait_is_overloaded_and_the_urgent_lane_has_its_own_room() {
-        let (urgent, _urgent_queue) = Lane::new();
-        let (normal, mut queue) = Lane::new();
-        let proposer = Proposer::over(urgent, normal);
+        let (proposer, mut lanes) = Proposer::with_lanes();
         let deadline = Instant::now() + Duration::from_secs(60);
         let propose = |command| proposer.propose(command, deadline).now_or_never();
         let grant = || Command::GrantLease { ttl: Millis(1000) };
@@ -568,15 +569,13 @@ mod tests {
         assert!(!proposer.turned_urgent_away());
         assert!(propose(Command::RevokeLease { id: LeaseId(1) }).is_none());
         // What is packed makes room.
-        drop(queue.recv().await);
+        drop(lanes.normal.recv().await);
         assert!(propose(grant()).is_none());
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_entry_waits_for_the_answer_before_it_unless_it_is_full_or_that_takes_long() {
-        let (urgent, _urgent_queue) = Lane::new();
-        let (normal, _normal_queue) = Lane::new();
-        let proposer = Proposer::over(urgent, normal);
+        let (proposer, _lanes) = Proposer::with_lanes();
         let mut in_flight = InFlight::new(&proposer);
         let first = in_flight.slot().now_or_never().flatten().expect("nothing is under way");
         assert!(in_flight.slot().now_or_never().is_none());
@@ -637,10 +636,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_entry_gathers_as_many_commands_as_are_awaited_or_fit_or_come_in_time() {
-        let (urgent, urgent_queue) = Lane::new();
-        let (normal, normal_queue) = Lane::new();
-        let proposer = Proposer::over(urgent, normal);
-        let mut lanes = Lanes { urgent: urgent_queue, normal: normal_queue };
+        let (proposer, mut lanes) = Proposer::with_lanes();
         let deadline = Instant::now() + Duration::from_secs(60);
         let grant = Command::GrantLease { ttl: Millis(1000) };
         let ask = |count| Box::pin(proposer.propose_group(vec![grant.clone(); count], deadline));
@@ -663,10 +659,7 @@ mod tests {
     async fn an_eighth_of_an_entry_is_for_what_is_not_urgent_where_any_waits() {
         /// Of the entries, how many commands of each lane.
         async fn entries(urgent: (usize, usize), normal: (usize, usize)) -> Vec<(usize, usize)> {
-            let (urgent_lane, urgent_queue) = Lane::new();
-            let (normal_lane, normal_queue) = Lane::new();
-            let proposer = Proposer::over(urgent_lane, normal_lane);
-            let mut lanes = Lanes { urgent: urgent_queue, normal: normal_queue };
+            let (proposer, mut lanes) = Proposer::with_lanes();
             let deadline = Instant::now() + Duration::from_secs(60);
             let release = Command::RevokeLease { id: LeaseId(1) };
             let grant = Command::GrantLease { ttl: Millis(1000) };
@@ -699,19 +692,17 @@ mod tests {
 
     #[tokio::test]
     async fn what_nobody_waits_for_any_more_is_not_proposed() {
-        let (lane, mut queue) = Lane::new();
-        let (urgent, _urgent_queue) = Lane::new();
-        let proposer = Proposer::over(urgent, lane);
+        let (proposer, mut lanes) = Proposer::with_lanes();
         let deadline = Instant::now() + Duration::from_secs(60);
         let mut entry = Entry::default();
         let grant = || Command::GrantLease { ttl: Millis(1000) };
         assert!(proposer.propose(grant(), deadline).now_or_never().is_none(), "and is given up");
-        entry.add(queue.recv().await.unwrap());
+        entry.add(lanes.normal.recv().await.unwrap());
         assert!(entry.commands.is_empty());
         let waits = proposer.propose(grant(), deadline);
         tokio::pin!(waits);
         assert!(waits.as_mut().now_or_never().is_none());
-        entry.add(queue.recv().await.unwrap());
+        entry.add(lanes.normal.recv().await.unwrap());
         assert_eq!(entry.commands, [grant()]);
     }
 }

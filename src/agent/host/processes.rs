@@ -58,10 +58,15 @@ fn read(process: &Proc, handles: &[&v1::Process]) -> ProcResult<Process> {
         group: number(stat.pgrp),
         session: number(stat.session),
         start_ticks: stat.starttime,
-        dead: is_dead(stat.state) && !has_live_thread(process),
+        dead: is_over(process, stat.state),
         inner_pids,
         cgroups: Vec::new(),
     })
+}
+
+/// Nothing of it runs any more.
+fn is_over(process: &Proc, state: char) -> bool {
+    is_dead(state) && !has_live_thread(process)
 }
 
 fn is_dead(state: char) -> bool {
@@ -120,10 +125,7 @@ pub fn owners(inodes: &BTreeSet<u64>) -> BTreeMap<u64, BTreeSet<u32>> {
 /// Is it there, and has it not ended?
 pub fn lives(pid: u32) -> bool {
     let process = i32::try_from(pid).ok().and_then(|pid| Proc::new(pid).ok());
-    let state = |process: &Proc| process.stat().map(|stat| stat.state);
-    process.is_some_and(|process| {
-        state(&process).is_ok_and(|state| !is_dead(state) || has_live_thread(&process))
-    })
+    process.is_some_and(|process| process.stat().is_ok_and(|stat| !is_over(&process, stat.state)))
 }
 
 /// When a process was started, in clock ticks from the boot.

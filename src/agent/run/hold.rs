@@ -24,10 +24,15 @@ use crate::proto::v1;
 
 /// Before the cluster is asked again.
 const PAUSE: Duration = Duration::from_secs(1);
-/// What is left of the time for a confirmation when the program is asked to end, and when it is killed;
-/// a third and a tenth of it where that is less.
-const UNCONFIRMED_ASK: Duration = Duration::from_secs(30);
-const UNCONFIRMED_KILL: Duration = Duration::from_secs(10);
+/// What is left when the program is asked to end, and when it is killed.
+const ASK: Margin = Margin { part: 3, unconfirmed: Duration::from_secs(30) };
+const KILL: Margin = Margin { part: 10, unconfirmed: Duration::from_secs(10) };
+/// That part of the lease, and of the time for a confirmation too, but of this at most so much.
+struct Margin {
+    part: u32,
+    unconfirmed: Duration,
+}
+
 /// Longest sleep: the keeper's clock may have jumped, as after a suspension.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -92,17 +97,16 @@ impl Hold {
 
     /// Until a program that is killed then has surely ended before its ports are given to others.
     pub fn grace(&self) -> Duration {
-        self.left_but(10, UNCONFIRMED_KILL)
+        self.left_but(KILL)
     }
 
     /// For how long the program may go on before it must be asked to end.
     fn spare(&self) -> Duration {
-        self.left_but(3, UNCONFIRMED_ASK)
+        self.left_but(ASK)
     }
 
-    /// Until only a `part`th is left of the lease, or of the time for a confirmation; of that at most
-    /// `unconfirmed`.
-    fn left_but(&self, part: u32, unconfirmed: Duration) -> Duration {
+    /// Until no more than this is left.
+    fn left_but(&self, Margin { part, unconfirmed }: Margin) -> Duration {
         if self.on_lease_lost == OnLeaseLost::Keep {
             return Duration::MAX;
         }
