@@ -12,6 +12,10 @@
 //! - Where that brings a request without entries, no answer that openraft would take for its own is
 //!   handed on before its own has come.
 //!
+//! When nobody reads the answers any more, the requests are dropped at once. HTTP/2 would go on sending them,
+//! and what openraft tells the streams to a follower is heard by one of them alone: the one that is read
+//! would never learn that it is to send something else, and openraft would not count what it is answered.
+//!
 //! And as each commit makes openraft send a request without entries, while under load the next entries
 //! come right behind it and tell the same, those go alone then, in half as many messages and answers.
 
@@ -20,7 +24,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use futures::stream::{self, Stream, StreamExt as _};
+use futures::stream::{self, BoxStream, Stream, StreamExt as _};
 use openraft::raft::AppendEntriesRequest;
 use tokio::time::{Instant, sleep};
 
@@ -34,12 +38,12 @@ const ASK_AFTER: Duration = Duration::from_millis(5);
 
 type Request = AppendEntriesRequest<TypeConfig>;
 
-/// What one append stream has under way. Clones share it.
-#[derive(Clone, Default)]
+/// What one append stream has under way, for whoever reads its answers.
 pub(super) struct Flow(Arc<Mutex<UnderWay>>);
 
-#[derive(Default)]
 struct UnderWay {
+    /// `None`: there are no more.
+    requests: Option<BoxStream<'static, Request>>,
     /// Requests that were asked for.
     asked: u64,
     /// Without an answer, the oldest first.
@@ -49,7 +53,9 @@ struct UnderWay {
     doubts: VecDeque<(Option<u64>, u64)>,
     /// openraft may not have taken yet what it was handed last.
     hands: bool,
-    asker: Option<Waker>,
+    /// Whoever sends, and whether it waits for what is under way.
+    sender: Option<Waker>,
+    waits: bool,
 }
 
 /// A request that was sent.
@@ -80,37 +86,35 @@ impl UnderWay {
             self.doubts.push_back((last_index(request), self.asked));
         }
     }
-}
 
-impl Flow {
     /// Asks for the next request, if that may be.
-    fn poll_ask(
-        &self,
-        requests: &mut (impl Stream<Item = Request> + Unpin),
-        ends: bool,
-        cx: &mut Context<'_>,
-    ) -> Asked {
-        // Held while openraft is asked: no answer is handed on meanwhile.
-        let mut under_way = guard(&self.0);
-        let waits_until = under_way.asks_at().filter(|at| *at > Instant::now());
-        if !ends && (under_way.hands || waits_until.is_some()) {
-            under_way.asker = Some(cx.waker().clone());
+    fn poll_ask(&mut self, cx: &mut Context<'_>) -> Asked {
+        self.sender = Some(cx.waker().clone());
+        let waits_until = self.asks_at().filter(|at| *at > Instant::now());
+        let may_wait = self.hands || waits_until.is_some();
+        let Some(requests) = &mut self.requests else { return Asked::Next(Poll::Ready(None)) };
+        let ends = requests.size_hint().1 == Some(0);
+        self.waits = !ends && may_wait;
+        if self.waits {
             return Asked::Not(waits_until);
         }
         let next = requests.poll_next_unpin(cx);
-        if let Poll::Ready(Some(request)) = &next {
-            under_way.take_request(request);
+        match &next {
+            Poll::Ready(Some(request)) => self.take_request(request),
+            Poll::Ready(None) => self.requests = None,
+            Poll::Pending => {}
         }
         Asked::Next(next)
     }
 
-    fn send(&self, request: &Request) {
-        let mut under_way = guard(&self.0);
-        let (number, last) = (under_way.asked, last_index(request));
+    fn send(&mut self, request: &Request) {
+        let (number, last) = (self.asked, last_index(request));
         let (at, has_entries) = (Instant::now(), !request.entries.is_empty());
-        under_way.sent.push_back(Sent { number, last, at, has_entries });
+        self.sent.push_back(Sent { number, last, at, has_entries });
     }
+}
 
+impl Flow {
     /// Is an answer due?
     pub fn is_due(&self) -> bool {
         !guard(&self.0).sent.is_empty()
@@ -144,13 +148,28 @@ impl Flow {
 
     /// openraft has taken all that it was handed.
     pub fn taken(&self) {
-        let asker = {
+        let sender = {
             let mut under_way = guard(&self.0);
             under_way.hands = false;
-            under_way.asker.take()
+            let waits = std::mem::take(&mut under_way.waits);
+            under_way.sender.take_if(|_| waits)
         };
-        if let Some(asker) = asker {
-            asker.wake();
+        if let Some(sender) = sender {
+            sender.wake();
+        }
+    }
+}
+
+/// Nobody reads the answers any more.
+impl Drop for Flow {
+    fn drop(&mut self) {
+        let (requests, sender) = {
+            let mut under_way = guard(&self.0);
+            (under_way.requests.take(), under_way.sender.take())
+        };
+        drop(requests);
+        if let Some(sender) = sender {
+            sender.wake();
         }
     }
 }
@@ -161,18 +180,28 @@ enum Asked {
     Next(Poll<Option<Request>>),
 }
 
-/// The requests as they are to be sent.
+/// The requests as they are to be sent, as long as there is the [`Flow`].
 pub(super) fn paced(
-    mut requests: impl Stream<Item = Request> + Unpin,
-    flow: Flow,
-) -> impl Stream<Item = Request> + Unpin {
+    requests: impl Stream<Item = Request> + Send + 'static,
+) -> (impl Stream<Item = Request> + Unpin, Flow) {
+    let under_way = Arc::new(Mutex::new(UnderWay {
+        requests: Some(requests.boxed()),
+        asked: 0,
+        sent: VecDeque::new(),
+        doubts: VecDeque::new(),
+        hands: false,
+        sender: None,
+        waits: false,
+    }));
+    let flow = Flow(under_way.clone());
     let mut held: Option<Request> = None;
     let mut held_for = Box::pin(sleep(COMMIT_WAIT));
     let mut pause = Box::pin(sleep(ASK_AFTER));
-    stream::poll_fn(move |cx| {
+    let sent = stream::poll_fn(move |cx| {
         let next = loop {
-            let ends = requests.size_hint().1 == Some(0);
-            match flow.poll_ask(&mut requests, ends, cx) {
+            // Locked while openraft is asked: no answer is handed on meanwhile.
+            let asked = guard(&under_way).poll_ask(cx);
+            match asked {
                 Asked::Next(Poll::Ready(Some(request))) if request.entries.is_empty() => {
                     if held.replace(request).is_none() {
                         held_for.as_mut().reset(Instant::now() + COMMIT_WAIT);
@@ -199,12 +228,13 @@ pub(super) fn paced(
         };
         match next.or_else(|| held.take_if(|_| held_for.as_mut().poll(cx).is_ready())) {
             Some(request) => {
-                flow.send(&request);
+                guard(&under_way).send(&request);
                 Poll::Ready(Some(request))
             }
             None => Poll::Pending,
         }
-    })
+    });
+    (sent, flow)
 }
 
 #[cfg(test)]
@@ -244,8 +274,8 @@ mod tests {
     }
 
     impl Peer {
-        fn new(flow: &Flow) -> Peer {
-            Peer { flow: flow.clone(), came: VecDeque::new() }
+        fn new(flow: Flow) -> Peer {
+            Peer { flow, came: VecDeque::new() }
         }
 
         /// Answers the oldest request; what openraft may have then.
@@ -259,9 +289,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_committed_is_told_with_the_next_entries_or_alone_after_a_moment() {
         let (asks, requests) = mpsc::unbounded_channel();
-        let flow = Flow::default();
-        let mut peer = Peer::new(&flow);
-        let mut sent = paced(UnboundedReceiverStream::new(requests), flow.clone());
+        let (mut sent, flow) = paced(UnboundedReceiverStream::new(requests));
+        let mut peer = Peer::new(flow);
         let began = Instant::now();
         for (committed, entries) in [(1, 1), (2, 0), (3, 0), (3, 1)] {
             asks.send(request(committed, committed, entries)).unwrap();
@@ -269,7 +298,7 @@ mod tests {
         let mut next = async |answered: bool| {
             if answered {
                 peer.answers();
-                flow.taken();
+                peer.flow.taken();
             }
             let request = sent.next().await?;
             let committed = request.leader_commit.map(|at| at.index);
@@ -288,9 +317,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nothing_is_asked_for_while_an_answer_is_due_unless_that_takes_long() {
         let (asks, requests) = mpsc::unbounded_channel();
-        let flow = Flow::default();
-        let mut peer = Peer::new(&flow);
-        let mut sent = paced(UnboundedReceiverStream::new(requests), flow.clone());
+        let (mut sent, flow) = paced(UnboundedReceiverStream::new(requests));
+        let mut peer = Peer::new(flow);
         for index in 0..4 {
             asks.send(request(0, index, 1)).unwrap();
         }
@@ -299,16 +327,16 @@ mod tests {
         assert_eq!(peer.answers(), [1]);
         advance(2 * ASK_AFTER).await;
         assert!(sent.next().now_or_never().is_none(), "openraft may not have it yet");
-        flow.taken();
+        peer.flow.taken();
         assert!(sent.next().now_or_never().is_some());
         let began = Instant::now();
         assert!(sent.next().await.is_some(), "its answer takes long");
         assert_eq!(began.elapsed(), ASK_AFTER);
         assert_eq!(peer.answers(), [2]);
-        flow.taken();
+        peer.flow.taken();
         // The end of a stream is not waited for.
         drop(asks);
-        let mut one = paced(stream::iter([request(0, 0, 1)]), Flow::default());
+        let (mut one, _flow) = paced(stream::iter([request(0, 0, 1)]));
         assert!(one.next().now_or_never().is_some());
         assert!(matches!(one.next().now_or_never(), Some(None)));
     }
@@ -316,9 +344,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_answer_waits_for_that_of_a_request_without_entries_that_ends_where_its_own_does() {
         let (asks, requests) = mpsc::unbounded_channel();
-        let flow = Flow::default();
-        let mut peer = Peer::new(&flow);
-        let mut sent = paced(UnboundedReceiverStream::new(requests), flow.clone());
+        let (mut sent, flow) = paced(UnboundedReceiverStream::new(requests));
+        let mut peer = Peer::new(flow);
         for (committed, prev, entries) in [(0, 0, 1), (0, 1, 1), (1, 2, 0)] {
             asks.send(request(committed, prev, entries)).unwrap();
             assert!(sent.next().await.is_some());
@@ -326,7 +353,21 @@ mod tests {
         assert_eq!(peer.answers(), [1], "nothing else ends there");
         assert!(peer.answers().is_empty());
         assert_eq!(peer.answers(), [2, 2]);
-        assert!(!flow.is_due() && peer.came.is_empty());
+        assert!(!peer.flow.is_due() && peer.came.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_listens_to_the_answers_of_is_asked_for_no_more() {
+        let (asks, requests) = mpsc::unbounded_channel();
+        let (mut sent, flow) = paced(UnboundedReceiverStream::new(requests));
+        asks.send(request(0, 0, 1)).unwrap();
+        assert!(sent.next().await.is_some());
+        asks.send(request(0, 1, 1)).unwrap();
+        let next = tokio::spawn(async move { sent.next().await });
+        tokio::task::yield_now().await;
+        drop(flow);
+        assert!(asks.is_closed(), "also where nobody sends");
+        assert!(next.await.unwrap().is_none());
     }
 
     /// As openraft does: what it was asked for, and which of that an answer counts for.
@@ -368,8 +409,7 @@ mod tests {
             let seen = asked.clone();
             let requests =
                 UnboundedReceiverStream::new(requests).inspect(move |r| guard(&seen).push(r));
-            let flow = Flow::default();
-            let mut sent = paced(requests, flow.clone());
+            let (mut sent, flow) = paced(requests);
             let (mut end, mut committed) = (0, 0);
             let mut came = VecDeque::new();
             let mut steps = rng.random_range(10..200);

@@ -711,11 +711,9 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
         let client: &'s PeerClient = self;
-        let flow = Flow::default();
         let mut header = client.header();
-        // Both this and tonic's encoder ask once more after the end.
-        let mut requests = paced(input.fuse(), flow.clone())
-            .map(move |request| wire_append(header.take(), &request));
+        let (requests, flow) = paced(input);
+        let mut requests = requests.map(move |request| wire_append(header.take(), &request));
         Box::pin(async move {
             // Raft's pause after a failure lies in its requests. Where they are only asked for once
             // the peer is reached, one that is down is called without a pause.

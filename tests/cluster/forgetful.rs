@@ -387,7 +387,7 @@ fn a_follower_that_takes_less_than_comes_is_sent_a_snapshot_and_the_log_goes() {
     let slow = (leader + 1) % 3;
     bench.while_writing((CLIENTS, 1), &books, |bench| {
         bench.wait_for_acknowledged(&books, 10);
-        bench.disks[slow].slow(Duration::from_millis(500));
+        bench.disks[slow].slow(Duration::from_secs(1));
         wait_for("it to be sent a snapshot", || {
             bench.cluster.log(slow).contains("a peer sends its snapshot").then_some(())
         });

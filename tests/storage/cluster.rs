@@ -425,3 +425,30 @@ async fn a_peer_that_is_down_is_called_once_a_request() {
     assert!(failed.is_err(), "nobody listens there");
     assert_eq!(paused.recv().await, Some(()), "the request was never asked for");
 }
+
+/// It would take from openraft what is meant for the stream after it: a member that was sent a snapshot counted
+/// as behind for ever then, and the log grew.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_nobody_listens_to_asks_for_no_more() {
+    use futures::StreamExt as _;
+    use openraft::network::{RPCOption, RaftNetworkFactory as _, v2::RaftNetworkV2 as _};
+    let Cluster { nodes, dirs: _dirs } = cluster(3, 50_000).await;
+    let leader = write(&nodes, &[samples::register("w1", 0)]).await;
+    let (leader, follower) = (&nodes[leader], &nodes[(leader + 1) % 3]);
+    follower.caught_up(leader).await;
+    let heartbeat = openraft::raft::AppendEntriesRequest {
+        vote: leader.raft.metrics().borrow_watched().vote,
+        prev_log_id: None,
+        entries: Vec::new(),
+        leader_commit: None,
+    };
+    let member = Member { peer: follower.address.to_string(), ..Member::default() };
+    let mut client = leader.network.clone().new_client(follower.id, &member).await;
+    let (asks, requests) = tokio::sync::mpsc::channel(1);
+    asks.send(heartbeat).await.unwrap();
+    let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+    let mut answers = client.stream_append(requests, RPCOption::new(PATIENCE)).await.unwrap();
+    assert!(matches!(answers.next().await, Some(Ok(Ok(None)))));
+    drop(answers);
+    tokio::time::timeout(PATIENCE, asks.closed()).await.expect("the requests are dropped");
+}
