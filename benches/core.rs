@@ -12,6 +12,7 @@ use portwarden::store::codec::{Batch, MembershipRecord, SnapshotHead, decode_pay
 use portwarden::store::{LogRecord, LogStore, SnapshotFile, write_snapshot};
 
 const SPAN: Millis = Millis(600_000);
+const UNDER_WAY: u64 = 2048;
 
 fn port(number: u64) -> Port {
     Port::new("port", number).expect("a port")
@@ -84,11 +85,11 @@ fn pair(state: &mut State, name: &str, placement: Placement) {
     done(state, &Command::Release { name: name.parse().expect("a name"), authority });
 }
 
-/// Half of the ports of every worker are held.
-fn filled(workers: u32) -> State {
+/// So many ports of every worker are held.
+fn filled(workers: u32, held: u32) -> State {
     let mut state = table(workers);
     for i in 0..workers {
-        for j in 0..50 {
+        for j in 0..held {
             let claim = claim(&format!("held-{i:06}-{j:02}"), Placement::Worker(worker(i)));
             done(&mut state, &allocate(vec![claim]));
         }
@@ -100,7 +101,7 @@ fn of_apply(c: &mut Criterion) {
     let mut group = c.benchmark_group("apply");
     group.throughput(Throughput::Elements(2)).measurement_time(Duration::from_secs(3));
     for workers in [10, 1_000, 10_000] {
-        let mut state = filled(workers);
+        let mut state = filled(workers, 50);
         let mut next = 0;
         group.bench_function(format!("allocate+release, one worker of {workers}"), |b| {
             b.iter(|| {
@@ -134,10 +135,36 @@ fn of_apply(c: &mut Criterion) {
         });
     }
     group.finish();
+    // As many under way as eight full sessions have, each on the next worker.
+    let mut group = c.benchmark_group("in turns");
+    group.throughput(Throughput::Elements(2 * UNDER_WAY)).measurement_time(Duration::from_secs(5));
+    for workers in [1_000, 100_000] {
+        let mut state = filled(workers, 2);
+        let mut next = 0;
+        group.bench_function(format!("2048 allocated, then released, on {workers}"), |b| {
+            b.iter(|| {
+                let mut held = Vec::new();
+                for _ in 0..UNDER_WAY {
+                    next += 1;
+                    let at = Placement::Worker(worker(next as u32 % workers));
+                    let applied = done(&mut state, &allocate(vec![claim(&format!("i{next}"), at)]));
+                    let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else {
+                        panic!("granted")
+                    };
+                    held.extend(allocations);
+                }
+                for held in held {
+                    let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
+                    done(&mut state, &Command::Release { name, authority });
+                }
+            });
+        });
+    }
+    group.finish();
     let mut group = c.benchmark_group("gang");
     for ports in [1, 8] {
         group.throughput(Throughput::Elements(64 * u64::from(ports)));
-        let mut state = filled(1_000);
+        let mut state = filled(1_000, 50);
         let mut round = 0;
         group.bench_function(format!("64 claims of {ports} ports, allocated and released"), |b| {
             b.iter(|| {
@@ -161,13 +188,13 @@ fn of_apply(c: &mut Criterion) {
 }
 
 fn of_digest(c: &mut Criterion) {
-    let state = filled(1_000);
+    let state = filled(1_000, 50);
     c.bench_function("digest of 50 000 allocations", |b| b.iter(|| digest(black_box(&state))));
 }
 
 /// Written to memory, and read back as a node's start does, with every invariant checked.
 fn of_snapshots(c: &mut Criterion) {
-    let state = filled(1_000);
+    let state = filled(1_000, 50);
     let mut bytes = Vec::new();
     let head = SnapshotHead {
         last: None,
