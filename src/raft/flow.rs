@@ -8,7 +8,8 @@
 //! that may have voted for another leader since. So:
 //!
 //! - While anything is under way, nothing is asked for, but that it takes long ([`ASK_AFTER`]): then
-//!   entries go without waiting for the answers before.
+//!   entries go without waiting for the answers before, as long as the follower may be sent more: HTTP/2
+//!   can neither end nor reset a request that waits for room there.
 //! - Where that brings a request without entries, no answer that openraft would take for its own is
 //!   handed on before its own has come.
 //!
@@ -28,13 +29,19 @@ use futures::stream::{self, BoxStream, Stream, StreamExt as _};
 use openraft::raft::AppendEntriesRequest;
 use tokio::time::{Instant, sleep};
 
-use super::types::TypeConfig;
+use super::log::READ_BYTES;
+use super::network::STREAM_WINDOW_BYTES;
+use super::types::{Entry, EntryPayload, TypeConfig};
 use crate::lock::guard;
 
 /// How long a follower may wait to be told how far is committed, for entries to tell it with.
 const COMMIT_WAIT: Duration = Duration::from_millis(1);
 /// How long what was sent last may be without its answer before more is asked for.
 const ASK_AFTER: Duration = Duration::from_millis(5);
+/// With as much without an answer nothing is asked for. Another read of the log fits in the follower's window
+/// beside it.
+const UNDER_WAY_MAX_BYTES: usize = 3 << 20;
+const _: () = assert!(UNDER_WAY_MAX_BYTES + READ_BYTES < STREAM_WINDOW_BYTES as usize);
 
 type Request = AppendEntriesRequest<TypeConfig>;
 
@@ -48,6 +55,8 @@ struct UnderWay {
     asked: u64,
     /// Without an answer, the oldest first.
     sent: VecDeque<Sent>,
+    /// Of their entries.
+    bytes: usize,
     /// Asked for without entries while something was under way, and not answered: where each ends, and
     /// its number. Both rise.
     doubts: VecDeque<(Option<u64>, u64)>,
@@ -65,6 +74,8 @@ pub(super) struct Sent {
     number: u64,
     /// Index of the entry that it ends with.
     last: Option<u64>,
+    /// Of its entries.
+    bytes: usize,
     pub at: Instant,
     pub has_entries: bool,
 }
@@ -72,6 +83,14 @@ pub(super) struct Sent {
 fn last_index(request: &Request) -> Option<u64> {
     let last = request.entries.last().map(|entry| entry.log_id);
     last.or(request.prev_log_id).map(|at| at.index)
+}
+
+fn bytes(request: &Request) -> usize {
+    let of = |entry: &Entry| match &entry.payload {
+        EntryPayload::Normal(batch) => batch.payload().len(),
+        _ => 0,
+    };
+    request.entries.iter().map(of).sum()
 }
 
 impl UnderWay {
@@ -91,12 +110,13 @@ impl UnderWay {
     fn poll_ask(&mut self, cx: &mut Context<'_>) -> Asked {
         self.sender = Some(cx.waker().clone());
         let waits_until = self.asks_at().filter(|at| *at > Instant::now());
-        let may_wait = self.hands || waits_until.is_some();
+        let is_full = self.bytes >= UNDER_WAY_MAX_BYTES;
+        let may_wait = self.hands || is_full || waits_until.is_some();
         let Some(requests) = &mut self.requests else { return Asked::Next(Poll::Ready(None)) };
         let ends = requests.size_hint().1 == Some(0);
         self.waits = !ends && may_wait;
         if self.waits {
-            return Asked::Not(waits_until);
+            return Asked::Not(waits_until.filter(|_| !is_full));
         }
         let next = requests.poll_next_unpin(cx);
         match &next {
@@ -108,9 +128,10 @@ impl UnderWay {
     }
 
     fn send(&mut self, request: &Request) {
-        let (number, last) = (self.asked, last_index(request));
+        let (number, last, bytes) = (self.asked, last_index(request), bytes(request));
         let (at, has_entries) = (Instant::now(), !request.entries.is_empty());
-        self.sent.push_back(Sent { number, last, at, has_entries });
+        self.bytes += bytes;
+        self.sent.push_back(Sent { number, last, bytes, at, has_entries });
     }
 }
 
@@ -124,6 +145,7 @@ impl Flow {
     pub fn answered(&self) -> Option<Sent> {
         let mut under_way = guard(&self.0);
         let sent = under_way.sent.pop_front()?;
+        under_way.bytes -= sent.bytes;
         while under_way.doubts.front().is_some_and(|(_, number)| *number <= sent.number) {
             under_way.doubts.pop_front();
         }
@@ -175,7 +197,7 @@ impl Drop for Flow {
 }
 
 enum Asked {
-    /// It has to wait, until then at most; `None`: until what was handed on is taken.
+    /// It has to wait, until then at most; `None`: until what was handed on is taken, or an answer comes.
     Not(Option<Instant>),
     Next(Poll<Option<Request>>),
 }
@@ -188,6 +210,7 @@ pub(super) fn paced(
         requests: Some(requests.boxed()),
         asked: 0,
         sent: VecDeque::new(),
+        bytes: 0,
         doubts: VecDeque::new(),
         hands: false,
         sender: None,
@@ -240,7 +263,6 @@ pub(super) fn paced(
 #[cfg(test)]
 mod tests {
     use futures::FutureExt as _;
-    use openraft::EntryPayload;
     use rand::rngs::StdRng;
     use rand::{Rng as _, SeedableRng as _};
     use tokio::sync::mpsc;
@@ -248,7 +270,8 @@ mod tests {
     use tokio_stream::wrappers::UnboundedReceiverStream;
 
     use super::*;
-    use crate::raft::types::{Entry, LeaderId, LogId, Vote};
+    use crate::core::{Command, Millis};
+    use crate::raft::types::{Batch, LeaderId, LogId, Vote};
 
     const SEEDS: u64 = 300;
 
@@ -339,6 +362,36 @@ mod tests {
         let (mut one, _flow) = paced(stream::iter([request(0, 0, 1)]));
         assert!(one.next().now_or_never().is_some());
         assert!(matches!(one.next().now_or_never(), Some(None)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn with_as_much_under_way_as_the_follower_may_be_sent_nothing_is_asked_for() {
+        let large = |index| {
+            let spec = crate::core::WorkerSpec {
+                address: "x".repeat(UNDER_WAY_MAX_BYTES / 2),
+                labels: Default::default(),
+                ranges: Vec::new(),
+                reserved: Default::default(),
+                gpus: Vec::new(),
+                identity: None,
+            };
+            let register = Command::RegisterWorker { name: "w1".parse().unwrap(), spec };
+            let batch = Batch::new(Millis(0), vec![register]);
+            let payload = EntryPayload::Normal(batch);
+            let entries = vec![Entry { log_id: at(index + 1), payload }];
+            AppendEntriesRequest { entries, ..request(0, index, 0) }
+        };
+        let (sent, flow) = paced(stream::iter((0..4).map(large)).chain(stream::pending()));
+        let (mut sent, mut peer) = (sent, Peer::new(flow));
+        for _ in 0..2 {
+            sent.next().await.unwrap();
+        }
+        let next = tokio::time::timeout(Duration::from_secs(3600), sent.next()).await;
+        assert!(next.is_err(), "nothing is answered");
+        peer.answers();
+        assert!(sent.next().now_or_never().is_none(), "openraft may not have it yet");
+        peer.flow.taken();
+        assert!(sent.next().await.is_some());
     }
 
     #[tokio::test(start_paused = true)]

@@ -13,7 +13,7 @@ use super::types::{Entry, LogId, TypeConfig, Vote};
 use crate::store::LogStore;
 
 /// Entries that are read at once for a follower or to be applied, in bytes.
-const READ_BYTES: usize = 4 << 20;
+pub(super) const READ_BYTES: usize = 4 << 20;
 
 fn bounds(range: &impl RangeBounds<u64>) -> Range<u64> {
     let start = match range.start_bound() {
