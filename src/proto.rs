@@ -57,6 +57,11 @@ pub mod session {
             Size { bytes: command.encoded_len() + AROUND_BYTES, ..Size::of(Some(command)) }
         }
 
+        /// Of commands that are to be sent; 0 otherwise.
+        pub fn bytes(self) -> usize {
+            self.bytes
+        }
+
         pub fn and(self, other: Size) -> Size {
             Size {
                 commands: self.commands + other.commands,

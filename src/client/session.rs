@@ -29,8 +29,10 @@ pub use v1::session_answer::Answer;
 pub use v1::session_command::Command;
 
 const PATH: &str = "/portwarden.v1.Allocator/Session";
-/// Commands under way on one stream; what comes then waits for the answers.
+/// Commands under way on one stream, and their bytes; what comes then waits for the answers. A node takes a MiB
+/// before it has read it: a stream that waits for more room there cannot be ended.
 const WINDOW: usize = 8192;
+const WINDOW_BYTES: usize = 768 << 10;
 /// Commands that go on as calls of their own at a time.
 const ALONE_AT_ONCE: usize = 64;
 /// Calls that may wait for their turn in each of the two queues.
@@ -377,15 +379,37 @@ struct Line {
     messages: mpsc::UnboundedSender<Message>,
     answers: Streaming<v1::SessionResponse>,
     under_way: VecDeque<Waiting>,
-    commands: usize,
+    load: Load,
     /// Callers whose answers came together last; they may ask again together.
     answered: usize,
     timeout: Duration,
+    /// With it goes what was not sent.
+    _ends: oneshot::Sender<()>,
+}
+
+/// What is under way.
+#[derive(Debug, Clone, Copy, Default)]
+struct Load {
+    commands: usize,
+    /// Of those that are answered together, until all of them are.
+    bytes: usize,
+}
+
+impl Load {
+    fn has_room(self) -> bool {
+        self.commands < WINDOW && self.bytes < WINDOW_BYTES
+    }
+
+    fn add(&mut self, job: &Job) {
+        self.commands += job.commands.len();
+        self.bytes += job.size.bytes();
+    }
 }
 
 struct Waiting {
     /// Answers still to come.
     missing: usize,
+    bytes: usize,
     answers: Vec<Answer>,
     overdue: Instant,
     done: Done,
@@ -430,8 +454,10 @@ async fn drive(client: Client, mut queue: Queue) {
     while let Some(first) = queue.recv().await {
         let timeout = client.shared.attempt_timeout;
         let (messages, outgoing) = mpsc::unbounded_channel();
+        let (ends, ended) = oneshot::channel::<()>();
         let outgoing = UnboundedReceiverStream::new(outgoing)
-            .map(|message: Message| message.request(Instant::now()));
+            .map(|message: Message| message.request(Instant::now()))
+            .take_until(ended);
         let answers = match client.open(PATH, tour.door(), outgoing).await {
             Ok(answers) => answers,
             Err(verdict) => {
@@ -445,13 +471,17 @@ async fn drive(client: Client, mut queue: Queue) {
                 continue;
             }
         };
-        let under_way = VecDeque::new();
-        let mut line = Line { messages, answers, under_way, commands: 0, answered: 0, timeout };
+        let (under_way, load) = Default::default();
+        let mut line =
+            Line { messages, answers, under_way, load, answered: 0, timeout, _ends: ends };
         line.send(vec![first]);
         let Some(why) = line.serve(&mut queue, &mut tour).await else { return };
         let why = by(tour.door(), why);
         tracing::debug!(why, "a session broke");
-        for waiting in line.under_way {
+        // No command is still to come to the node when its caller goes on without it.
+        let under_way = std::mem::take(&mut line.under_way);
+        drop(line);
+        for waiting in under_way {
             let _ = waiting.done.send(Err(Some(why.clone())));
         }
         sleep(tour.move_on(None)).await;
@@ -467,7 +497,7 @@ impl Line {
                 return None;
             }
             let overdue = self.under_way.front().map(|waiting| waiting.overdue);
-            let room = self.commands < WINDOW && !over;
+            let room = self.load.has_room() && !over;
             tokio::select! {
                 answers = self.answers.message() => match answers {
                     Ok(Some(response)) => {
@@ -510,12 +540,12 @@ impl Line {
     /// along in any case, or a flood of urgent ones would keep them all.
     fn gather(&self, jobs: &mut Vec<Job>, queue: &mut Queue) {
         jobs.extend(queue.others.try_recv());
-        let taken = jobs.iter().map(|job| job.commands.len());
-        let mut commands = self.commands + taken.sum::<usize>();
-        while commands < WINDOW
+        let mut load = self.load;
+        jobs.iter().for_each(|job| load.add(job));
+        while load.has_room()
             && let Some(job) = queue.try_recv()
         {
-            commands += job.commands.len();
+            load.add(&job);
             jobs.push(job);
         }
     }
@@ -526,10 +556,10 @@ impl Line {
         let overdue = now + self.timeout;
         let mut message: Option<Message> = None;
         for job in jobs.into_iter().filter(|job| job.decide_to_send(now)) {
-            let missing = job.commands.len();
-            self.commands += missing;
+            self.load.add(&job);
+            let (missing, bytes) = (job.commands.len(), job.size.bytes());
             let answers = Vec::with_capacity(missing);
-            self.under_way.push_back(Waiting { missing, answers, overdue, done: job.done });
+            self.under_way.push_back(Waiting { missing, bytes, answers, overdue, done: job.done });
             let next = Message::new(job.commands, job.size, job.deadline.min(overdue));
             let apart = match &mut message {
                 Some(message) => message.join(next, now).err(),
@@ -554,10 +584,11 @@ impl Line {
         };
         waiting.answers.push(answer);
         waiting.missing -= 1;
-        self.commands -= 1;
+        self.load.commands -= 1;
         if waiting.missing == 0
-            && let Some(Waiting { answers, done, .. }) = self.under_way.pop_front()
+            && let Some(Waiting { answers, done, bytes, .. }) = self.under_way.pop_front()
         {
+            self.load.bytes -= bytes;
             let _ = done.send(Ok(answers));
             self.answered += 1;
         }
