@@ -1,12 +1,14 @@
 //! What one command costs: in the table, in the codec, in the log. `cargo bench`; none of it is a gate.
 
 use std::hint::black_box;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use portwarden::core::{
-    Applied, Authority, Claim, Command, GpuSpec, Labels, Millis, Origin, Outcome, Placement,
-    Policy, Port, PortRequest, Ports, RangeSpec, Selector, State, Uid, WorkerSpec, apply, digest,
+    Allocation, Applied, Authority, Claim, Command, GpuSpec, Labels, Millis, Origin, Outcome,
+    Placement, Policy, Port, PortRequest, Ports, RangeSpec, Selector, State, Uid, WorkerSpec,
+    apply, digest,
 };
 use portwarden::store::codec::{Batch, MembershipRecord, SnapshotHead, decode_payload};
 use portwarden::store::{LogRecord, LogStore, SnapshotFile, write_snapshot};
@@ -97,6 +99,26 @@ fn filled(workers: u32, held: u32) -> State {
     state
 }
 
+/// One on each of the workers that are next.
+fn allocated_in_turns(state: &mut State, workers: u32, next: &mut u64) -> Vec<Arc<Allocation>> {
+    let mut held = Vec::new();
+    for _ in 0..UNDER_WAY {
+        *next += 1;
+        let at = Placement::Worker(worker(*next as u32 % workers));
+        let applied = done(state, &allocate(vec![claim(&format!("i{next}"), at)]));
+        let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!("granted") };
+        held.extend(allocations);
+    }
+    held
+}
+
+fn release(state: &mut State, held: Vec<Arc<Allocation>>) {
+    for held in held {
+        let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
+        done(state, &Command::Release { name, authority });
+    }
+}
+
 fn of_apply(c: &mut Criterion) {
     let mut group = c.benchmark_group("apply");
     group.throughput(Throughput::Elements(2)).measurement_time(Duration::from_secs(3));
@@ -143,20 +165,24 @@ fn of_apply(c: &mut Criterion) {
         let mut next = 0;
         group.bench_function(format!("2048 allocated, then released, on {workers}"), |b| {
             b.iter(|| {
-                let mut held = Vec::new();
-                for _ in 0..UNDER_WAY {
-                    next += 1;
-                    let at = Placement::Worker(worker(next as u32 % workers));
-                    let applied = done(&mut state, &allocate(vec![claim(&format!("i{next}"), at)]));
-                    let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else {
-                        panic!("granted")
-                    };
-                    held.extend(allocations);
+                let held = allocated_in_turns(&mut state, workers, &mut next);
+                release(&mut state, held);
+            });
+        });
+        // Who selects waits for the index of what is free to follow.
+        let selector = Selector::parse("zone=z3").expect("a selector");
+        let select = Placement::Select { selector, policy: Policy::Binpack };
+        group.bench_function(format!("one by label after 2048 that name theirs, {workers}"), |b| {
+            b.iter_custom(|rounds| {
+                let mut took = Duration::ZERO;
+                for _ in 0..rounds {
+                    let held = allocated_in_turns(&mut state, workers, &mut next);
+                    let began = Instant::now();
+                    pair(&mut state, "selected", select.clone());
+                    took += began.elapsed();
+                    release(&mut state, held);
                 }
-                for held in held {
-                    let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
-                    done(&mut state, &Command::Release { name, authority });
-                }
+                took
             });
         });
     }
@@ -177,10 +203,7 @@ fn of_apply(c: &mut Criterion) {
                 });
                 let applied = done(&mut state, &allocate(claims.collect()));
                 let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!() };
-                for held in allocations {
-                    let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
-                    done(&mut state, &Command::Release { name, authority });
-                }
+                release(&mut state, allocations);
             });
         });
     }

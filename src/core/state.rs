@@ -58,9 +58,9 @@ pub(super) struct Indexes {
     pub departed: OrdSet<(Revision, InstanceName)>,
 }
 
-/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, 1 to
-/// 2 ms.
-pub(super) const STALE_SCOPES_MAX: usize = 1024;
+/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, some
+/// milliseconds.
+pub(super) const STALE_SCOPES_MAX: usize = 4096;
 
 /// What a worker has free of each [`Resource`].
 pub(super) type Free = [Option<u64>; 3];
@@ -271,7 +271,7 @@ impl State {
         let before = free_on(worker);
         let result = change(worker);
         let after = free_on(worker);
-        if after != before && !self.indexes.stale.contains_key(name) {
+        if after != before {
             self.indexes.changed(worker, before, after);
         }
         Some(result)
@@ -502,8 +502,15 @@ impl Indexes {
         }
     }
 
-    /// A worker that was not stale has more or less free than before.
+    /// A worker has more or less free than before.
     fn changed(&mut self, worker: &Worker, before: Free, after: Free) {
+        if let Some(indexed) = self.stale.get(&worker.name) {
+            if *indexed == after {
+                self.stale.remove(&worker.name);
+                self.stale_scopes -= scope_count(worker);
+            }
+            return;
+        }
         let scopes = self.stale_scopes + scope_count(worker);
         if scopes > STALE_SCOPES_MAX {
             return self.move_free(Some((worker, before)), Some((worker, after)));
