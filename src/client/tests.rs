@@ -369,8 +369,12 @@ async fn who_shares_a_session_is_answered_in_time_where_no_node_is_there() {
         let session = session.clone();
         async move { session.allocate(vec![claim(&format!("b{i}"))]).await }
     });
+    // On a busy machine an attempt may be over before it is known that nobody listens.
+    let open = |e: &ClientError| {
+        matches!(e, ClientError::Unavailable { .. } | ClientError::OutcomeUnknown { .. })
+    };
     for answer in timeout(10 * given, join_all(all)).await.expect("an answer to each") {
-        assert!(matches!(answer, Err(ClientError::Unavailable { .. })), "{answer:?}");
+        assert!(answer.as_ref().is_err_and(open), "{answer:?}");
     }
 }
 
