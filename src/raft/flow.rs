@@ -13,6 +13,10 @@
 //! - Where that brings a request without entries, no answer that openraft would take for its own is
 //!   handed on before its own has come.
 //!
+//! A stream ends after a while ([`STREAM_MAX`]), in order, and another one follows it. openraft looks then at what it
+//! was told last to send: under load it does not in between, and what it is answered does not count if that is
+//! something else by now.
+//!
 //! When nobody reads the answers any more, the requests are dropped at once. HTTP/2 would go on sending them,
 //! and what openraft tells the streams to a follower is heard by one of them alone: the one that is read
 //! would never learn that it is to send something else, and openraft would not count what it is answered.
@@ -38,9 +42,13 @@ use crate::lock::guard;
 const COMMIT_WAIT: Duration = Duration::from_millis(1);
 /// How long what was sent last may be without its answer before more is asked for.
 const ASK_AFTER: Duration = Duration::from_millis(5);
+/// How long a stream may be.
+const STREAM_MAX: Duration = Duration::from_secs(10);
 /// With as much without an answer nothing is asked for. Another read of the log fits in the follower's window
 /// beside it.
 const UNDER_WAY_MAX_BYTES: usize = 3 << 20;
+/// So many bytes are around each entry.
+const AROUND_BYTES: usize = 32;
 const _: () = assert!(UNDER_WAY_MAX_BYTES + READ_BYTES < STREAM_WINDOW_BYTES as usize);
 
 type Request = AppendEntriesRequest<TypeConfig>;
@@ -51,6 +59,7 @@ pub(super) struct Flow(Arc<Mutex<UnderWay>>);
 struct UnderWay {
     /// `None`: there are no more.
     requests: Option<BoxStream<'static, Request>>,
+    began: Instant,
     /// Requests that were asked for.
     asked: u64,
     /// Without an answer, the oldest first.
@@ -90,7 +99,7 @@ fn bytes(request: &Request) -> usize {
         EntryPayload::Normal(batch) => batch.payload().len(),
         _ => 0,
     };
-    request.entries.iter().map(of).sum()
+    request.entries.iter().map(|entry| of(entry) + AROUND_BYTES).sum()
 }
 
 impl UnderWay {
@@ -112,6 +121,9 @@ impl UnderWay {
         let waits_until = self.asks_at().filter(|at| *at > Instant::now());
         let is_full = self.bytes >= UNDER_WAY_MAX_BYTES;
         let may_wait = self.hands || is_full || waits_until.is_some();
+        if self.began.elapsed() >= STREAM_MAX {
+            self.requests = None;
+        }
         let Some(requests) = &mut self.requests else { return Asked::Next(Poll::Ready(None)) };
         let ends = requests.size_hint().1 == Some(0);
         self.waits = !ends && may_wait;
@@ -208,6 +220,7 @@ pub(super) fn paced(
 ) -> (impl Stream<Item = Request> + Unpin, Flow) {
     let under_way = Arc::new(Mutex::new(UnderWay {
         requests: Some(requests.boxed()),
+        began: Instant::now(),
         asked: 0,
         sent: VecDeque::new(),
         bytes: 0,
@@ -365,6 +378,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_stream_ends_after_a_while_though_there_is_more_to_send() {
+        let more = |index| request(0, index, 1);
+        let (sent, flow) = paced(stream::iter((0..4).map(more)).chain(stream::pending()));
+        let (mut sent, mut peer) = (sent, Peer::new(flow));
+        sent.next().await.unwrap();
+        peer.answers();
+        peer.flow.taken();
+        sent.next().await.unwrap();
+        advance(STREAM_MAX).await;
+        assert!(sent.next().await.is_none());
+        assert_eq!(peer.answers(), [2], "what was sent is answered all the same");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn with_as_much_under_way_as_the_follower_may_be_sent_nothing_is_asked_for() {
         let large = |index| {
             let spec = crate::core::WorkerSpec {
@@ -386,7 +413,7 @@ mod tests {
         for _ in 0..2 {
             sent.next().await.unwrap();
         }
-        let next = tokio::time::timeout(Duration::from_secs(3600), sent.next()).await;
+        let next = tokio::time::timeout(STREAM_MAX / 2, sent.next()).await;
         assert!(next.is_err(), "nothing is answered");
         peer.answers();
         assert!(sent.next().now_or_never().is_none(), "openraft may not have it yet");

@@ -675,6 +675,9 @@ impl Answers<'_> {
                 }
                 Ok(Ok(None)) if self.flow.is_due() => return broke("left requests unanswered"),
                 Ok(Ok(None)) => return None,
+                // openraft may have something else to send since the last answer, and would take an error
+                // for that to what it has not sent yet. Whoever is not there is found out by the next request.
+                Ok(Err(_)) if !self.flow.is_due() => return None,
                 Ok(Err(status)) => return Some(Err(client.rejected(&status))),
                 // One that was due all the time.
                 Err(_) if due => {

@@ -7,14 +7,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::RaftError;
+use openraft::errors::{RPCError, RaftError};
+use openraft::network::{RPCOption, RaftNetworkFactory as _, v2::RaftNetworkV2 as _};
+use openraft::raft::AppendEntriesRequest;
 use portwarden::core::{self, Applied, Command, Event, digest};
 use portwarden::proto::peer as proto;
 use portwarden::raft::*;
 use portwarden::store::DataDir;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use crate::samples;
@@ -405,7 +411,6 @@ async fn a_node_that_lost_its_disk_learns_that_it_is_refused() {
 /// before the request is made, or it is called without a pause, on a whole core.
 #[tokio::test]
 async fn a_peer_that_is_down_is_called_once_a_request() {
-    use openraft::network::{RPCOption, RaftNetworkFactory as _, v2::RaftNetworkV2 as _};
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path(), 1, listen().await, 50_000).await;
     let gone = listen().await.local_addr().unwrap().to_string();
@@ -414,7 +419,7 @@ async fn a_peer_that_is_down_is_called_once_a_request() {
     let (pause, mut paused) = tokio::sync::mpsc::channel(1);
     let requests = futures::stream::once(Box::pin(async move {
         pause.send(()).await.unwrap();
-        openraft::raft::AppendEntriesRequest {
+        AppendEntriesRequest {
             vote: openraft::Vote::new(1, 1),
             prev_log_id: None,
             entries: Vec::new(),
@@ -426,29 +431,71 @@ async fn a_peer_that_is_down_is_called_once_a_request() {
     assert_eq!(paused.recv().await, Some(()), "the request was never asked for");
 }
 
+/// Of entries, from a leader to a follower that has answered the first request of it, a heartbeat.
+struct Stream {
+    _cluster: Cluster,
+    client: PeerClient,
+    /// Asked for by the client.
+    requests: Option<mpsc::Receiver<AppendEntriesRequest<TypeConfig>>>,
+    asks: mpsc::Sender<AppendEntriesRequest<TypeConfig>>,
+    /// Passes on what is sent, until it is aborted.
+    way: JoinHandle<()>,
+}
+
+impl Stream {
+    async fn prepare() -> Stream {
+        let cluster = cluster(3, 50_000).await;
+        let nodes = &cluster.nodes;
+        let leader = write(nodes, &[samples::register("w1", 0)]).await;
+        let (leader, follower) = (&nodes[leader], &nodes[(leader + 1) % 3]);
+        follower.caught_up(leader).await;
+        let (listener, to) = (listen().await, follower.address);
+        let member =
+            Member { peer: listener.local_addr().unwrap().to_string(), ..Member::default() };
+        let way = tokio::spawn(async move {
+            let (mut near, _) = listener.accept().await.unwrap();
+            let mut far = TcpStream::connect(to).await.unwrap();
+            let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+        });
+        let client = leader.network.clone().new_client(follower.id, &member).await;
+        let (asks, requests) = mpsc::channel(1);
+        let vote = leader.raft.metrics().borrow_watched().vote;
+        let (prev_log_id, entries, leader_commit) = (None, Vec::new(), None);
+        asks.send(AppendEntriesRequest { vote, prev_log_id, entries, leader_commit })
+            .await
+            .unwrap();
+        Stream { _cluster: cluster, client, requests: Some(requests), asks, way }
+    }
+
+    async fn answers(&mut self) -> BoxStream<'_, Result<Appended, RPCError<TypeConfig>>> {
+        let requests = ReceiverStream::new(self.requests.take().unwrap());
+        let option = RPCOption::new(PATIENCE);
+        let mut answers = self.client.stream_append(requests, option).await.unwrap();
+        assert!(matches!(answers.next().await, Some(Ok(Ok(None)))));
+        answers
+    }
+}
+
+type Appended = openraft::raft::StreamAppendResult<TypeConfig>;
+
 /// It would take from openraft what is meant for the stream after it: a member that was sent a snapshot counted
 /// as behind for ever then, and the log grew.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_nobody_listens_to_asks_for_no_more() {
-    use futures::StreamExt as _;
-    use openraft::network::{RPCOption, RaftNetworkFactory as _, v2::RaftNetworkV2 as _};
-    let Cluster { nodes, dirs: _dirs } = cluster(3, 50_000).await;
-    let leader = write(&nodes, &[samples::register("w1", 0)]).await;
-    let (leader, follower) = (&nodes[leader], &nodes[(leader + 1) % 3]);
-    follower.caught_up(leader).await;
-    let heartbeat = openraft::raft::AppendEntriesRequest {
-        vote: leader.raft.metrics().borrow_watched().vote,
-        prev_log_id: None,
-        entries: Vec::new(),
-        leader_commit: None,
-    };
-    let member = Member { peer: follower.address.to_string(), ..Member::default() };
-    let mut client = leader.network.clone().new_client(follower.id, &member).await;
-    let (asks, requests) = tokio::sync::mpsc::channel(1);
-    asks.send(heartbeat).await.unwrap();
-    let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-    let mut answers = client.stream_append(requests, RPCOption::new(PATIENCE)).await.unwrap();
-    assert!(matches!(answers.next().await, Some(Ok(Ok(None)))));
-    drop(answers);
-    tokio::time::timeout(PATIENCE, asks.closed()).await.expect("the requests are dropped");
+    let mut stream = Stream::prepare().await;
+    drop(stream.answers().await);
+    let closed = tokio::time::timeout(PATIENCE, stream.asks.closed()).await;
+    closed.expect("the requests are dropped");
+}
+
+/// openraft would take an error to what it has told the stream to send since, which it has not sent, and would
+/// not count any more what it is answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_breaks_with_nothing_due_ends_without_an_error() {
+    let mut stream = Stream::prepare().await;
+    let way = stream.way.abort_handle();
+    let mut answers = stream.answers().await;
+    way.abort();
+    let end = tokio::time::timeout(PATIENCE, answers.next()).await.expect("it ends");
+    assert!(end.is_none(), "{end:?}");
 }
