@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures::future::pending;
 use futures::{StreamExt as _, stream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::yield_now;
@@ -23,7 +24,7 @@ use tonic::{Status, Streaming};
 use super::Client;
 use super::call::{Tour, by, methods};
 use super::error::{ClientError, Verdict, judge};
-use crate::proto::session::Size;
+use crate::proto::session::{SESSION_MAX_BYTES, Size};
 use crate::proto::v1;
 pub use v1::session_answer::Answer;
 pub use v1::session_command::Command;
@@ -32,7 +33,7 @@ const PATH: &str = "/portwarden.v1.Allocator/Session";
 /// Commands under way on one stream, and their bytes; what comes then waits for the answers. A node takes a MiB
 /// before it has read it: a stream that waits for more room there cannot be ended.
 const WINDOW: usize = 8192;
-const WINDOW_BYTES: usize = 768 << 10;
+const WINDOW_BYTES: usize = SESSION_MAX_BYTES;
 /// Commands that go on as calls of their own at a time.
 const ALONE_AT_ONCE: usize = 64;
 /// Calls that may wait for their turn in each of the two queues.
@@ -56,27 +57,45 @@ struct Jobs {
 struct Queue {
     urgent: mpsc::Receiver<Job>,
     others: mpsc::Receiver<Job>,
+    /// Did not fit beside what was under way. It goes before all others.
+    next: Option<Job>,
 }
 
 impl Queue {
     fn new() -> (Jobs, Queue) {
         let (urgent, first) = mpsc::channel(JOBS_MAX);
         let (others, then) = mpsc::channel(JOBS_MAX);
-        (Jobs { urgent, others }, Queue { urgent: first, others: then })
+        (Jobs { urgent, others }, Queue { urgent: first, others: then, next: None })
     }
 
-    /// `None` once nobody can ask for anything any more. May be dropped and called again.
-    async fn recv(&mut self) -> Option<Job> {
-        tokio::select! {
-            biased;
-            Some(job) = self.urgent.recv() => Some(job),
-            Some(job) = self.others.recv() => Some(job),
-            else => None,
+    /// The next that fits beside what is under way; `None` once nobody can ask for anything any more. May be
+    /// dropped and called again.
+    async fn recv(&mut self, load: Load) -> Option<Job> {
+        if self.next.is_none() {
+            self.next = tokio::select! {
+                biased;
+                Some(job) = self.urgent.recv() => Some(job),
+                Some(job) = self.others.recv() => Some(job),
+                else => return None,
+            };
+        }
+        match self.next.take_if(|job| load.takes(job)) {
+            Some(job) => Some(job),
+            // The answers make room.
+            None => pending().await,
         }
     }
 
-    fn try_recv(&mut self) -> Option<Job> {
-        self.urgent.try_recv().or_else(|_| self.others.try_recv()).ok()
+    fn try_recv(&mut self, load: Load) -> Option<Job> {
+        let next = self.next.take().or_else(|| self.urgent.try_recv().ok());
+        self.next = next.or_else(|| self.others.try_recv().ok());
+        self.next.take_if(|job| load.takes(job))
+    }
+
+    /// One of those that are not urgent, unless another one waits for room.
+    fn try_recv_other(&mut self, load: Load) -> Option<Job> {
+        self.next = self.next.take().or_else(|| self.others.try_recv().ok());
+        self.next.take_if(|job| load.takes(job))
     }
 }
 
@@ -396,8 +415,9 @@ struct Load {
 }
 
 impl Load {
-    fn has_room(self) -> bool {
-        self.commands < WINDOW && self.bytes < WINDOW_BYTES
+    fn takes(self, job: &Job) -> bool {
+        let bytes = self.bytes + job.size.bytes();
+        self.commands < WINDOW && (self.bytes == 0 || bytes <= WINDOW_BYTES)
     }
 
     fn add(&mut self, job: &Job) {
@@ -451,7 +471,7 @@ impl Message {
 
 async fn drive(client: Client, mut queue: Queue) {
     let mut tour = client.tour();
-    while let Some(first) = queue.recv().await {
+    while let Some(first) = queue.recv(Load::default()).await {
         let timeout = client.shared.attempt_timeout;
         let (messages, outgoing) = mpsc::unbounded_channel();
         let (ends, ended) = oneshot::channel::<()>();
@@ -463,7 +483,7 @@ async fn drive(client: Client, mut queue: Queue) {
             Err(verdict) => {
                 tracing::debug!(at = tour.door().name, ?verdict, "a session was not opened");
                 // Their callers try by themselves, while they have time.
-                let waiting = std::iter::from_fn(|| queue.try_recv());
+                let waiting = std::iter::from_fn(|| queue.try_recv(Load::default()));
                 std::iter::once(first)
                     .chain(waiting)
                     .for_each(|job| drop(job.done.send(Err(None))));
@@ -497,8 +517,8 @@ impl Line {
                 return None;
             }
             let overdue = self.under_way.front().map(|waiting| waiting.overdue);
-            let room = self.load.has_room() && !over;
             tokio::select! {
+                biased;
                 answers = self.answers.message() => match answers {
                     Ok(Some(response)) => {
                         tour.answered();
@@ -510,7 +530,7 @@ impl Line {
                     Ok(None) => return Some("the node ended the session".into()),
                     Err(status) => return Some(status.message().to_string()),
                 },
-                first = queue.recv(), if room => {
+                first = queue.recv(self.load), if !over => {
                     let Some(first) = first else {
                         over = true;
                         continue;
@@ -539,12 +559,13 @@ impl Line {
     /// Adds what is there already, while there is room: an urgent one may come yet. One of the others goes
     /// along in any case, or a flood of urgent ones would keep them all.
     fn gather(&self, jobs: &mut Vec<Job>, queue: &mut Queue) {
-        jobs.extend(queue.others.try_recv());
         let mut load = self.load;
         jobs.iter().for_each(|job| load.add(job));
-        while load.has_room()
-            && let Some(job) = queue.try_recv()
-        {
+        if let Some(job) = queue.try_recv_other(load) {
+            load.add(&job);
+            jobs.push(job);
+        }
+        while let Some(job) = queue.try_recv(load) {
             load.add(&job);
             jobs.push(job);
         }
@@ -660,10 +681,39 @@ mod tests {
             tokio::spawn(async move { session.all(commands).await });
             yield_now().await;
         }
-        let mut sent = vec![queue.recv().await.unwrap()];
-        sent.extend(std::iter::from_fn(|| queue.try_recv()));
+        let idle = Load::default();
+        let mut sent = vec![queue.recv(idle).await.unwrap()];
+        sent.extend(std::iter::from_fn(|| queue.try_recv(idle)));
         let commands = |job: Job| job.commands.into_iter().filter_map(|one| one.command).collect();
         let sent: Vec<Vec<Command>> = sent.into_iter().map(commands).collect();
         assert_eq!(sent, [vec![release("b", 1)], vec![get()], vec![release("a", 1), get()]]);
+    }
+
+    /// Nothing overtakes it then: what is urgent would keep it for ever.
+    #[tokio::test]
+    async fn what_does_not_fit_beside_what_is_under_way_is_next() {
+        let (jobs, mut queue) = Queue::new();
+        let until = Instant::now() + Duration::from_secs(1);
+        let large = release(&"x".repeat(WINDOW_BYTES / 2), 1);
+        let large = || Job { size: Size::to_send(&large), ..job(until) };
+        let mut load = Load::default();
+        for _ in 0..2 {
+            jobs.others.send(large()).await.unwrap();
+        }
+        load.add(&queue.recv(load).await.unwrap());
+        assert!(queue.try_recv(load).is_none(), "the bytes around it");
+        jobs.urgent.send(job(until)).await.unwrap();
+        assert!(queue.try_recv(load).is_none());
+        assert!(queue.try_recv_other(load).is_none());
+        let waits = tokio::time::timeout(Duration::from_millis(10), queue.recv(load));
+        assert!(waits.await.is_err());
+        let mut sizes = Vec::new();
+        while let Some(job) = queue.try_recv(Load::default()) {
+            sizes.push(job.size.bytes() > WINDOW_BYTES / 2);
+        }
+        assert_eq!(sizes, [true, false]);
+        let beyond =
+            Job { size: Size::to_send(&release(&"x".repeat(WINDOW_BYTES), 1)), ..job(until) };
+        assert!(Load::default().takes(&beyond), "it would never go");
     }
 }
