@@ -13,9 +13,9 @@
 //! - Where that brings a request without entries, no answer that openraft would take for its own is
 //!   handed on before its own has come.
 //!
-//! A stream ends after a while ([`STREAM_MAX`]), in order, and another one follows it. openraft looks then at what it
-//! was told last to send: under load it does not in between, and what it is answered does not count if that is
-//! something else by now.
+//! Where openraft has always had something to send for a while ([`BUSY_MAX`]), the stream ends, in order, and another
+//! one follows it. openraft looks then at what it was told last to send, which it else does when it has nothing:
+//! if that is something else by now, what it is answered does not count.
 //!
 //! When nobody reads the answers any more, the requests are dropped at once. HTTP/2 would go on sending them,
 //! and what openraft tells the streams to a follower is heard by one of them alone: the one that is read
@@ -42,8 +42,8 @@ use crate::lock::guard;
 const COMMIT_WAIT: Duration = Duration::from_millis(1);
 /// How long what was sent last may be without its answer before more is asked for.
 const ASK_AFTER: Duration = Duration::from_millis(5);
-/// How long a stream may be.
-const STREAM_MAX: Duration = Duration::from_secs(10);
+/// For how long openraft may always have something to send on one stream.
+const BUSY_MAX: Duration = Duration::from_secs(10);
 /// With as much without an answer nothing is asked for. Another read of the log fits in the follower's window
 /// beside it.
 const UNDER_WAY_MAX_BYTES: usize = 3 << 20;
@@ -59,7 +59,8 @@ pub(super) struct Flow(Arc<Mutex<UnderWay>>);
 struct UnderWay {
     /// `None`: there are no more.
     requests: Option<BoxStream<'static, Request>>,
-    began: Instant,
+    /// `None`: openraft had nothing to send when it was last asked.
+    busy_since: Option<Instant>,
     /// Requests that were asked for.
     asked: u64,
     /// Without an answer, the oldest first.
@@ -110,6 +111,7 @@ impl UnderWay {
 
     fn take_request(&mut self, request: &Request) {
         self.asked += 1;
+        self.busy_since.get_or_insert_with(Instant::now);
         if request.entries.is_empty() && !self.sent.is_empty() {
             self.doubts.push_back((last_index(request), self.asked));
         }
@@ -121,7 +123,7 @@ impl UnderWay {
         let waits_until = self.asks_at().filter(|at| *at > Instant::now());
         let is_full = self.bytes >= UNDER_WAY_MAX_BYTES;
         let may_wait = self.hands || is_full || waits_until.is_some();
-        if self.began.elapsed() >= STREAM_MAX {
+        if self.busy_since.is_some_and(|since| since.elapsed() >= BUSY_MAX) {
             self.requests = None;
         }
         let Some(requests) = &mut self.requests else { return Asked::Next(Poll::Ready(None)) };
@@ -134,7 +136,7 @@ impl UnderWay {
         match &next {
             Poll::Ready(Some(request)) => self.take_request(request),
             Poll::Ready(None) => self.requests = None,
-            Poll::Pending => {}
+            Poll::Pending => self.busy_since = None,
         }
         Asked::Next(next)
     }
@@ -220,7 +222,7 @@ pub(super) fn paced(
 ) -> (impl Stream<Item = Request> + Unpin, Flow) {
     let under_way = Arc::new(Mutex::new(UnderWay {
         requests: Some(requests.boxed()),
-        began: Instant::now(),
+        busy_since: None,
         asked: 0,
         sent: VecDeque::new(),
         bytes: 0,
@@ -378,7 +380,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stream_ends_after_a_while_though_there_is_more_to_send() {
+    async fn a_stream_with_always_more_to_send_ends_after_a_while() {
         let more = |index| request(0, index, 1);
         let (sent, flow) = paced(stream::iter((0..4).map(more)).chain(stream::pending()));
         let (mut sent, mut peer) = (sent, Peer::new(flow));
@@ -386,9 +388,21 @@ mod tests {
         peer.answers();
         peer.flow.taken();
         sent.next().await.unwrap();
-        advance(STREAM_MAX).await;
+        advance(BUSY_MAX).await;
         assert!(sent.next().await.is_none());
         assert_eq!(peer.answers(), [2], "what was sent is answered all the same");
+
+        let (asks, requests) = mpsc::unbounded_channel();
+        let (sent, flow) = paced(UnboundedReceiverStream::new(requests));
+        let (mut sent, mut peer) = (sent, Peer::new(flow));
+        for index in 0..3 {
+            asks.send(request(0, index, 1)).unwrap();
+            assert!(sent.next().await.is_some(), "there was nothing to send for a moment");
+            peer.answers();
+            peer.flow.taken();
+            assert!(sent.next().now_or_never().is_none());
+            advance(BUSY_MAX).await;
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -413,7 +427,7 @@ mod tests {
         for _ in 0..2 {
             sent.next().await.unwrap();
         }
-        let next = tokio::time::timeout(STREAM_MAX / 2, sent.next()).await;
+        let next = tokio::time::timeout(BUSY_MAX / 2, sent.next()).await;
         assert!(next.is_err(), "nothing is answered");
         peer.answers();
         assert!(sent.next().now_or_never().is_none(), "openraft may not have it yet");
