@@ -79,12 +79,23 @@ fn allocate(claims: Vec<Claim>) -> Command {
     Command::allocate(claims, SPAN)
 }
 
+fn granted(state: &mut State, claims: Vec<Claim>) -> Vec<Arc<Allocation>> {
+    let applied = done(state, &allocate(claims));
+    let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!("granted") };
+    allocations
+}
+
+fn release(state: &mut State, held: Vec<Arc<Allocation>>) {
+    for held in held {
+        let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
+        done(state, &Command::Release { name, authority });
+    }
+}
+
 /// Grants and gives back, so that the table stays as large as it is.
 fn pair(state: &mut State, name: &str, placement: Placement) {
-    let applied = done(state, &allocate(vec![claim(name, placement)]));
-    let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!("granted") };
-    let authority = Authority::Holder(allocations[0].token);
-    done(state, &Command::Release { name: name.parse().expect("a name"), authority });
+    let held = granted(state, vec![claim(name, placement)]);
+    release(state, held);
 }
 
 /// So many ports of every worker are held.
@@ -105,18 +116,9 @@ fn allocated_in_turns(state: &mut State, workers: u32, next: &mut u64) -> Vec<Ar
     for _ in 0..UNDER_WAY {
         *next += 1;
         let at = Placement::Worker(worker(*next as u32 % workers));
-        let applied = done(state, &allocate(vec![claim(&format!("i{next}"), at)]));
-        let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!("granted") };
-        held.extend(allocations);
+        held.extend(granted(state, vec![claim(&format!("i{next}"), at)]));
     }
     held
-}
-
-fn release(state: &mut State, held: Vec<Arc<Allocation>>) {
-    for held in held {
-        let (name, authority) = (held.name().clone(), Authority::Holder(held.token));
-        done(state, &Command::Release { name, authority });
-    }
 }
 
 fn of_apply(c: &mut Criterion) {
@@ -201,9 +203,8 @@ fn of_apply(c: &mut Criterion) {
                     claim.ports[0].ports = Ports::Count(ports);
                     claim
                 });
-                let applied = done(&mut state, &allocate(claims.collect()));
-                let Ok(Outcome::Allocated { allocations, .. }) = applied.outcome else { panic!() };
-                release(&mut state, allocations);
+                let held = granted(&mut state, claims.collect());
+                release(&mut state, held);
             });
         });
     }

@@ -56,6 +56,7 @@ type Request = AppendEntriesRequest<TypeConfig>;
 /// What one append stream has under way, for whoever reads its answers.
 pub(super) struct Flow(Arc<Mutex<UnderWay>>);
 
+#[derive(Default)]
 struct UnderWay {
     /// `None`: there are no more.
     requests: Option<BoxStream<'static, Request>>,
@@ -220,17 +221,8 @@ enum Asked {
 pub(super) fn paced(
     requests: impl Stream<Item = Request> + Send + 'static,
 ) -> (impl Stream<Item = Request> + Unpin, Flow) {
-    let under_way = Arc::new(Mutex::new(UnderWay {
-        requests: Some(requests.boxed()),
-        busy_since: None,
-        asked: 0,
-        sent: VecDeque::new(),
-        bytes: 0,
-        doubts: VecDeque::new(),
-        hands: false,
-        sender: None,
-        waits: false,
-    }));
+    let under_way =
+        Arc::new(Mutex::new(UnderWay { requests: Some(requests.boxed()), ..UnderWay::default() }));
     let flow = Flow(under_way.clone());
     let mut held: Option<Request> = None;
     let mut held_for = Box::pin(sleep(COMMIT_WAIT));
