@@ -472,7 +472,7 @@ async fn a_read_in_doubt_is_repeated() {
     assert_eq!(response.allocation.unwrap().name, "a");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn without_a_leader_the_call_ends_before_the_deadline_and_nothing_is_done() {
     let (fake, api) = fake();
     *fake.failures.lock().unwrap() = vec![CallError::NotLeader { leader: None }; 1000].into();

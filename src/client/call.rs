@@ -26,6 +26,9 @@ use crate::proto::v1::{ListMembersRequest, ListMembersResponse};
 /// The pause after the first round over all endpoints; twice as long after each further one.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// The time that another attempt has at least, and a twentieth of the timeout where that is less: one that ends
+/// before it can be answered leaves unknown what was known not to be done.
+const AGAIN_MIN: Duration = Duration::from_millis(50);
 /// Largest answer taken: more than a node sends.
 const ANSWER_MAX_BYTES: usize = 16 << 20;
 
@@ -189,6 +192,9 @@ impl Client {
             };
             tracing::debug!(method = method.path, attempt, ?heard, "no answer");
             let pause = tour.move_on(asked_pause);
+            if doubt.is_none() && !self.has_time(pause, deadline) {
+                break;
+            }
             sleep(pause.min(deadline.saturating_duration_since(Instant::now()))).await;
         }
         Err(match doubt {
@@ -244,6 +250,12 @@ impl Client {
         let requests = Request::new(requests);
         ask(door, given, async |grpc| grpc.streaming(requests, path, ProstCodec::default()).await)
             .await
+    }
+
+    /// Is there time for another attempt after the pause?
+    pub(super) fn has_time(&self, pause: Duration, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        left >= pause + AGAIN_MIN.min(self.timeout / 20)
     }
 
     /// Half to one and a half times the pause, so that clients do not come back all at once.

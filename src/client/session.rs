@@ -192,28 +192,25 @@ impl Session {
         let deadline = Instant::now() + self.client.timeout;
         let mut answers: BTreeMap<usize, Result<Answer, ClientError>> = BTreeMap::new();
         let mut left: Vec<(usize, Command)> = commands.into_iter().enumerate().collect();
-        let mut again = false;
+        let mut was_overloaded = false;
         loop {
-            let (places, commands): (Vec<usize>, Vec<Command>) = left.drain(..).unzip();
-            let (mut rest, mut pause) = (Vec::new(), Duration::ZERO);
+            let (places, commands): (Vec<usize>, Vec<Command>) = left.into_iter().unzip();
+            let (mut rest, mut refused, mut pause) = (Vec::new(), Vec::new(), Duration::ZERO);
             for (at, (command, settled)) in
                 places.into_iter().zip(self.round(commands, deadline).await)
             {
                 match settled {
                     Ok(answer) => drop(answers.insert(at, Ok(answer))),
-                    Err(Verdict::NotDone { why, pause: Some(asked) }) => {
-                        if Instant::now() + asked < deadline {
-                            pause = pause.max(asked);
-                            left.push((at, command));
-                        } else {
-                            let unavailable = ClientError::Unavailable { why, overloaded: true };
-                            answers.insert(at, Err(unavailable));
-                        }
+                    // One that was not sent: what it was refused for before is why.
+                    Err(Verdict::NotDone { why, pause: asked })
+                        if (was_overloaded || asked.is_some())
+                            && !self.client.has_time(asked.unwrap_or_default(), deadline) =>
+                    {
+                        answers.insert(at, Err(overloaded(why)));
                     }
-                    // What it was refused for before is why: time was over for another try.
-                    Err(Verdict::NotDone { why, .. }) if again && Instant::now() >= deadline => {
-                        let unavailable = ClientError::Unavailable { why, overloaded: true };
-                        answers.insert(at, Err(unavailable));
+                    Err(Verdict::NotDone { why, pause: Some(asked) }) => {
+                        pause = pause.max(asked);
+                        refused.push((at, command, why));
                     }
                     Err(verdict) => rest.push((at, command, verdict)),
                 }
@@ -221,12 +218,18 @@ impl Session {
             if !rest.is_empty() {
                 answers.extend(Box::pin(self.each_alone(rest, deadline)).await);
             }
-            if left.is_empty() {
+            if refused.is_empty() {
                 return answers.into_values().collect();
             }
             // The cluster is overloaded, and these were not done: again, all of them together.
-            sleep(self.client.jitter(pause)).await;
-            again = true;
+            let pause = self.client.jitter(pause);
+            if !self.client.has_time(pause, deadline) {
+                answers.extend(refused.into_iter().map(|(at, _, why)| (at, Err(overloaded(why)))));
+                return answers.into_values().collect();
+            }
+            left = refused.into_iter().map(|(at, command, _)| (at, command)).collect();
+            sleep(pause).await;
+            was_overloaded = true;
         }
     }
 
@@ -319,7 +322,7 @@ impl Session {
         let left = deadline.saturating_duration_since(Instant::now());
         let doubt = match verdict {
             Verdict::Refused(refused) => return Err(ClientError::Refused(refused)),
-            Verdict::NotDone { why, pause } if left.is_zero() => {
+            Verdict::NotDone { why, pause } if !self.client.has_time(Duration::ZERO, deadline) => {
                 return Err(ClientError::Unavailable { why, overloaded: pause.is_some() });
             }
             Verdict::Doubtful { why } if left.is_zero() => {
@@ -621,6 +624,10 @@ fn status(error: v1::SessionError) -> Status {
     Status::with_details(error.code.into(), error.message, error.details.into())
 }
 
+fn overloaded(why: String) -> ClientError {
+    ClientError::Unavailable { why, overloaded: true }
+}
+
 fn another(answer: Answer) -> ClientError {
     ClientError::OutcomeUnknown {
         why: format!("the answer is that of another command: {answer:?}"),
@@ -634,6 +641,44 @@ fn lost() -> ClientError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::Options;
+    use crate::proto::{DOMAIN, reason};
+    use tonic::Code;
+    use tonic_types::{ErrorDetails, StatusExt as _};
+
+    /// Where it is known that nothing was done, a try that cannot be answered would leave it unknown.
+    #[tokio::test(start_paused = true)]
+    async fn no_try_begins_without_time_for_its_answer() {
+        let options = Options::default();
+        let options = Options { timeout: Duration::from_secs(2), seed: Some(1), ..options };
+        let client = Client::connect(vec!["127.0.0.1:1".into()], options).unwrap();
+        let (jobs, mut queue) = Queue::new();
+        let session = Session { client, jobs };
+        let refuses = tokio::spawn(async move {
+            let reason = reason::OVERLOADED;
+            let mut details = ErrorDetails::with_error_info(reason, DOMAIN, []);
+            details.set_retry_info(Some(Duration::from_millis(1_800)));
+            let code = Code::ResourceExhausted;
+            let status = Status::with_error_details(code, "overloaded", details);
+            let (message, details) = (status.message().into(), status.details().to_vec());
+            let refused = Answer::Error(v1::SessionError { code: code.into(), message, details });
+            let mut tries = 0;
+            while let Some(job) = queue.recv(Load::default()).await {
+                let left = job.deadline.saturating_duration_since(Instant::now());
+                assert!(left >= Duration::from_millis(50), "{left:?}");
+                tries += 1;
+                let _ = job.done.send(Ok(vec![refused.clone()]));
+            }
+            tries
+        });
+        for _ in 0..1_000 {
+            let refused = session.release("a", 1).await.unwrap_err();
+            assert!(matches!(refused, ClientError::Unavailable { overloaded: true, .. }));
+        }
+        drop(session);
+        let tries = refuses.await.unwrap();
+        assert!(tries > 1_000, "none had another try");
+    }
 
     fn job(deadline: Instant) -> Job {
         let commands = vec![v1::SessionCommand { id: 0, command: Some(release("a", 1)) }];
