@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::errors;
+use crate::blocking::FreedAside;
 use crate::core::{Invalid, Revision, State};
 
 pub const PAGE_SIZE_DEFAULT: u32 = 1000;
@@ -40,13 +41,13 @@ pub struct Views {
 }
 
 struct Kept {
-    view: State,
+    view: FreedAside<State>,
     until: Instant,
 }
 
 impl Kept {
     fn new(view: State, time: Duration) -> Kept {
-        Kept { view, until: Instant::now() + time }
+        Kept { view: view.into(), until: Instant::now() + time }
     }
 }
 
@@ -64,16 +65,19 @@ impl Views {
     }
 
     pub fn find(&mut self, revision: Revision) -> Option<State> {
-        let Kept { view, .. } = self.kept.remove(self.position(revision)?)?;
-        self.kept.push_back(Kept::new(view.clone(), VIEW_IDLE_MAX));
+        let mut found = self.kept.remove(self.position(revision)?)?;
+        found.until = Instant::now() + VIEW_IDLE_MAX;
+        let view = State::clone(&found.view);
+        self.kept.push_back(found);
         Some(view)
     }
 
     /// A listing had its last page. Another one at the same revision may go on.
     pub fn end(&mut self, revision: Revision) {
         let ended = self.position(revision).and_then(|at| self.kept.remove(at));
-        if let Some(Kept { view, .. }) = ended {
-            self.kept.push_front(Kept::new(view, VIEW_ENDED_MAX));
+        if let Some(mut ended) = ended {
+            ended.until = Instant::now() + VIEW_ENDED_MAX;
+            self.kept.push_front(ended);
         }
     }
 

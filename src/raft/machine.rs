@@ -27,7 +27,7 @@ use super::convert;
 use super::types::{
     Batch, BatchReply, Entry, LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
 };
-use crate::blocking::blocking;
+use crate::blocking::{FreedAside, blocking};
 use crate::core::{self, Applied, Checkpoint, Command, Event, Leader, Origin, Specs};
 #[cfg(planted)]
 use crate::planted::{self, Bug};
@@ -257,7 +257,7 @@ fn load(file: &SnapshotFile) -> Result<Table, StoreError> {
 
 /// Writes the table as it was when the builder was made.
 pub struct SnapshotBuilder {
-    table: Arc<Table>,
+    table: FreedAside<Arc<Table>>,
     snapshots: SnapshotStore,
 }
 
@@ -331,7 +331,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
-        SnapshotBuilder { table: self.view.table(), snapshots: self.snapshots.clone() }
+        SnapshotBuilder { table: self.view.table().into(), snapshots: self.snapshots.clone() }
     }
 
     async fn install_snapshot(
@@ -350,9 +350,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             Ok::<_, StoreError>(table)
         });
         let table = installed.await.map_err(io::Error::other)??;
-        // It may be large: it goes when others see the new one.
         let old = std::mem::replace(&mut self.view.change().table, table);
-        drop(old);
+        drop(FreedAside::from(old));
         let index = meta.last_log_id.map_or(0, |at| at.index);
         tracing::info!(index, "the table is a peer's snapshot now");
         self.changed.send_replace(());
