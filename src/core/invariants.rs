@@ -302,6 +302,7 @@ fn check_indexes(state: &State) -> Result<(), String> {
         not_ready,
         stale: OrdMap::new(),
         stale_scopes: 0,
+        moved_at_once: 0,
     };
     if anew != state.indexes {
         return Err("the indexes are not the inverse of the maps".into());

@@ -44,6 +44,8 @@ pub(super) struct Indexes {
     pub stale: OrdMap<WorkerName, Free>,
     /// Scopes of those workers, each of which `by_free` is behind on.
     pub stale_scopes: usize,
+    /// Changes since it was settled of workers that would have been too many.
+    pub moved_at_once: usize,
     /// GPU UUIDs, where known.
     pub gpu_owner: OrdMap<String, WorkerName>,
     /// Network namespaces of workers with an agent. The boot is part of the key: after a reboot the
@@ -61,6 +63,9 @@ pub(super) struct Indexes {
 /// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, some
 /// milliseconds.
 pub(super) const STALE_SCOPES_MAX: usize = 4096;
+/// Workers that are moved at once for each that is stale, until all are settled: where that was in vain, it
+/// cost a quarter more.
+const MOVED_AT_ONCE: usize = 4;
 
 /// What a worker has free of each [`Resource`].
 pub(super) type Free = [Option<u64>; 3];
@@ -271,14 +276,15 @@ impl State {
         let before = free_on(worker);
         let result = change(worker);
         let after = free_on(worker);
-        if after != before {
-            self.indexes.changed(worker, before, after);
+        if after != before && self.indexes.changed(worker, before, after) {
+            self.settle();
         }
         Some(result)
     }
 
     /// Brings `by_free` up to date.
     pub(super) fn settle(&mut self) {
+        self.indexes.moved_at_once = 0;
         while let Some((name, _)) = self.indexes.stale.get_min() {
             let worker = self.workers.get(name);
             let Some(worker) = worker else { unreachable!("who leaves is forgotten") };
@@ -502,21 +508,25 @@ impl Indexes {
         }
     }
 
-    /// A worker has more or less free than before.
-    fn changed(&mut self, worker: &Worker, before: Free, after: Free) {
+    /// A worker has more or less free than before. True where it is worth the while to settle: what holds
+    /// the places of those that are stale may never again be what `by_free` says.
+    fn changed(&mut self, worker: &Worker, before: Free, after: Free) -> bool {
         if let Some(indexed) = self.stale.get(&worker.name) {
             if *indexed == after {
                 self.stale.remove(&worker.name);
                 self.stale_scopes -= scope_count(worker);
             }
-            return;
+            return false;
         }
         let scopes = self.stale_scopes + scope_count(worker);
         if scopes > STALE_SCOPES_MAX {
-            return self.move_free(Some((worker, before)), Some((worker, after)));
+            self.move_free(Some((worker, before)), Some((worker, after)));
+            self.moved_at_once += 1;
+            return self.moved_at_once >= MOVED_AT_ONCE * self.stale.len();
         }
         self.stale.insert(worker.name.clone(), before);
         self.stale_scopes = scopes;
+        false
     }
 
     /// The same for what they have free. What `old` put in may be less than it has, or more.

@@ -219,3 +219,36 @@ fn a_selection_sees_what_named_claims_took_on_more_workers_than_may_be_stale() {
     assert_eq!(at(Policy::Binpack), name(0));
     assert_eq!(at(Policy::Spread), name(workers - 1));
 }
+
+/// Once those that changed for good are settled, a worker that is soon back where it was is not moved.
+#[test]
+fn workers_that_changed_for_good_do_not_hold_the_places_of_the_stale_ones() {
+    // Each has two scopes: a third of them is stale.
+    let workers = 3 * STALE_SCOPES_MAX as u64 / 2;
+    let name = |i: u64| format!("w{i:04}");
+    let mut state = State::default();
+    let mut ok = |command: &Command| {
+        let (applied, _) = apply(&mut state, &ORIGIN, command);
+        (applied.outcome.unwrap(), state.indexes.moved_at_once)
+    };
+    for i in 0..workers {
+        let labelled =
+            with(spec(&[("service", 1, 3)], &[]), |s| s.labels = labels(&[("zone", "a")]));
+        ok(&register(&name(i), labelled));
+    }
+    for i in 0..workers {
+        ok(&allocate(&[claim(&format!("held{i}"), &name(i)).count(1)]));
+    }
+    let moved: Vec<_> = (0..workers)
+        .map(|i| {
+            let (outcome, _) = ok(&allocate(&[claim("soon", &name(i)).count(1)]));
+            let Outcome::Allocated { allocations, .. } = outcome else { panic!("granted") };
+            let (name, token) = (allocations[0].name().clone(), allocations[0].token);
+            ok(&Command::Release { name, authority: Authority::Holder(token) }).1
+        })
+        .collect();
+    let (most, last) = (moved.iter().max().unwrap(), moved.iter().rposition(|moved| *moved > 0));
+    assert!(*most > workers as usize, "they are moved, while there is no place");
+    assert!(last.unwrap() < workers as usize * 3 / 4, "{last:?}");
+    check_invariants(&state).unwrap();
+}
