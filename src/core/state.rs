@@ -387,7 +387,7 @@ impl Restore {
         if self.state.worker(&name).is_some() {
             return Err(format!("worker {name} is recorded twice"));
         }
-        let new = Worker::with_pools(name, spec, pools, created);
+        let new = Worker::with_pools(name, spec, pools.into(), created);
         let worker = Worker { phase, phase_before, version, booted, ..new };
         self.state.workers.insert(worker.name.clone(), Arc::new(worker));
         Ok(())

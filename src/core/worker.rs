@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use imbl::OrdMap;
+use smallvec::SmallVec;
 
 use super::claim::GpuShare;
 use super::limits::*;
@@ -275,10 +276,10 @@ pub struct Worker {
     /// While it is `Lost` or `Unverified`: the phase that it has again once its agent reports, or it
     /// is verified. Else the same.
     pub phase_before: WorkerPhase,
-    /// In the order of `spec.ranges`.
-    pub pools: Vec<Pool>,
+    /// In the order of `spec.ranges`: where it is one, it lies in the worker, and is found and copied with it.
+    pub pools: SmallVec<[Pool; 1]>,
     /// In the order of `spec.gpus`.
-    pub gpus: Vec<Gpu>,
+    pub gpus: SmallVec<[Gpu; 1]>,
     /// Names of the allocations placed here.
     pub allocations: OrdMap<InstanceName, ()>,
     /// Revision of the registration.
@@ -301,7 +302,7 @@ impl Worker {
     pub(super) fn with_pools(
         name: WorkerName,
         spec: WorkerSpec,
-        pools: Vec<Pool>,
+        pools: SmallVec<[Pool; 1]>,
         revision: Revision,
     ) -> Self {
         let gpus = spec.gpus.iter().map(Gpu::new).collect();
