@@ -10,6 +10,7 @@
 //! is first, so that a call costs O(page) whatever its filters let through.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::time::Duration;
 
 use prost::Message;
@@ -41,13 +42,13 @@ pub struct Views {
 }
 
 struct Kept {
-    view: FreedAside<State>,
+    view: State,
     until: Instant,
 }
 
 impl Kept {
     fn new(view: State, time: Duration) -> Kept {
-        Kept { view: view.into(), until: Instant::now() + time }
+        Kept { view, until: Instant::now() + time }
     }
 }
 
@@ -58,26 +59,23 @@ impl Views {
         // Another listing may have ended at the same revision.
         let known = self.position(view.revision).and_then(|at| self.kept.remove(at));
         if known.is_none() && self.kept.len() == VIEWS_MAX {
-            self.kept.pop_front();
+            drop(FreedAside::from(self.kept.pop_front()));
         }
         self.kept.push_back(Kept::new(view.clone(), VIEW_IDLE_MAX));
-        !std::mem::replace(&mut self.watched, true)
+        !mem::replace(&mut self.watched, true)
     }
 
     pub fn find(&mut self, revision: Revision) -> Option<State> {
-        let mut found = self.kept.remove(self.position(revision)?)?;
-        found.until = Instant::now() + VIEW_IDLE_MAX;
-        let view = State::clone(&found.view);
-        self.kept.push_back(found);
+        let Kept { view, .. } = self.kept.remove(self.position(revision)?)?;
+        self.kept.push_back(Kept::new(view.clone(), VIEW_IDLE_MAX));
         Some(view)
     }
 
     /// A listing had its last page. Another one at the same revision may go on.
     pub fn end(&mut self, revision: Revision) {
         let ended = self.position(revision).and_then(|at| self.kept.remove(at));
-        if let Some(mut ended) = ended {
-            ended.until = Instant::now() + VIEW_ENDED_MAX;
-            self.kept.push_front(ended);
+        if let Some(Kept { view, .. }) = ended {
+            self.kept.push_front(Kept::new(view, VIEW_ENDED_MAX));
         }
     }
 
@@ -88,7 +86,9 @@ impl Views {
     /// Lets those go whose time is over. True where there are others, and it is to be called again.
     pub fn expire(&mut self) -> bool {
         let now = Instant::now();
-        self.kept.retain(|kept| kept.until > now);
+        let over: VecDeque<_>;
+        (self.kept, over) = mem::take(&mut self.kept).into_iter().partition(|k| k.until > now);
+        drop(FreedAside::from(over));
         self.watched = !self.kept.is_empty();
         self.watched
     }

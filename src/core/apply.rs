@@ -28,6 +28,8 @@ use crate::planted::{self, Bug};
 /// What a leader's timers and sweeper proposed counts only in an entry that the same leader wrote:
 /// another one restarted them all.
 pub fn apply(state: &mut State, origin: &Origin, command: &Command) -> (Applied, Events) {
+    // Not in the middle of a gang: it would be undone with one that is refused.
+    state.settle_now_and_then();
     let revision = Revision(state.revision.0 + 1);
     let mut change = Change { revision, at: origin.at, state, events: Events::new() };
     let under = command.under();

@@ -276,10 +276,19 @@ impl State {
         let before = free_on(worker);
         let result = change(worker);
         let after = free_on(worker);
-        if after != before && self.indexes.changed(worker, before, after) {
-            self.settle();
+        if after != before {
+            self.indexes.changed(worker, before, after);
         }
         Some(result)
+    }
+
+    /// Settles where that is worth the while: what holds the places of those that are stale may never again
+    /// be what `by_free` says.
+    pub(super) fn settle_now_and_then(&mut self) {
+        let Indexes { stale, moved_at_once, .. } = &self.indexes;
+        if *moved_at_once > MOVED_AT_ONCE * stale.len() {
+            self.settle();
+        }
     }
 
     /// Brings `by_free` up to date.
@@ -508,25 +517,22 @@ impl Indexes {
         }
     }
 
-    /// A worker has more or less free than before. True where it is worth the while to settle: what holds
-    /// the places of those that are stale may never again be what `by_free` says.
-    fn changed(&mut self, worker: &Worker, before: Free, after: Free) -> bool {
+    /// A worker has more or less free than before.
+    fn changed(&mut self, worker: &Worker, before: Free, after: Free) {
         if let Some(indexed) = self.stale.get(&worker.name) {
             if *indexed == after {
                 self.stale.remove(&worker.name);
                 self.stale_scopes -= scope_count(worker);
             }
-            return false;
+            return;
         }
         let scopes = self.stale_scopes + scope_count(worker);
         if scopes > STALE_SCOPES_MAX {
-            self.move_free(Some((worker, before)), Some((worker, after)));
             self.moved_at_once += 1;
-            return self.moved_at_once >= MOVED_AT_ONCE * self.stale.len();
+            return self.move_free(Some((worker, before)), Some((worker, after)));
         }
         self.stale.insert(worker.name.clone(), before);
         self.stale_scopes = scopes;
-        false
     }
 
     /// The same for what they have free. What `old` put in may be less than it has, or more.
