@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use portwarden::core::{
-    Allocation, Applied, Authority, Claim, Command, GpuSpec, Labels, Millis, Origin, Outcome,
-    Placement, Policy, Port, PortRequest, Ports, RangeSpec, Selector, State, Uid, WorkerSpec,
-    apply, digest,
+    Allocation, Applied, Authority, Claim, Command, GpuSpec, LabelValue, Labels, Millis, Origin,
+    Outcome, Placement, Policy, Port, PortRequest, Ports, RangeSpec, Selector, State, Uid,
+    WorkerSpec, apply, digest,
 };
 use portwarden::store::codec::{Batch, MembershipRecord, SnapshotHead, decode_payload};
 use portwarden::store::{LogRecord, LogStore, SnapshotFile, write_snapshot};
@@ -26,18 +26,21 @@ fn done(state: &mut State, command: &Command) -> Applied {
     applied
 }
 
-/// So many workers with 100 ports each.
+/// So many workers with 100 ports and a label each.
 fn table(workers: u32) -> State {
+    table_of(workers, |i| format!("z{}", i % 10).parse().ok())
+}
+
+/// The same, labelled with the zone that each has, if any.
+fn table_of(workers: u32, zone: impl Fn(u32) -> Option<LabelValue>) -> State {
     let mut state = State::default();
     for i in 0..workers {
         let spec = WorkerSpec {
             address: "10.0.0.1".into(),
-            labels: [(
-                "zone".parse().expect("a key"),
-                format!("z{}", i % 10).parse().expect("a value"),
-            )]
-            .into_iter()
-            .collect(),
+            labels: zone(i)
+                .map(|zone| ("zone".parse().expect("a key"), zone))
+                .into_iter()
+                .collect(),
             ranges: vec![RangeSpec {
                 name: "service".parse().expect("a name"),
                 first: port(40_000),
@@ -100,7 +103,10 @@ fn pair(state: &mut State, name: &str, placement: Placement) {
 
 /// So many ports of every worker are held.
 fn filled(workers: u32, held: u32) -> State {
-    let mut state = table(workers);
+    fill(table(workers), workers, held)
+}
+
+fn fill(mut state: State, workers: u32, held: u32) -> State {
     for i in 0..workers {
         for j in 0..held {
             let claim = claim(&format!("held-{i:06}-{j:02}"), Placement::Worker(worker(i)));
@@ -185,6 +191,17 @@ fn of_apply(c: &mut Criterion) {
                     release(&mut state, held);
                 }
                 took
+            });
+        });
+    }
+    // Fewer indexes follow them.
+    for workers in [1_000, 100_000] {
+        let mut state = fill(table_of(workers, |_| None), workers, 2);
+        let mut next = 0;
+        group.bench_function(format!("the same without labels, {workers}"), |b| {
+            b.iter(|| {
+                let held = allocated_in_turns(&mut state, workers, &mut next);
+                release(&mut state, held);
             });
         });
     }
