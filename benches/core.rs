@@ -127,6 +127,11 @@ fn allocated_in_turns(state: &mut State, workers: u32, next: &mut u64) -> Vec<Ar
     held
 }
 
+fn held_in_turns(state: &mut State, workers: u32, next: &mut u64) {
+    let held = allocated_in_turns(state, workers, next);
+    release(state, held);
+}
+
 fn of_apply(c: &mut Criterion) {
     let mut group = c.benchmark_group("apply");
     group.throughput(Throughput::Elements(2)).measurement_time(Duration::from_secs(3));
@@ -172,10 +177,7 @@ fn of_apply(c: &mut Criterion) {
         let mut state = filled(workers, 2);
         let mut next = 0;
         group.bench_function(format!("2048 allocated, then released, on {workers}"), |b| {
-            b.iter(|| {
-                let held = allocated_in_turns(&mut state, workers, &mut next);
-                release(&mut state, held);
-            });
+            b.iter(|| held_in_turns(&mut state, workers, &mut next));
         });
         // Who selects waits for the index of what is free to follow.
         let selector = Selector::parse("zone=z3").expect("a selector");
@@ -199,10 +201,7 @@ fn of_apply(c: &mut Criterion) {
         let mut state = fill(table_of(workers, |_| None), workers, 2);
         let mut next = 0;
         group.bench_function(format!("the same without labels, {workers}"), |b| {
-            b.iter(|| {
-                let held = allocated_in_turns(&mut state, workers, &mut next);
-                release(&mut state, held);
-            });
+            b.iter(|| held_in_turns(&mut state, workers, &mut next));
         });
     }
     group.finish();

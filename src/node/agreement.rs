@@ -30,7 +30,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::Node;
 use super::status::ASK_TIMEOUT;
-use crate::blocking::spawn_blocking;
+use crate::blocking::{FreedAside, spawn_blocking};
 use crate::core::{Applied, Checkpoint, Command, Digest, Event, Revision, State, digest};
 use crate::lock::guard;
 use crate::proto::peer;
@@ -102,7 +102,7 @@ impl Books {
             self.hashing = Some(at);
             return Some((at, state.clone()));
         }
-        self.next = Some((at, state.clone()));
+        drop(FreedAside::from(self.next.replace((at, state.clone()))));
         None
     }
 

@@ -181,6 +181,11 @@ fn a_refusal_speaks_of_the_workers_that_were_searched() {
     applied.outcome.unwrap();
 }
 
+/// Its worker has two scopes.
+fn three_ports_in_a_zone() -> WorkerSpec {
+    with(spec(&[("service", 1, 3)], &[]), |s| s.labels = labels(&[("zone", "a")]))
+}
+
 /// What named claims take is looked up in no index; a selection after many of them finds it all the same.
 #[test]
 fn a_selection_sees_what_named_claims_took_on_more_workers_than_may_be_stale() {
@@ -194,9 +199,7 @@ fn a_selection_sees_what_named_claims_took_on_more_workers_than_may_be_stale() {
         (outcome, state.clone())
     };
     for i in 0..workers {
-        let labelled =
-            with(spec(&[("service", 1, 3)], &[]), |s| s.labels = labels(&[("zone", "a")]));
-        ok(&register(&name(i), labelled));
+        ok(&register(&name(i), three_ports_in_a_zone()));
     }
     // Two of three ports on all, the others first; then one is given back on the last.
     let mut last = None;
@@ -232,9 +235,7 @@ fn workers_that_changed_for_good_do_not_hold_the_places_of_the_stale_ones() {
         (applied.outcome.unwrap(), state.indexes.moved_at_once)
     };
     for i in 0..workers {
-        let labelled =
-            with(spec(&[("service", 1, 3)], &[]), |s| s.labels = labels(&[("zone", "a")]));
-        ok(&register(&name(i), labelled));
+        ok(&register(&name(i), three_ports_in_a_zone()));
     }
     for i in 0..workers {
         ok(&allocate(&[claim(&format!("held{i}"), &name(i)).count(1)]));
