@@ -101,6 +101,8 @@ pub struct Size {
     pub filled_per_second: f64,
     /// Of the leader, for each command of pairs of allocate and release on sessions.
     pub apply_us: f64,
+    /// The same without waiting for a processor.
+    pub apply_processor_us: f64,
     pub pairs_per_second: f64,
     pub p50_ms: f64,
     pub p99_ms: f64,
@@ -535,14 +537,18 @@ async fn grown(ours: &Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<
     let filled_per_second = (allocations - from.1) as f64 / began.elapsed().as_secs_f64();
 
     let lead = ours.leader().await?;
-    let applied = async || -> anyhow::Result<[f64; 2]> {
+    let applied = async || -> anyhow::Result<[f64; 3]> {
         let metrics = ours.metrics(lead).await?;
-        let names = ["portwarden_apply_seconds_sum", "portwarden_commands_applied_total"];
+        let names = [
+            "portwarden_apply_seconds_sum",
+            "portwarden_apply_processor_seconds_sum",
+            "portwarden_commands_applied_total",
+        ];
         Ok(names.map(|name| metrics.sum(name)))
     };
     let all = || (0..workers).map(worker).collect::<Vec<_>>();
     let mut tries = 0..10;
-    let (report, [apply, commands]) = loop {
+    let (report, [apply, processor, commands]) = loop {
         anyhow::ensure!(tries.next().is_some(), "snapshots are written all the time");
         let (written, before) = (snapshots(ours).await?, applied().await?);
         let (report, _) = driven(ours, all(), 2048, sleep(MEASURED)).await?;
@@ -603,6 +609,7 @@ async fn grown(ours: &Ours, from: (u32, u64), to: (u32, u64)) -> anyhow::Result<
         allocations,
         filled_per_second,
         apply_us: apply / commands * 1e6,
+        apply_processor_us: processor / commands * 1e6,
         pairs_per_second: report.operations_per_second,
         p50_ms: report.latency["all"].p50_ms,
         p99_ms: report.latency["all"].p99_ms,

@@ -71,6 +71,10 @@ pub fn describe() {
         ("portwarden_snapshot_seconds", "Writing one snapshot to the disk"),
         ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
         (
+            "portwarden_apply_processor_seconds",
+            "Processor time of the same, without waiting for one",
+        ),
+        (
             "portwarden_replicate_seconds",
             "From the sending of entries to a peer, a connection's beginning included, until it says that \
              they are on its disk",
