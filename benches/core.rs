@@ -1,5 +1,6 @@
 //! What one command costs: in the table, in the codec, in the log. `cargo bench`; none of it is a gate.
 
+use std::collections::{HashMap, VecDeque};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,19 +29,18 @@ fn done(state: &mut State, command: &Command) -> Applied {
 
 /// So many workers with 100 ports and a label each.
 fn table(workers: u32) -> State {
-    table_of(workers, |i| format!("z{}", i % 10).parse().ok())
+    table_of(workers, 1)
 }
 
-/// The same, labelled with the zone that each has, if any.
-fn table_of(workers: u32, zone: impl Fn(u32) -> Option<LabelValue>) -> State {
+/// The same with so many labels each.
+fn table_of(workers: u32, labels: usize) -> State {
     let mut state = State::default();
     for i in 0..workers {
+        let value: LabelValue = format!("z{}", i % 10).parse().expect("a value");
+        let keys = ["zone", "rack", "model", "pool"].map(|key| key.parse().expect("a key"));
         let spec = WorkerSpec {
             address: "10.0.0.1".into(),
-            labels: zone(i)
-                .map(|zone| ("zone".parse().expect("a key"), zone))
-                .into_iter()
-                .collect(),
+            labels: keys.into_iter().map(|key| (key, value.clone())).take(labels).collect(),
             ranges: vec![RangeSpec {
                 name: "service".parse().expect("a name"),
                 first: port(40_000),
@@ -107,13 +107,20 @@ fn filled(workers: u32, held: u32) -> State {
 }
 
 fn fill(mut state: State, workers: u32, held: u32) -> State {
-    for i in 0..workers {
-        for j in 0..held {
-            let claim = claim(&format!("held-{i:06}-{j:02}"), Placement::Worker(worker(i)));
-            done(&mut state, &allocate(vec![claim]));
+    for j in 0..held {
+        for i in 0..workers {
+            let at = Placement::Worker(worker(scattered(i.into(), workers)));
+            done(&mut state, &allocate(vec![claim(&format!("held-{i:06}-{j:02}"), at)]));
         }
     }
     state
+}
+
+/// Each worker once in so many turns, but no two neighbours: what schedulers ask for has no order, and what
+/// is touched in the order in which it lies in memory costs a third.
+fn scattered(turn: u64, workers: u32) -> u32 {
+    const STRIDE: u64 = 48_271;
+    (turn * STRIDE % u64::from(workers)) as u32
 }
 
 /// One on each of the workers that are next.
@@ -121,7 +128,7 @@ fn allocated_in_turns(state: &mut State, workers: u32, next: &mut u64) -> Vec<Ar
     let mut held = Vec::new();
     for _ in 0..UNDER_WAY {
         *next += 1;
-        let at = Placement::Worker(worker(*next as u32 % workers));
+        let at = Placement::Worker(worker(scattered(*next, workers)));
         held.extend(granted(state, vec![claim(&format!("i{next}"), at)]));
     }
     held
@@ -130,6 +137,65 @@ fn allocated_in_turns(state: &mut State, workers: u32, next: &mut u64) -> Vec<Ar
 fn held_in_turns(state: &mut State, workers: u32, next: &mut u64) {
     let held = allocated_in_turns(state, workers, next);
     release(state, held);
+}
+
+/// The least that gives a port once and knows who has it: maps without order, nothing shared with a view,
+/// no quarantine, label, lease or revision. What lies under any table, for comparison.
+struct Least {
+    workers: HashMap<String, LeastWorker>,
+    held: HashMap<String, Box<LeastHeld>>,
+    granted: u64,
+}
+
+struct LeastWorker {
+    free: VecDeque<u16>,
+    holders: Box<[u64; 100]>,
+}
+
+struct LeastHeld {
+    worker: String,
+    uid: String,
+    at: u16,
+    token: u64,
+}
+
+impl Least {
+    fn new(workers: u32) -> Least {
+        let fresh = || LeastWorker { free: (0..100).collect(), holders: Box::new([0; 100]) };
+        let workers = (0..workers).map(|i| (worker(i).to_string(), fresh())).collect();
+        Least { workers, held: HashMap::new(), granted: 0 }
+    }
+
+    fn allocate(&mut self, name: &str, on: u32) -> u64 {
+        assert!(!self.held.contains_key(name), "the name is free");
+        let worker = worker(on).to_string();
+        let table = self.workers.get_mut(&worker).expect("it was made");
+        let at = table.free.pop_front().expect("a free port");
+        self.granted += 1;
+        let token = self.granted;
+        table.holders[usize::from(at)] = token;
+        let held = LeastHeld { worker, uid: "uid-1".into(), at, token };
+        self.held.insert(name.into(), Box::new(held));
+        token
+    }
+
+    fn release(&mut self, name: &str, token: u64) {
+        let held = self.held.remove(name).expect("it is held");
+        assert_eq!((held.token, held.uid.as_str()), (token, "uid-1"));
+        let table = self.workers.get_mut(&held.worker).expect("it was made");
+        assert_eq!(std::mem::take(&mut table.holders[usize::from(held.at)]), token);
+        table.free.push_back(held.at);
+    }
+
+    fn held_in_turns(&mut self, workers: u32, next: &mut u64) {
+        let mut held = Vec::new();
+        for _ in 0..UNDER_WAY {
+            *next += 1;
+            let name = format!("i{next}");
+            held.push((self.allocate(&name, scattered(*next, workers)), name));
+        }
+        held.iter().for_each(|(token, name)| self.release(name, *token));
+    }
 }
 
 fn of_apply(c: &mut Criterion) {
@@ -196,12 +262,22 @@ fn of_apply(c: &mut Criterion) {
             });
         });
     }
-    // Fewer indexes follow them.
-    for workers in [1_000, 100_000] {
-        let mut state = fill(table_of(workers, |_| None), workers, 2);
+    // As many indexes follow a worker as it has labels, and one more.
+    for (labels, workers) in [(0, 1_000), (0, 100_000), (4, 1_000), (4, 100_000)] {
+        let mut state = fill(table_of(workers, labels), workers, 2);
         let mut next = 0;
-        group.bench_function(format!("the same without labels, {workers}"), |b| {
+        group.bench_function(format!("the same with {labels} labels each, {workers}"), |b| {
             b.iter(|| held_in_turns(&mut state, workers, &mut next));
+        });
+    }
+    for workers in [1_000, 100_000] {
+        let mut least = Least::new(workers);
+        for i in 0..2 * workers {
+            least.allocate(&format!("held-{i}"), i % workers);
+        }
+        let mut next = 0;
+        group.bench_function(format!("the same in the least table, {workers}"), |b| {
+            b.iter(|| least.held_in_turns(workers, &mut next));
         });
     }
     group.finish();

@@ -99,7 +99,7 @@ impl Pool {
             name,
             first,
             last,
-            slots: Slots::default(),
+            slots: Slots::new(first),
             held: 0,
             reserved: 0,
             quarantined: OrdMap::new(),
@@ -531,7 +531,9 @@ mod tests {
         p.quarantine(3, quarantine("sshd"));
         assert_eq!(p.taken(2), Some(Taken::Reserved));
         assert_eq!(p.taken(3), Some(Taken::Quarantined("sshd".into())));
-        assert_eq!(p.taken(6), Some(Taken::OutOf(p.name.clone())));
+        for outside in [0, 6] {
+            assert_eq!(p.taken(outside), Some(Taken::OutOf(p.name.clone())));
+        }
         assert_eq!(take_all(&mut p), [1, 4, 5]);
         assert!(p.lift(3) && !p.lift(3));
         assert_eq!(take_all(&mut p), [3]);

@@ -1,16 +1,17 @@
 //! What each port of a range is, and the queue of those that were freed.
 //!
 //! The queue runs through the slots of its ports, so that whoever changes a port finds all that changes
-//! with it in the same few places. Slots lie in blocks, of which only those exist that have one.
+//! with it in the same few places. Slots lie in blocks, of which only those exist that have one. A few
+//! blocks lie in the worker itself: what a command touches first comes from memory that no cache has.
 
 use std::sync::Arc;
 
-use imbl::OrdMap;
+use imbl::Vector;
 
 use super::name::InstanceName;
 
 /// Slots in a block: what is copied before a port changes that is shared with a view.
-const BLOCK: usize = 16;
+const BLOCK: usize = 32;
 
 /// What a port is that was used before.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,9 +33,12 @@ pub(super) struct Place {
 }
 
 /// A clone is O(1) and independent of the original.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Slots {
-    blocks: OrdMap<u16, Arc<Block>>,
+    /// The port of the first slot.
+    first: u16,
+    /// As many as the highest port that was used needs.
+    blocks: Vector<Option<Arc<Block>>>,
     /// Ends of the queue: longest free, and freed last.
     oldest: Option<u16>,
     newest: Option<u16>,
@@ -43,24 +47,30 @@ pub(super) struct Slots {
 
 type Block = [Option<Slot>; BLOCK];
 
-/// Number of a port's block, and its place there.
-fn place(number: u16) -> (u16, usize) {
-    let block = BLOCK as u16;
-    (number / block, usize::from(number % block))
+/// Of the block of a port that is so many after the first, and of its slot there.
+fn place(after: u16) -> (usize, usize) {
+    (usize::from(after) / BLOCK, usize::from(after) % BLOCK)
 }
 
 impl Slots {
+    /// Of ports that were never used, from `first` on.
+    pub fn new(first: u16) -> Self {
+        Slots { first, blocks: Vector::new(), oldest: None, newest: None, freed: 0 }
+    }
+
     /// `None`: the port was never used.
     pub fn get(&self, number: u16) -> Option<&Slot> {
-        let (block, at) = place(number);
-        self.blocks.get(&block)?[at].as_ref()
+        let (block, at) = place(number.checked_sub(self.first)?);
+        self.blocks.get(block)?.as_ref()?[at].as_ref()
     }
 
     /// In order of number.
     pub fn iter(&self) -> impl Iterator<Item = (u16, &Slot)> {
-        self.blocks.iter().flat_map(|(block, slots)| {
-            let used = slots.iter().enumerate().filter_map(|(at, slot)| Some((at, slot.as_ref()?)));
-            used.map(move |(at, slot)| (block * BLOCK as u16 + at as u16, slot))
+        let first = usize::from(self.first);
+        self.blocks.iter().enumerate().flat_map(move |(block, slots)| {
+            let slots = slots.iter().flat_map(|slots| slots.iter()).enumerate();
+            let used = slots.filter_map(|(at, slot)| Some((at, slot.as_ref()?)));
+            used.map(move |(at, slot)| ((first + block * BLOCK + at) as u16, slot))
         })
     }
 
@@ -112,8 +122,12 @@ impl Slots {
     }
 
     fn at(&mut self, number: u16) -> &mut Option<Slot> {
-        let (block, at) = place(number);
-        &mut Arc::make_mut(self.blocks.entry(block).or_default())[at]
+        let (block, at) = place(number - self.first);
+        while self.blocks.len() <= block {
+            self.blocks.push_back(None);
+        }
+        let block = self.blocks[block].get_or_insert_with(|| Arc::new([const { None }; BLOCK]));
+        &mut Arc::make_mut(block)[at]
     }
 
     fn leave(&mut self, place: Place) {
@@ -177,7 +191,7 @@ mod tests {
 
     #[test]
     fn who_leaves_the_queue_closes_the_gap() {
-        let mut slots = Slots::default();
+        let mut slots = Slots::new(1);
         let numbers = [40_000, 7, 65_535, 40_001, 1];
         for (at, number) in (1..).zip(numbers) {
             assert_eq!(slots.free(number, at), None);

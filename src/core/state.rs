@@ -60,9 +60,9 @@ pub(super) struct Indexes {
     pub departed: OrdSet<(Revision, InstanceName)>,
 }
 
-/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, some
-/// milliseconds.
-pub(super) const STALE_SCOPES_MAX: usize = 4096;
+/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, a microsecond
+/// each. Enough for a full cluster's commands under way on workers with a few labels.
+pub(super) const STALE_SCOPES_MAX: usize = 16_384;
 /// Workers that are moved at once for each that is stale, until all are settled: where that was in vain, it
 /// cost a quarter more.
 const MOVED_AT_ONCE: usize = 4;
