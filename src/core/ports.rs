@@ -5,7 +5,7 @@
 //! the never-used ports in rising order, then the port that has been free longest, so that a freed
 //! port goes to a new holder as late as can be (field failure gpustack-4063).
 //!
-//! All parts are persistent maps: cloning a pool is O(1) in the number of ports.
+//! All parts are persistent: cloning a pool is O(1) in the number of ports.
 
 use std::sync::Arc;
 
