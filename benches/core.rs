@@ -273,7 +273,7 @@ fn of_apply(c: &mut Criterion) {
     for workers in [1_000, 100_000] {
         let mut least = Least::new(workers);
         for i in 0..2 * workers {
-            least.allocate(&format!("held-{i}"), i % workers);
+            least.allocate(&format!("held-{i}"), scattered(i.into(), workers));
         }
         let mut next = 0;
         group.bench_function(format!("the same in the least table, {workers}"), |b| {

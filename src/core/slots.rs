@@ -1,8 +1,9 @@
 //! What each port of a range is, and the queue of those that were freed.
 //!
 //! The queue runs through the slots of its ports, so that whoever changes a port finds all that changes
-//! with it in the same few places. Slots lie in blocks, of which only those exist that have one. A few
-//! blocks lie in the worker itself: what a command touches first comes from memory that no cache has.
+//! with it in the same few places. Slots lie in blocks, of which only those exist that have one. Where
+//! they are few, the worker itself says where each is: what a command touches first comes from memory that no
+//! cache has.
 
 use std::sync::Arc;
 

@@ -60,9 +60,9 @@ pub(super) struct Indexes {
     pub departed: OrdSet<(Revision, InstanceName)>,
 }
 
-/// Most scopes of workers that `by_free` may be behind on: who asks it next waits for that, a microsecond
-/// each. Enough for a full cluster's commands under way on workers with a few labels.
-pub(super) const STALE_SCOPES_MAX: usize = 16_384;
+/// Most scopes of workers that `by_free` may be behind on: the next who asks waits for that, or who comes when
+/// it is [time](State::settle_now_and_then), one to three microseconds each.
+pub(super) const STALE_SCOPES_MAX: usize = 8192;
 /// Workers that are moved at once for each that is stale, until all are settled: where that was in vain, it
 /// cost a quarter more.
 const MOVED_AT_ONCE: usize = 4;

@@ -72,7 +72,7 @@ pub fn describe() {
         ("portwarden_apply_seconds", "Applying the entries of one round to the table"),
         (
             "portwarden_apply_processor_seconds",
-            "Processor time of the same, without waiting for one",
+            "Processor time of applying the commands themselves",
         ),
         (
             "portwarden_replicate_seconds",
