@@ -213,7 +213,7 @@ fn of_apply(c: &mut Criterion) {
         group.bench_function(format!("allocate+release, spread over {workers}"), |b| {
             b.iter(|| {
                 next += 1;
-                let at = next as u32 % workers;
+                let at = scattered(next, workers);
                 pair(&mut state, &format!("i{next}"), Placement::Worker(worker(at)));
             });
         });

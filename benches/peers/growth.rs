@@ -101,7 +101,7 @@ pub struct Size {
     pub filled_per_second: f64,
     /// Of the leader, for each command of pairs of allocate and release on sessions.
     pub apply_us: f64,
-    /// The same without waiting for a processor.
+    /// In it, the processor time of applying the commands themselves.
     pub apply_processor_us: f64,
     pub pairs_per_second: f64,
     pub p50_ms: f64,
